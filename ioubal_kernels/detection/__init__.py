@@ -1,0 +1,1 @@
+"""Detectors trained with the IoU-balanced losses: data, models, training, evaluation, reports."""
