@@ -1,0 +1,92 @@
+# Every target does all that it needs on a fresh machine with Python >= 3.10 and a C++ compiler: virtual environment (.venv), pinned
+# dependencies, build. PYTHON=/path/to/python uses an existing environment instead and installs nothing into it but this package.
+# Paths are relative to this folder, so that a path with spaces works.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow build lint format bench-cpu clean
+
+JOBS ?= 2
+RUN ?= runs/demo
+# In development a library that cannot be built is an error; IOUBAL_BUILD_CPU=0 or auto accepts pure Python.
+export IOUBAL_BUILD_CPU ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+VENV := .venv
+DEPENDENCIES := $(shell cat constraints.txt pyproject.toml | cksum | tr ' ' '-')
+PACKAGING := $(shell cat setup.py pyproject.toml ioubal_kernels/_version.py | cksum | tr ' ' '-')
+
+ifdef PYTHON
+PY := "$(PYTHON)"
+STATE := build/env-$(shell echo '$(PYTHON)' | cksum | cut -d ' ' -f 1)
+READY := check-env
+else
+PY := $(VENV)/bin/python
+STATE := $(VENV)
+READY := $(VENV)/.dependencies-$(DEPENDENCIES)
+endif
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo "  PYTHON=/path/to/python uses an existing environment; JOBS=$(JOBS) test processes; RUN=$(RUN) is the demo's folder"
+
+demo: build  ## make the synthetic data, train and compare both losses, write runs/demo/report.html
+	$(PY) -m ioubal_kernels demo -o "$(RUN)"
+
+test: build  ## the quick tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS)
+
+test-slow: build  ## the slow tests: packaging, trainings
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n $(JOBS) || { status=$$?; test $$status -eq 5 && echo "no slow tests here"; }
+
+build: $(READY) $(STATE)/.installed-$(PACKAGING)  ## install the package in place, compile what changed
+	@$(PY) setup.py -q build_ext --inplace
+
+lint: $(READY)  ## ruff, clang-format: check only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@set -e; files=$$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'); \
+	    echo "clang-format --dry-run -Werror ($$(echo "$$files" | wc -l) files)"; \
+	    $(PY) -m clang_format --dry-run -Werror $$files
+
+format: $(READY)  ## ruff, clang-format: rewrite
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu
+
+clean:  ## remove what was built; .venv and runs stay
+	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The package in place (-e). Again only when its packaging changes; what the library needs, `build` above compiles.
+$(STATE)/.installed-$(PACKAGING): $(READY)
+	@mkdir -p $(STATE)
+	@rm -f $(STATE)/.installed-*
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Dependencies first, without building: the library needs torch to be there.
+$(VENV)/.dependencies-$(DEPENDENCIES): $(VENV)/bin/python
+	@rm -f $(VENV)/.dependencies-* $(VENV)/.installed-*
+	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel
+	IOUBAL_BUILD_CPU=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,test,lint]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	        echo "$$candidate -m venv $(VENV)"; exec "$$candidate" -m venv $(VENV); \
+	    fi; \
+	done; \
+	echo "make: needs Python >= 3.10 with the venv module (python3 here: $$(python3 --version 2>&1)). Install it (Debian, Ubuntu:" >&2; \
+	echo "      apt install python3 python3-venv), or name an existing environment: make PYTHON=/path/to/python ..." >&2; exit 1
+
+# An existing environment must have what the goals at hand use.
+EXTRAS := $(if $(filter demo test test-slow,$(MAKECMDGOALS)),train) $(if $(filter test test-slow,$(MAKECMDGOALS)),test) \
+          $(if $(filter lint format,$(MAKECMDGOALS)),lint)
+.PHONY: check-env
+check-env:
+	@$(PY) tools/check_env.py $(EXTRAS)
