@@ -4,17 +4,108 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from .records import Dataset
+import numpy as np
+
+from .coco import find_coco_splits, load_coco, read_json
+from .files import file_problems
+from .records import DataError, Dataset
+from .voc import VocFolder, find_voc_folders, load_voc, voc_splits
+
+KINDS = ("auto", "coco", "voc")
 
 
 @dataclass
 class DatasetPair:
-    """The two splits of a training run; `evaluation` is None when the dataset has no annotated split besides the training one."""
+    """The two splits of a training run; `evaluation` is None when there is no annotated split besides the training one."""
 
     training: Dataset
     evaluation: Dataset | None
+
+
+@dataclass
+class Layout:
+    """What was found in a folder: `kind` is "coco" or "voc", `splits` the names of all splits."""
+
+    root: str
+    kind: str
+    splits: tuple[str, ...]
+    coco_files: dict[str, str] = field(default_factory=dict)
+    voc_folders: list[VocFolder] = field(default_factory=list)
+
+    def annotated(self, split: str) -> bool:
+        """Whether the split has annotations (a COCO file is read for that)."""
+        if self.kind == "voc":
+            return voc_splits(self.voc_folders)[split]
+        data = read_json(self.coco_files[split])
+        return isinstance(data, dict) and bool(data.get("annotations"))
+
+    def named(self, wanted: str) -> str | None:
+        """The split called `wanted`, or like it with a year (train2017), or by its other usual name (valid)."""
+        other = {"val": ("valid", "validation"), "train": ("training",)}.get(wanted, ())
+        for name in (wanted, *other):
+            if name in self.splits:
+                return name
+        dated = [name for name in self.splits if any(_is_dated(name, start) for start in (wanted, *other))]
+        return dated[0] if len(dated) == 1 else None
+
+
+def _is_dated(name: str, start: str) -> bool:
+    rest = name.removeprefix(start).lstrip("_-")
+    return name.startswith(start) and rest.isdigit()
+
+
+def find_layout(root: str | os.PathLike[str], kind: str = "auto") -> Layout:
+    """Looks for a dataset in `root`.
+
+    Raises:
+        DataError: no such folder, nothing known in it, or both formats with kind "auto".
+    """
+    if kind not in KINDS:
+        raise DataError(f"load_dataset: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    path = os.path.abspath(os.fspath(root))
+    if not os.path.isdir(path):
+        what = "a file" if os.path.exists(path) else "nothing"
+        raise DataError(f"dataset {path}: expected a folder, found {what}")
+    try:
+        coco = find_coco_splits(path) if kind != "voc" else {}
+        voc = find_voc_folders(path) if kind != "coco" else []
+    except OSError as error:
+        raise DataError(f"dataset {path}: cannot be read: {error.strerror or error}") from None
+    if coco and voc:
+        raise DataError(f"dataset {path}: both COCO JSON files and Pascal VOC folders are here: name the kind, coco or voc")
+    if coco:
+        return Layout(path, "coco", tuple(coco), coco_files=coco)
+    if voc:
+        return Layout(path, "voc", tuple(voc_splits(voc)), voc_folders=voc)
+    raise DataError(
+        f"dataset {path}: no dataset found: expected annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json (COCO), or "
+        f"Annotations/ with JPEGImages/, also in VOCdevkit/VOC* (Pascal VOC); the folder has {_listing(path)}"
+    )
+
+
+def _listing(path: str) -> str:
+    names = sorted(os.listdir(path))
+    return (", ".join(names[:8]) + (" ..." if len(names) > 8 else "")) if names else "nothing in it"
+
+
+def default_split(layout: Layout, role: str) -> str | None:
+    """The split for a role. Training: `trainval` if a separate `test` has annotations, else `train`, else the only split
+    there is. Evaluation: `test` if it has annotations, else `val`; None when there is neither.
+    """
+    test = layout.named("test")
+    if test is not None and not layout.annotated(test):
+        test = None
+    if role == "eval":
+        return test or layout.named("val")
+    trainval = layout.named("trainval")
+    if trainval is not None and test is not None:
+        return trainval
+    train = layout.named("train")
+    if train is not None:
+        return train
+    return trainval or (layout.splits[0] if len(layout.splits) == 1 else None)
 
 
 def load_dataset(
@@ -31,7 +122,7 @@ def load_dataset(
 
     Args:
         root: the dataset's folder.
-        split: a split's name; None takes the default one for `role`.
+        split: a split's name (VOC: `A+B` joins splits, `VOC2007/test` is one year's); None takes the default one for `role`.
         kind: "auto", "coco" or "voc".
         role: "train" or "eval": which default split to take. Training: `trainval` if there is an annotated `test`, else `train`.
             Evaluation: `test` if annotated, else `val`.
@@ -42,7 +133,7 @@ def load_dataset(
     Raises:
         DataError: everything found wrong, listed.
     """
-    raise NotImplementedError
+    return _load(find_layout(root, kind), split, role, classes, check_files, allow_symlinks)
 
 
 def load_pair(
@@ -54,10 +145,92 @@ def load_pair(
     check_files: bool = True,
     allow_symlinks: bool = False,
 ) -> DatasetPair:
-    """The training and the evaluation split, with the same classes in the same order. Arguments as in `load_dataset`."""
-    raise NotImplementedError
+    """The training and the evaluation split, with the same classes in the same order. Arguments as in `load_dataset`.
+
+    Raises:
+        DataError: everything found wrong; also when both are the same split.
+    """
+    layout = find_layout(root, kind)
+    train_split = train_split or default_split(layout, "train")
+    if eval_split is None:
+        eval_split = default_split(layout, "eval")
+        eval_split = None if eval_split == train_split else eval_split
+    elif eval_split == train_split:
+        raise DataError(f"dataset {layout.root}: training and evaluation split are the same: {train_split!r}")
+    training = _load(layout, train_split, "train", None, check_files, allow_symlinks)
+    if eval_split is None:
+        return DatasetPair(training, None)
+    evaluation = _load(layout, eval_split, "eval", training.classes, check_files, allow_symlinks)
+    return DatasetPair(training, evaluation)
+
+
+def _load(
+    layout: Layout, split: str | None, role: str, classes: Sequence[str] | None, check_files: bool, allow_symlinks: bool
+) -> Dataset:
+    if role not in ("train", "eval"):
+        raise DataError(f"load_dataset: role: expected train or eval, got {role!r}")
+    names = ", ".join(layout.splits)
+    if split is None:
+        split = default_split(layout, role)
+        if split is None:
+            raise DataError(f"dataset {layout.root}: no default split for {role}: name one of {names}")
+    order = tuple(classes) if classes is not None else None
+    if layout.kind == "voc":
+        dataset = load_voc(layout.root, layout.voc_folders, split, order, allow_symlinks)
+    else:
+        if split not in layout.coco_files:
+            raise DataError(f"dataset {layout.root}: split {split!r} does not exist: expected one of {names}")
+        dataset = load_coco(layout.root, split, layout.coco_files[split])
+        dataset = dataset if order is None else reorder_classes(dataset, order)
+    dataset.splits = layout.splits
+    if check_files:
+        problems = file_problems(dataset.records, layout.root, allow_symlinks=allow_symlinks)
+        if problems:
+            raise DataError(f"dataset {layout.root}, split {split!r}: image files", problems)
+    return dataset
+
+
+def reorder_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """The same dataset with labels in the order of `classes`.
+
+    Raises:
+        DataError: a class of the dataset is missing in `classes`.
+    """
+    if dataset.classes == classes:
+        return dataset
+    unknown = [name for name in dataset.classes if name not in classes]
+    if unknown:
+        raise DataError(
+            f"dataset {dataset.root}, split {dataset.split!r}: classes: expected only {', '.join(classes)}; "
+            f"got also {', '.join(unknown)}"
+        )
+    to_new = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    id_of = dict(zip(dataset.classes, dataset.category_ids))
+    records = [replace(record, labels=to_new[record.labels]) for record in dataset.records]
+    ids = tuple(id_of.get(name, name) for name in classes)
+    return replace(dataset, classes=classes, category_ids=ids, records=records)
 
 
 def describe(*datasets: Dataset | None) -> str:
     """Lines for people: format, classes, splits with image and box counts, what was dropped."""
-    raise NotImplementedError
+    given = [dataset for dataset in datasets if dataset is not None]
+    if not given:
+        return "no dataset"
+    first = given[0]
+    name = {"coco": "COCO JSON", "voc": "Pascal VOC"}[first.format]
+    shown = ", ".join(first.classes[:20]) + (", ..." if first.num_classes > 20 else "")
+    lines = [
+        f"dataset  {first.root}",
+        f"format   {name}; splits found: {', '.join(first.splits or (first.split,))}",
+        f"classes  {first.num_classes}: {shown}",
+    ]
+    for dataset in given:
+        ignored = dataset.num_boxes - dataset.num_train_boxes
+        extra = f" ({ignored} of them crowd or difficult: not trained on, ignored in evaluation)" if ignored else ""
+        bare = sum(1 for record in dataset.records if not record.trainable.any())
+        extra += f"; {bare} images without boxes" if bare else ""
+        lines.append(f"split    {dataset.split}: {len(dataset)} images, {dataset.num_boxes} boxes{extra}")
+        lines += [f"         {line}" for line in dataset.notes.lines()]
+    if len(given) == 1 and len(datasets) > 1:
+        lines.append("split    none to evaluate on")
+    return "\n".join(lines)
