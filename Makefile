@@ -45,14 +45,14 @@ build: $(READY) $(STATE)/.installed-$(PACKAGING)  ## install the package in plac
 lint: $(READY)  ## ruff, clang-format: check only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@set -e; files=$$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'); \
+	@set -e; files=$$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc'); \
 	    echo "clang-format --dry-run -Werror ($$(echo "$$files" | wc -l) files)"; \
 	    $(PY) -m clang_format --dry-run -Werror $$files
 
 format: $(READY)  ## ruff, clang-format: rewrite
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(PY) -m clang_format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu

@@ -1,8 +1,9 @@
 """Build of the package: which folder is installed under which name, and the CPU library.
 
-The CPU library is one plain shared library on torch's stable ABI, loaded with torch.ops.load_library. It contains no Python, so one file
-serves every Python >= 3.10 and every torch >= 2.11, and the wheel is tagged py3-none-<platform>. Without torch (an isolated build
-environment) or without a compiler the install succeeds as pure Python, and `ioubal_kernels/_build_info.json` keeps the reason.
+The CPU library is one plain shared library on torch's stable ABI, loaded with torch.ops.load_library. It contains no
+Python, so one file serves every Python >= 3.10 and every torch >= 2.11, and the wheel is tagged py3-none-<platform>.
+Without torch (an isolated build environment) or without a compiler the install succeeds as pure Python, and
+`ioubal_kernels/_build_info.json` keeps the reason.
 
 Choices, all read from the environment and printed:
   IOUBAL_BUILD_CPU=auto|0|1   auto (default): build if possible; 0: do not; 1: not being able to is an error
@@ -50,7 +51,9 @@ def find_torch() -> tuple[Path, str]:
     """Folder and version of the installed torch, without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Unavailable("torch was not installed in the build environment (pip isolates it; --no-build-isolation does not)")
+        raise Unavailable(
+            "torch was not installed in the build environment (pip isolates it; --no-build-isolation does not)"
+        )
     folder = Path(spec.origin).parent
     found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text(encoding="utf-8"))
     if found is None:
@@ -70,7 +73,9 @@ def find_compiler() -> tuple[list[str], str]:
         version = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True)
         if version.returncode == 0:
             return [path, *command[1:]], (version.stdout.strip() or "unknown version").splitlines()[0]
-    raise Unavailable(f"no C++ compiler found ({'CXX=' + shlex.join(chosen) if chosen else 'tried c++, g++ and clang++'})")
+    raise Unavailable(
+        f"no C++ compiler found ({'CXX=' + shlex.join(chosen) if chosen else 'tried c++, g++ and clang++'})"
+    )
 
 
 def run_compiler(command: list[str], what: str) -> None:
@@ -96,14 +101,29 @@ def is_current(product: Path, dependency_file: Path) -> bool:
 
 
 def compile_object(compiler: list[str], flags: list[str], source: str, folder: Path) -> bool:
-    """Compile one source into `folder` unless it is current; True if the compiler ran. Written aside and renamed: builds may overlap."""
+    """Compile one source into `folder` unless it is current; True if the compiler ran.
+
+    Written aside and renamed, because builds may overlap.
+    """
     stem = Path(source).stem
     product, dependencies = folder / f"{stem}.o", folder / f"{stem}.d"
     if is_current(product, dependencies):
         return False
     new_product, new_dependencies = (path.with_name(f"{path.name}.{os.getpid()}") for path in (product, dependencies))
     run_compiler(
-        [*compiler, *flags, "-MMD", "-MT", "object", "-MF", str(new_dependencies), "-c", source, "-o", str(new_product)],
+        [
+            *compiler,
+            *flags,
+            "-MMD",
+            "-MT",
+            "object",
+            "-MF",
+            str(new_dependencies),
+            "-c",
+            source,
+            "-o",
+            str(new_product),
+        ],
         f"compiling {source}",
     )
     new_dependencies.replace(dependencies)
@@ -123,7 +143,9 @@ def build_library(sources: list[str], cache: Path) -> tuple[Path, dict]:
     flags = [*COMPILE, "-isystem", str(torch / "include"), *user["CPPFLAGS"], *user["CXXFLAGS"]]
     link = [*LINK, f"-L{torch / 'lib'}", *user["LDFLAGS"], "-ltorch", "-ltorch_cpu", "-lc10"]
     key = json.dumps([compiler, compiler_version, flags, link, torch_version])
-    folder = cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:12]}"  # another compiler, torch or flag: another folder
+    folder = (
+        cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    )  # another compiler, torch or flag: another folder
     folder.mkdir(parents=True, exist_ok=True)
     jobs = min(len(sources), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     say(f"CPU library: {compiler_version}, torch {torch_version}, {len(sources)} sources, {jobs} at a time")
@@ -162,9 +184,15 @@ class BuildCpuLibrary(build_ext):
         except Unavailable as error:
             reason = str(error)
             if mode == "1":
-                raise SystemExit(f"ioubal: the CPU library cannot be built: {reason} (IOUBAL_BUILD_CPU=1 makes this an error)") from None
+                raise SystemExit(
+                    f"ioubal: the CPU library cannot be built: {reason} (IOUBAL_BUILD_CPU=1 makes this an error)"
+                ) from None
             say(f"NOTE: no CPU library: {reason}. Installing pure Python: correct, but slower.")
-        package = self.get_finalized_command("build_py").get_package_dir(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
+        package = (
+            self.get_finalized_command("build_py").get_package_dir(PACKAGE)
+            if self.inplace
+            else Path(self.build_lib, PACKAGE)
+        )
         folder = Path(package)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "_ioubal_cpu.so"
@@ -192,9 +220,15 @@ def copy_if_changed(source: Path, target: Path) -> None:
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform> with the library, py3-none-any without: the library depends on the platform, never on the Python version."""
+    """py3-none-<platform> with the library, py3-none-any without.
+
+    The library depends on the platform, never on the Python version.
+    """
 
     def run(self) -> None:
+        shutil.rmtree(
+            self.get_finalized_command("build").build_lib, ignore_errors=True
+        )  # a removed module must not come back
         self.run_command("build_ext")  # first: only afterwards is it known whether there is a library
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
@@ -209,7 +243,9 @@ def packages() -> dict[str, str]:
     for name, folder in INSTALLED_AS.items():
         if (ROOT / folder / "__init__.py").exists():
             found[name] = folder
-            found.update({f"{name}.{sub}": f"{folder}/{sub.replace('.', '/')}" for sub in find_packages(str(ROOT / folder))})
+            found.update(
+                {f"{name}.{sub}": f"{folder}/{sub.replace('.', '/')}" for sub in find_packages(str(ROOT / folder))}
+            )
     return found
 
 

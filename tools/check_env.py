@@ -1,6 +1,7 @@
 """Says which packages an existing environment lacks for a Makefile target: `python tools/check_env.py [EXTRA ...]`.
 
-Reads the requirements from pyproject.toml, so there is no second list. Exit status 1 and one pip line when something is missing.
+Reads the requirements from pyproject.toml, so there is no second list. When something is missing: exit status 1 and one
+pip line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """Requirements of the build, the package and its `extras`. The two-level lists of pyproject.toml need no TOML parser (3.11+)."""
+    """Requirements of the build, the package and its `extras`.
+
+    Python has a TOML parser from 3.11 on only; these plain lists need none.
+    """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = []
     for name in ("requires", "dependencies", *extras):
