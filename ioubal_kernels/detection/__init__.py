@@ -1,1 +1,1 @@
-"""Detectors trained with the IoU-balanced losses: data, models, training, evaluation, reports."""
+"""The trainer behind `ioubal`: data, models, training, evaluation, checkpoints, report. Needs the extra [train]."""

@@ -1,0 +1,98 @@
+"""Which anchor scale fits a dataset's boxes, and which anchors a batch's boxes match."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from .data import Dataset, TransformConfig
+from .models.retinanet import make_anchor_generator
+
+FITTING_IOU = 0.5
+SCALE_CANDIDATES = tuple(1.0 * 2 ** (i / 4) for i in range(15))  # 1 .. 11.3 strides
+_MATCHER = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+
+
+class AnchorFit(NamedTuple):
+    """How well anchors of one scale fit a set of boxes."""
+
+    scale: float
+    covered: float  # share of the boxes with an anchor of IoU >= 0.5, 1.0 without boxes
+    mean_best_iou: float
+
+
+def network_boxes(dataset: Dataset, transform: TransformConfig) -> tuple[Tensor, Tensor]:
+    """Every box to train on (G, 4) in pixels of the unaugmented network input, and its image's (height, width) there (G, 2)."""
+    boxes, sizes = [np.zeros((0, 4), np.float32)], [np.zeros((0, 2), np.float32)]
+    for record in dataset.records:
+        if transform.size is None:
+            factor = min(
+                transform.short_side / min(record.width, record.height), transform.long_side / max(record.width, record.height)
+            )
+            scale_x = scale_y = factor
+        else:
+            scale_y, scale_x = transform.size[0] / record.height, transform.size[1] / record.width
+            if transform.keep_ratio:
+                scale_x = scale_y = min(scale_x, scale_y)
+        scaled = record.train_boxes * np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
+        boxes.append(scaled)
+        sizes.append(np.tile(np.array([record.height * scale_y, record.width * scale_x], np.float32), (len(scaled), 1)))
+    return torch.from_numpy(np.concatenate(boxes)), torch.from_numpy(np.concatenate(sizes))
+
+
+def best_anchor_iou(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], scale: float) -> Tensor:
+    """Largest IoU (G,) of each box with the anchors of the cell nearest to its centre, on every level.
+
+    Args:
+        boxes: (G, 4) in pixels of the network's input.
+        image_sizes: (G, 2) height and width of each box's image there.
+        strides: of the pyramid's levels.
+        scale: smallest anchor edge in strides.
+    """
+    generator = make_anchor_generator(strides, scale)
+    generator.set_cell_anchors(torch.float32, boxes.device)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    candidates = []
+    for stride, cell in zip(strides, generator.cell_anchors, strict=True):
+        last = ((image_sizes.flip(1) - 1) / stride).floor()
+        nearest = torch.minimum((centers / stride).round().clamp(min=0), last) * stride
+        candidates.append(nearest.repeat(1, 2)[:, None, :] + cell[None])
+    anchors = torch.cat(candidates, dim=1)
+    corner_low = torch.maximum(anchors[..., :2], boxes[:, None, :2])
+    corner_high = torch.minimum(anchors[..., 2:], boxes[:, None, 2:])
+    intersection = (corner_high - corner_low).clamp(min=0).prod(-1)
+    areas = (anchors[..., 2:] - anchors[..., :2]).prod(-1) + (boxes[:, 2:] - boxes[:, :2]).prod(-1)[:, None]
+    return (intersection / (areas - intersection)).amax(dim=1)
+
+
+def anchor_fit(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], scale: float) -> AnchorFit:
+    """Coverage of boxes (G, 4) by the anchors of one scale."""
+    if boxes.shape[0] == 0:
+        return AnchorFit(scale, 1.0, 0.0)
+    best = best_anchor_iou(boxes, image_sizes, strides, scale)
+    return AnchorFit(scale, (best >= FITTING_IOU).float().mean().item(), best.mean().item())
+
+
+def choose_anchor_scale(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...]) -> AnchorFit:
+    """The scale covering most boxes; among those within 1 % of the best coverage, the one with the largest mean IoU."""
+    fits = [anchor_fit(boxes, image_sizes, strides, scale) for scale in SCALE_CANDIDATES]
+    best_coverage = max(fit.covered for fit in fits)
+    return max((fit for fit in fits if fit.covered >= best_coverage - 0.01), key=lambda fit: fit.mean_best_iou)
+
+
+@torch.no_grad()
+def match_batch(anchors: Tensor, gt_boxes: list[Tensor]) -> Tensor:
+    """Match every anchor (R, 4) to a box of each image: (N, R) int32, index of the box, -1 background, -2 ignored.
+
+    torchvision's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their IoU.
+    """
+    matched = torch.full((len(gt_boxes), anchors.shape[0]), -1, dtype=torch.int32, device=anchors.device)
+    for n, boxes in enumerate(gt_boxes):
+        if boxes.shape[0]:
+            matched[n] = _MATCHER(box_iou(boxes, anchors)).to(torch.int32)
+    return matched

@@ -1,0 +1,144 @@
+"""A trained model and a dataset: detections in the pixels of the image files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, InferenceConfig
+from .data import Batch, Dataset, TransformConfig, boxes_to_original, eval_loader
+from .errors import UsageError
+from .evaluate import ImageDetections
+from .models import RetinaNet, build_model
+from .objective import autocast
+
+
+@dataclass
+class TrainedModel:
+    """What a checkpoint holds, ready to run: the evaluated weights, the configuration and the class names."""
+
+    model: RetinaNet
+    config: Config
+    classes: tuple[str, ...]
+    step: int
+    path: Path
+
+
+def transform_config(config: Config) -> TransformConfig:
+    """The loader's view of the configuration."""
+    data = config.data
+    return TransformConfig(
+        size=data.image_size,
+        short_side=data.short_side,
+        long_side=data.long_side,
+        keep_ratio=data.keep_ratio,
+        hflip=data.hflip,
+        vflip=data.vflip,
+        zoom=data.zoom,
+        jitter=data.jitter,
+        min_visible=data.min_visible,
+    )
+
+
+def model_from_state(state: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+    """Rebuild the evaluated model of a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint's parts do not fit together; keys and shapes are listed.
+    """
+    try:
+        config = Config()
+        config.update(json.loads(state["config"]), str(path))
+        classes = tuple(state["classes"])
+        weights, anchor_scale, step = state["ema"]["model"], float(state["anchor_scale"]), int(state["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: not a checkpoint of this trainer ({type(error).__name__}: {error})") from error
+    # The weights are in the checkpoint: the file the training started from is not needed to rebuild the network.
+    model = build_model(
+        config.model.name, len(classes), anchor_scale, frozen_backbone=config.model.backbone_file is not None
+    )
+    load_weights(model, weights, path)
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return TrainedModel(model.to(device, memory_format=memory_format).eval(), config, classes, step, path)
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """`load_state_dict` whose error lists missing, unexpected and misshapen keys."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    misshapen = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & weights.keys())
+        if own[k].shape != weights[k].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise UsageError(
+            f"{path}: the weights do not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"other shapes {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in total)"
+        )
+    model.load_state_dict(weights)
+
+
+def predict_batch(
+    model: RetinaNet, batch: Batch, inference: InferenceConfig, device: torch.device, amp: torch.dtype | None
+) -> list[ImageDetections]:
+    """Detections of one batch of `eval_loader`."""
+    memory_format = torch.channels_last if next(model.parameters()).device.type == "cpu" else torch.preserve_format
+    images = batch.images.to(device, memory_format=memory_format)
+    with torch.inference_mode(), autocast(device, amp):
+        outputs = model.detect(
+            images,
+            score_threshold=inference.score_threshold,
+            candidates=inference.candidates,
+            nms_threshold=inference.nms_threshold,
+            max_detections=inference.max_detections,
+        )
+    return [
+        ImageDetections(
+            target["image_id"],
+            boxes_to_original(output["boxes"].float().cpu(), target),
+            output["scores"].float().cpu(),
+            output["labels"].cpu(),
+        )
+        for output, target in zip(outputs, batch.targets, strict=True)
+    ]
+
+
+def predict_dataset(
+    model: RetinaNet,
+    loader: Iterable[Batch],
+    inference: InferenceConfig,
+    device: torch.device,
+    amp: torch.dtype | None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[ImageDetections]:
+    """Detections of every image of an evaluation loader. `on_batch(images done)` may raise to stop."""
+    was_training = model.training
+    model.eval()
+    detections: list[ImageDetections] = []
+    try:
+        for batch in loader:
+            detections += predict_batch(model, batch, inference, device, amp)
+            if on_batch is not None:
+                on_batch(len(detections))
+    finally:
+        model.train(was_training)
+    return detections
+
+
+def make_eval_loader(config: Config, dataset: Dataset, workers: int, cache: str) -> Iterable[Batch]:
+    """The evaluation loader of a configuration."""
+    return eval_loader(
+        dataset,
+        transform_config(config),
+        config.inference.batch_size,
+        workers=workers,
+        on_bad_image=config.data.on_bad_image,
+        cache=cache,
+        timeout=config.data.timeout,
+    )

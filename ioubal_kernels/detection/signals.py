@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+
+class StopSignal:
+    """`with StopSignal() as stop:` collects signals; `stop.number` is the first one's, or None.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[int, object] = {}
+        self._pid = os.getpid()
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        if os.getpid() != self._pid:
+            # A forked loader process. A terminal's Ctrl-C reaches it as well, but the parent still needs its batches and
+            # ends it itself.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
