@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from .records import Dataset
-from .transforms import TransformConfig
+from .files import MAX_PIXELS, decode_rgb
+from .records import BadImageError, DataError, Dataset
+from .sampling import BatchStream, Key
+from .transforms import TransformConfig, prepare, resize, sample_random
+
+BAD_IMAGE_POLICIES = ("raise", "skip")
+CACHES = ("none", "ram")
+
+_MAX_REPLACEMENTS = 20
 
 
 @dataclass
@@ -23,17 +33,159 @@ class Batch:
             `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).
         epoch: the epoch of these samples.
         bad: (path, message) of images replaced because `on_bad_image="skip"`.
+        position: samples of the epoch used up after this batch, over all ranks.
     """
 
     images: torch.Tensor
     targets: list[dict[str, Any]]
     epoch: int = 0
     bad: tuple[tuple[str, str], ...] = ()
+    position: int = 0
+
+    def pin_memory(self) -> Batch:
+        """The batch with its tensors in pinned memory."""
+        targets = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in t.items()} for t in self.targets]
+        return Batch(self.images.pin_memory(), targets, self.epoch, self.bad, self.position)
 
 
 def boxes_to_original(boxes: torch.Tensor, target: dict[str, Any]) -> torch.Tensor:
     """Detections of an unaugmented image, (D, 4) in network pixels, as pixels of the file, clipped to it."""
-    raise NotImplementedError
+    sx, sy = target["scale"]
+    height, width = target["orig_size"]
+    result = boxes / boxes.new_tensor([sx, sy, sx, sy])
+    return torch.minimum(result.clamp(min=0), result.new_tensor([width, height, width, height]))
+
+
+@dataclass
+class _Sample:
+    image: torch.Tensor | None
+    target: dict[str, Any]
+    key: Key
+    bad: list[tuple[str, str]]
+
+
+class _Images(TorchDataset):  # type: ignore[type-arg]
+    """Samples by `Key`: decoded (or cached), resized, augmented when `seed` is given."""
+
+    def __init__(
+        self, dataset: Dataset, config: TransformConfig, seed: int | None, on_bad_image: str, cache: str, max_pixels: int
+    ) -> None:
+        if on_bad_image not in BAD_IMAGE_POLICIES:
+            raise DataError(f"loader: on_bad_image: expected one of {', '.join(BAD_IMAGE_POLICIES)}, got {on_bad_image!r}")
+        if cache not in CACHES:
+            raise DataError(f"loader: cache: expected one of {', '.join(CACHES)}, got {cache!r}")
+        self.records = dataset.records
+        self.config = config
+        self.seed = seed
+        self.skip = on_bad_image == "skip"
+        self.max_pixels = max_pixels
+        self.cache: list[torch.Tensor | BadImageError] | None = None
+        self.wants_cache = cache == "ram"
+
+    def fill_cache(self) -> None:
+        """Decodes everything once; before workers are forked, so that they share the memory."""
+        if self.wants_cache and self.cache is None:
+            threads = max(1, torch.get_num_threads())
+            with ThreadPoolExecutor(threads) as pool:
+                self.cache = list(pool.map(self._try_load, range(len(self.records))))
+
+    def _try_load(self, index: int) -> torch.Tensor | BadImageError:
+        try:
+            return self._load(index)
+        except BadImageError as error:
+            return error
+
+    def _load(self, index: int) -> torch.Tensor:
+        return resize(decode_rgb(self.records[index], self.max_pixels), self.config)
+
+    def image(self, index: int) -> torch.Tensor:
+        """uint8 (3, H, W) of network size.
+
+        Raises:
+            BadImageError: with the file's path.
+        """
+        if self.cache is None:
+            return self._load(index)
+        cached = self.cache[index]
+        if isinstance(cached, BadImageError):
+            raise cached
+        return cached
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: Key) -> _Sample:
+        bad: list[tuple[str, str]] = []
+        index = key.index
+        while True:
+            record = self.records[index]
+            try:
+                image = self.image(index)
+                break
+            except BadImageError as error:
+                if not self.skip:
+                    raise BadImageError(f"{error} (image id {record.id}, {record.name})") from None
+                bad.append((record.path, str(error)))
+                if self.seed is None:
+                    return _Sample(None, {}, key, bad)
+                if len(bad) > _MAX_REPLACEMENTS:
+                    raise BadImageError("loader: no readable image found as a replacement", [text for _, text in bad]) from None
+                # The same replacement in every run, whichever worker meets the bad image.
+                index = sample_random(self.seed, key.epoch, key.index + len(self.records) * len(bad)).randrange(len(self.records))
+        rng = None if self.seed is None else sample_random(self.seed, key.epoch, index)
+        network_input, target = prepare(image, record, self.config, rng)
+        return _Sample(network_input, target, key, bad)
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Pads the samples to a common size, a multiple of `divisor`."""
+
+    divisor: int
+
+    def __call__(self, samples: list[_Sample]) -> Batch:
+        bad = tuple(entry for sample in samples for entry in sample.bad)
+        kept = [sample for sample in samples if sample.image is not None]
+        images = [sample.image for sample in kept if sample.image is not None]
+        height, width = (max((image.shape[axis] for image in images), default=0) for axis in (1, 2))
+        height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
+        result = torch.zeros((len(images), 3, height, width), dtype=torch.float32)
+        for k, image in enumerate(images):
+            result[k, :, : image.shape[1], : image.shape[2]] = image
+        key = samples[0].key
+        return Batch(result, [sample.target for sample in kept], key.epoch, bad, key.position)
+
+
+def _data_loader(images: _Images, batches: Any, workers: int, timeout: float) -> DataLoader[Any]:
+    if workers < 0 or timeout <= 0:
+        raise DataError(f"loader: workers, timeout: expected workers >= 0 and timeout > 0, got {workers}, {timeout}")
+    images.fill_cache()
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_Collate(images.config.size_divisor),
+        timeout=timeout if workers else 0,
+    )
+
+
+def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
+    """The loader's batches; what a dead or hanging worker raises says what to do."""
+    try:
+        yield from loader
+    except DataError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "shared memory" in text or "/dev/shm" in text or "bus error" in text.lower():
+            hint = "too little shared memory: enlarge /dev/shm or use workers=0"
+        elif "timed out" in text:
+            hint = "a worker gave no batch in time: raise the timeout, or use workers=0 to see where it hangs"
+        elif "exited unexpectedly" in text or "killed by signal" in text:
+            hint = "a worker process died (out of memory?): use fewer workers, or workers=0"
+        else:
+            raise
+        raise RuntimeError(f"loader: workers={workers}: {hint}. {text}") from error
 
 
 class TrainLoader:
@@ -56,6 +208,9 @@ class TrainLoader:
         timeout: seconds to wait for a worker before giving up.
         max_pixels: refuse larger images before decoding.
 
+    Attributes:
+        bad_images: path -> message of the bad images met so far.
+
     Raises:
         DataError: empty dataset, or fewer images than batch_size * world_size.
     """
@@ -74,23 +229,72 @@ class TrainLoader:
         bad_image_limit: float = 0.001,
         cache: str = "none",
         timeout: float = 120.0,
-        max_pixels: int = 100_000_000,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        raise NotImplementedError
+        self.stream = BatchStream(len(dataset), batch_size, seed, rank, world_size)
+        self.images = _Images(dataset, transform, seed, on_bad_image, cache, max_pixels)
+        self.workers = workers
+        self.timeout = timeout
+        self.max_bad_images = max(1, int(bad_image_limit * len(dataset)))
+        self.bad_images: dict[str, str] = {}
 
     @property
     def batches_per_epoch(self) -> int:
-        raise NotImplementedError
+        """Complete batches of an epoch."""
+        return self.stream.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        raise NotImplementedError
+        """Batches from the current state on.
+
+        Raises:
+            BadImageError: a bad image with on_bad_image="raise", or more of them than the limit with "skip".
+            RuntimeError: a worker died or gave nothing within the timeout.
+        """
+        for batch in _batches(_data_loader(self.images, self.stream, self.workers, self.timeout), self.workers):
+            self.bad_images.update(batch.bad)
+            if len(self.bad_images) > self.max_bad_images:
+                raise BadImageError(
+                    f"loader: expected at most {self.max_bad_images} bad images with on_bad_image='skip'",
+                    list(self.bad_images.values()),
+                )
+            self.stream.epoch, self.stream.position = batch.epoch, batch.position
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """{"epoch", "position" (samples of the epoch already used, all ranks), "seed", "num_samples"}: plain ints."""
-        raise NotImplementedError
+        stream = self.stream
+        return {"epoch": stream.epoch, "position": stream.position, "seed": stream.seed, "num_samples": stream.num_samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        raise NotImplementedError
+        """Continue where the state was taken; iterators made before are not affected.
+
+        Raises:
+            DataError: the state is of another seed or another number of images.
+        """
+        own = self.state_dict()
+        for name in ("seed", "num_samples"):
+            if state.get(name) != own[name]:
+                raise DataError(f"TrainLoader: state: {name}: expected {own[name]}, got {state.get(name)}")
+        epoch, position = state.get("epoch", -1), state.get("position", -1)
+        if epoch < 0 or not 0 <= position <= own["num_samples"]:
+            raise DataError(
+                f"TrainLoader: state: expected epoch >= 0 and position in [0, {own['num_samples']}], got {epoch}, {position}"
+            )
+        self.stream.epoch, self.stream.position = epoch, position
+
+
+class _EvalLoader:
+    def __init__(self, images: _Images, batches: list[list[Key]], workers: int, timeout: float) -> None:
+        self.images = images
+        self.batches = batches
+        self.workers = workers
+        self.timeout = timeout
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(_data_loader(self.images, self.batches, self.workers, self.timeout), self.workers)
 
 
 def eval_loader(
@@ -104,10 +308,21 @@ def eval_loader(
     on_bad_image: str = "raise",
     cache: str = "none",
     timeout: float = 120.0,
-    max_pixels: int = 100_000_000,
+    max_pixels: int = MAX_PIXELS,
 ) -> Any:
     """Every image once, in order, without augmentation: an iterable of `Batch` with `len()` (may be iterated again and again).
 
     Each rank gets every world_size-th image, nothing is padded or repeated. With `on_bad_image="skip"` a bad image is left out.
+
+    Raises:
+        DataError: an argument out of range.
     """
-    raise NotImplementedError
+    if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+        raise DataError(
+            "eval_loader: batch_size, rank, world_size: expected batch_size >= 1 and 0 <= rank < world_size, "
+            f"got {batch_size}, {rank}, {world_size}"
+        )
+    keys = [Key(0, index, index + 1) for index in range(rank, len(dataset), world_size)]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    images = _Images(dataset, transform, None, on_bad_image, cache, max_pixels)
+    return _EvalLoader(images, batches, workers, timeout)
