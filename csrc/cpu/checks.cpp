@@ -1,0 +1,56 @@
+// Value checks that Python turns into errors, and the choice of the instruction set.
+#include <torch/csrc/stable/library.h>
+
+#include "common/tensor_access.h"
+#include "cpu/isa.h"
+#include "cpu/scan.h"
+
+namespace ioubal {
+namespace {
+
+// Flat index of the first label outside [min_label, num_classes), or -1.
+int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
+  const IntReader label(labels);
+  const int64_t count = labels.numel();
+  constexpr int64_t kStride = 64;
+  for (int64_t i = 0; i < count; i += kStride) {
+    const int64_t end = i + kStride < count ? i + kStride : count;
+    bool bad = false;
+    for (int64_t j = i; j < end; ++j) bad |= label[j] < min_label || label[j] >= num_classes;
+    if (!bad) continue;
+    for (int64_t j = i; j < end; ++j) {
+      if (label[j] < min_label || label[j] >= num_classes) return j;
+    }
+  }
+  return -1;
+}
+
+// Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class in
+// [0, num_classes); or -1.
+int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t num_classes) {
+  const int64_t images = matched_idxs.size(0), anchors = matched_idxs.size(1);
+  const bool padded = gt_labels.size() == 1 && gt_labels[0].dim() == 2;
+  std::vector<IntReader> labels(gt_labels.begin(), gt_labels.end());
+  const IntReader matched(matched_idxs);
+  for (const Exceptional& e : find_exceptional(matched.data(), matched.wide(), images * anchors, -1)) {
+    if (e.value == -2) continue;
+    const int64_t image = e.index / anchors;
+    const int64_t boxes = padded ? gt_labels[0].size(1) : gt_labels[image].size(0);
+    if (e.value < 0 || e.value >= boxes) return e.index;
+    const int64_t label = padded ? labels[0][image * boxes + e.value] : labels[image][e.value];
+    if (label < 0 || label >= num_classes) return e.index;
+  }
+  return -1;
+}
+
+int64_t cpu_isa(int64_t limit) { return set_isa_limit(static_cast<int>(limit)); }
+
+}  // namespace
+}  // namespace ioubal
+
+STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
+  m.impl("check_labels.cpp", TORCH_BOX(&ioubal::check_labels));
+  m.impl("check_matched_idxs.cpp", TORCH_BOX(&ioubal::check_matched_idxs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ioubal, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&ioubal::cpu_isa)); }

@@ -1,0 +1,121 @@
+#include "cpu/dense_pass.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace ioubal {
+namespace {
+
+// Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
+constexpr int64_t kManySkips = 128;
+
+}  // namespace
+
+void DensePass::mask_anchor(int64_t run, int64_t location, int64_t locations) {
+  Run& r = runs[run];
+  if (r.mask_offset < 0) {
+    r.mask_offset = static_cast<int64_t>(masks_.size());
+    r.mask_period = locations;
+    masks_.resize(masks_.size() + locations + kMaskPad, 0xff);
+  }
+  for (int64_t i = location; i < locations + kMaskPad; i += locations) masks_[r.mask_offset + i] = 0;
+}
+
+void DensePass::prepare() {
+  // Counting sort by run: skips of one run keep the order they were added in.
+  for (const Added& a : added_) ++runs[a.run].last_skip;
+  int64_t offset = 0;
+  for (Run& run : runs) {
+    run.first_skip = offset;
+    offset += run.last_skip;
+    run.last_skip = run.first_skip;
+  }
+  skips_.resize(added_.size());
+  for (const Added& a : added_) skips_[runs[a.run].last_skip++] = a.skip;
+  added_.clear();
+  for (Run& run : runs) {
+    const auto begin = skips_.begin() + run.first_skip, end = skips_.begin() + run.last_skip;
+    const auto before = [](const Skip& a, const Skip& b) { return a.first < b.first; };
+    if (!std::is_sorted(begin, end, before)) std::sort(begin, end, before);
+    // Neighbours become one range: an image of ignored anchors is a single skip.
+    int64_t kept = run.first_skip;
+    for (int64_t i = run.first_skip; i < run.last_skip; ++i) {
+      if (kept > run.first_skip && skips_[kept - 1].first + skips_[kept - 1].count == skips_[i].first) {
+        skips_[kept - 1].count += skips_[i].count;
+      } else {
+        skips_[kept++] = skips_[i];
+      }
+    }
+    run.last_skip = kept;
+  }
+}
+
+double DensePass::block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma,
+                        Output output) const {
+  const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
+  const auto apply = [&](int64_t from, int64_t to, const PeriodicMask& keep) {
+    return kernel(run.x + from * size, run.out ? run.out + from * size : nullptr, to - from, run.out_scale, gamma, keep,
+                  output);
+  };
+  const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
+  const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
+  const Skip* all = skips_.data();
+  const Skip* skip = std::lower_bound(all + run.first_skip, all + run.last_skip, first, ends_before);
+  const Skip* end = std::lower_bound(skip, all + run.last_skip, last, starts_before);
+  if (end - skip > kManySkips) {
+    std::vector<uint8_t> entries(last - first + kMaskPad, 0xff);
+    if (mask) {
+      for (int64_t i = 0, phase = first % run.mask_period; i < last - first; ++i) {
+        entries[i] = mask[phase];
+        if (++phase == run.mask_period) phase = 0;
+      }
+    }
+    for (; skip != end; ++skip) {
+      const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
+      std::memset(entries.data() + (from - first), 0, to - from);
+    }
+    return apply(first, last, {entries.data(), 0, last - first});
+  }
+  double sum = 0;
+  int64_t at = first;
+  const auto until = [&](int64_t to) {
+    if (to <= at) return;
+    sum += apply(at, to, mask ? PeriodicMask{mask, at % run.mask_period, run.mask_period} : PeriodicMask{});
+  };
+  for (; skip != end; ++skip) {
+    until(skip->first);
+    const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
+    if (output != Output::kNone) std::memset(run.out + from * size, 0, (to - from) * size);
+    at = to;
+  }
+  until(last);
+  return sum;
+}
+
+double DensePass::operator()(FocalDense kernel, int64_t element_size, double gamma, Output output) {
+  prepare();
+  struct Block {
+    int64_t run, first, last;
+  };
+  std::vector<Block> blocks;
+  for (size_t r = 0; r < runs.size(); ++r) {
+    for (int64_t i = 0; i < runs[r].count; i += kBlockEntries) {
+      blocks.push_back({static_cast<int64_t>(r), i, std::min(i + kBlockEntries, runs[r].count)});
+    }
+  }
+  std::vector<double> sums(blocks.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    FlushDenormals flush;
+    for (int64_t b = begin; b < end; ++b) {
+      const Run& run = runs[blocks[b].run];
+      sums[b] = block(run, blocks[b].first, blocks[b].last, kernel, element_size, gamma, output);
+    }
+  });
+  double total = 0;
+  for (size_t b = 0; b < blocks.size(); ++b) total += sums[b] * runs[blocks[b].run].loss_scale;
+  return total;
+}
+
+}  // namespace ioubal

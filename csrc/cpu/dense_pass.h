@@ -1,0 +1,54 @@
+// The dense pass over all logits: every entry as a negative, except the skipped ones.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace ioubal {
+
+// Entries that the pass does not count; their output is set to 0.
+struct Skip {
+  int64_t first, count;
+};
+
+// Logits that lie together in memory and share their scales: a level's rows of one image (flat and channels_last), or the K
+// planes of one anchor of one image (NCHW). Positives are skipped entries, and so are whole ignored rows; ignored anchors of
+// planes are a mask of period H * W.
+struct Run {
+  const char* x = nullptr;
+  char* out = nullptr;
+  int64_t count = 0;
+  double out_scale = 0;   // of the gradient or loss that is written
+  double loss_scale = 0;  // of the run's sum in the total
+  int64_t first_skip = 0, last_skip = 0;
+  int64_t mask_offset = -1, mask_period = 0;
+};
+
+class DensePass {
+ public:
+  std::vector<Run> runs;
+
+  // Ignored and positive entries may be added in any order of runs; within one run skips must end up sorted, which
+  // `prepare` sees to.
+  void skip(int64_t run, int64_t first, int64_t count) { added_.push_back({run, {first, count}}); }
+  void mask_anchor(int64_t run, int64_t location, int64_t locations);
+
+  // Runs the kernel; returns the sum of loss_scale * plain negative losses. The same result for any number of threads.
+  double operator()(FocalDense kernel, int64_t element_size, double gamma, Output output);
+
+ private:
+  struct Added {
+    int64_t run;
+    Skip skip;
+  };
+  void prepare();
+  double block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma, Output output) const;
+
+  std::vector<Added> added_;
+  std::vector<Skip> skips_;
+  std::vector<uint8_t> masks_;
+};
+
+}  // namespace ioubal

@@ -1,0 +1,164 @@
+// IoU-balanced sigmoid focal loss and binary cross entropy over flat logits (R, K).
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/classification.h"
+#include "cpu/scan.h"
+
+namespace ioubal {
+namespace {
+
+constexpr int64_t kBackground = -1, kIgnore = -2;
+
+struct FlatFocal {
+  const Tensor &logits, &labels, &iou;
+  const OptionalTensor &weight, &scope_ids;
+  int64_t num_scopes;
+  FocalParameters focal;
+
+  std::vector<PositiveEntry> positives;
+  std::vector<int64_t> ignored, bad;
+
+  void collect() {
+    const int64_t rows = logits.size(0), columns = logits.size(1);
+    const IntReader label(labels);
+    const FloatReader x(logits), overlap(iou);
+    std::optional<FloatReader> sample_weight;
+    std::optional<IntReader> scope;
+    if (weight) sample_weight.emplace(*weight);
+    if (scope_ids) scope.emplace(*scope_ids);
+    for (const Exceptional& e : find_exceptional(label.data(), label.wide(), rows, kBackground)) {
+      const int64_t scope_index = scope ? (*scope)[e.index] : 0;
+      if (e.value == kIgnore) {
+        ignored.push_back(e.index);
+      } else if (e.value < 0 || e.value >= columns || scope_index < 0 || scope_index >= num_scopes) {
+        bad.push_back(e.index);  // never used as an index; poisons the loss
+      } else {
+        const int64_t entry = e.index * columns + e.value;
+        positives.push_back(make_positive(0, entry, scope_index, 0, x[entry], overlap[e.index],
+                                          sample_weight ? (*sample_weight)[e.index] : 1.0, focal));
+      }
+    }
+  }
+
+  void add_up(const Tensor& sums_tensor) const {
+    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    std::fill(sums.data, sums.data + 4 * (1 + num_scopes), 0.0);
+    sums.shared(Sums::kCount) = static_cast<double>(positives.size());
+    sums.shared(Sums::kBad) = static_cast<double>(bad.size());
+    for (const PositiveEntry& p : positives) {
+      sums.scope(p.scope, Sums::kClsPlain) += p.term.loss;
+      sums.scope(p.scope, Sums::kClsWeighted) += p.term.loss * p.balance;
+    }
+  }
+
+  // One run, or with sample weights one per stretch of equal weights.
+  DensePass dense(const Tensor* out, double loss_scale, double out_scale) const {
+    const int64_t rows = logits.size(0), columns = logits.size(1), size = logits.element_size();
+    DensePass pass;
+    const auto add_run = [&](int64_t first, int64_t last, double w) {
+      Run run;
+      run.x = static_cast<const char*>(logits.const_data_ptr()) + first * columns * size;
+      if (out) run.out = static_cast<char*>(out->mutable_data_ptr()) + first * columns * size;
+      run.count = (last - first) * columns;
+      run.loss_scale = focal.negative_factor() * loss_scale * w;
+      run.out_scale = focal.negative_factor() * out_scale * w;
+      pass.runs.push_back(run);
+    };
+    std::vector<int64_t> starts = {0};
+    if (weight) {
+      const FloatReader w(*weight);
+      for (int64_t r = 1; r < rows; ++r) {
+        if (w[r] != w[r - 1]) starts.push_back(r);
+      }
+      for (size_t i = 0; i < starts.size() && rows > 0; ++i) {
+        add_run(starts[i], i + 1 < starts.size() ? starts[i + 1] : rows, w[starts[i]]);
+      }
+    } else {
+      add_run(0, rows, 1.0);
+    }
+    const auto skip = [&](int64_t entry, int64_t count) {
+      const int64_t run = std::upper_bound(starts.begin(), starts.end(), entry / columns) - starts.begin() - 1;
+      pass.skip(run, entry - starts[run] * columns, count);
+    };
+    for (const PositiveEntry& p : positives) skip(p.entry, 1);
+    for (int64_t row : ignored) skip(row * columns, columns);
+    return pass;
+  }
+
+  // Writes the gradient (kGradient) or the element-wise loss (kLoss), both times out_scale; returns the loss times loss_scale.
+  double run(const Tensor& sums_tensor, const Tensor* out, double loss_scale, double out_scale, Output output) const {
+    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    DensePass pass = dense(out, loss_scale, out_scale);
+    double total = pass(kernels().focal[dtype_index(logits)], logits.element_size(), focal.gamma, output);
+    for (const PositiveEntry& p : positives) {
+      const double w = sums.cls_normalizer(p.scope, focal.eps) * p.balance;
+      total += loss_scale * w * p.term.loss;
+      if (out) FloatWriter(*out).set(p.entry, out_scale * w * (output == Output::kLoss ? p.term.loss : p.term.grad));
+    }
+    if (output == Output::kLoss) {
+      const int64_t columns = logits.size(1);
+      for (int64_t row : bad) {
+        for (int64_t k = 0; k < columns; ++k) FloatWriter(*out).set(row * columns + k, NAN);
+      }
+    }
+    return sums.shared(Sums::kBad) != 0 ? NAN : total;
+  }
+};
+
+void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
+                int64_t num_scopes, double eta, double alpha, double gamma, Tensor sums) {
+  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, 0.0}, {}, {}, {}};
+  op.collect();
+  op.add_up(sums);
+}
+
+// Loss and, with a buffer in grads, its gradient. compute_sums false: `sums` holds the positives' sums of all ranks.
+void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
+                int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
+                double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums,
+                Tensor sums, Tensor loss, TensorList grads) {
+  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  op.collect();
+  if (compute_sums) op.add_up(sums);
+  const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
+  const Number average(avg_factor, divisor);
+  const double divide_by = average.is_tensor() || divisor > 0 ? average.get() : s.positives_divisor(world_size);
+  const double expected = Number(grad_scale_tensor, grad_scale).get();
+  const Tensor* out = grads.empty() ? nullptr : &grads[0];
+  FloatWriter(loss).set(0, op.run(sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
+}
+
+// Leaves a gradient filled for the expected grad_output as it is, else computes it anew.
+void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
+                    int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
+                    double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale, bool filled,
+                    Tensor sums, Tensor grad_output, Tensor grad) {
+  const double scale = FloatReader(grad_output)[0];
+  if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
+  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  op.collect();
+  const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
+  const Number average(avg_factor, divisor);
+  const double divide_by = average.is_tensor() || divisor > 0 ? average.get() : s.positives_divisor(world_size);
+  op.run(sums, &grad, 0.0, scale / divide_by, Output::kGradient);
+}
+
+// reduction = "none": the loss of every entry (`gradient` false) or its derivative.
+void focal_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
+                       int64_t num_scopes, double eta, double alpha, double gamma, double eps, bool gradient,
+                       bool compute_sums, Tensor sums, Tensor out) {
+  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  op.collect();
+  if (compute_sums) op.add_up(sums);
+  op.run(sums, &out, 0.0, 1.0, gradient ? Output::kGradient : Output::kLoss);
+}
+
+}  // namespace
+}  // namespace ioubal
+
+STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
+  m.impl("focal_sums.cpp", TORCH_BOX(&ioubal::focal_sums));
+  m.impl("focal_fill.cpp", TORCH_BOX(&ioubal::focal_fill));
+  m.impl("focal_backward.cpp", TORCH_BOX(&ioubal::focal_backward));
+  m.impl("focal_elementwise.cpp", TORCH_BOX(&ioubal::focal_elementwise));
+}

@@ -1,0 +1,27 @@
+// Kernels for AVX2 with FMA and F16C.
+#include "cpu/isa_body.h"
+
+#if defined(__x86_64__)
+namespace ioubal {
+namespace {
+
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c")
+#define IOUBAL_ISA 2
+#include "cpu/simd.inc"
+//
+#include "cpu/focal_dense.inc"
+#include "cpu/softmax_row.inc"
+IOUBAL_TARGET_END
+
+}  // namespace
+
+const KernelTable& avx2_kernels() {
+  static const KernelTable table = {
+      {focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, portable_kernels().focal[kFloat64]},
+      {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, portable_kernels().softmax[kFloat64]},
+      2};
+  return table;
+}
+
+}  // namespace ioubal
+#endif

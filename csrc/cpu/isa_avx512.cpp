@@ -1,0 +1,27 @@
+// Kernels for AVX-512 F, BW, DQ and VL.
+#include "cpu/isa_body.h"
+
+#if defined(__x86_64__)
+namespace ioubal {
+namespace {
+
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define IOUBAL_ISA 4
+#include "cpu/simd.inc"
+//
+#include "cpu/focal_dense.inc"
+#include "cpu/softmax_row.inc"
+IOUBAL_TARGET_END
+
+}  // namespace
+
+const KernelTable& avx512_kernels() {
+  static const KernelTable table = {
+      {focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, portable_kernels().focal[kFloat64]},
+      {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, portable_kernels().softmax[kFloat64]},
+      4};
+  return table;
+}
+
+}  // namespace ioubal
+#endif

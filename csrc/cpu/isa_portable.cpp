@@ -1,0 +1,56 @@
+// Kernels for any CPU, and the float64 ones of every instruction set.
+#include <vector>
+
+#include "cpu/isa_body.h"
+#include "math/focal.h"
+#include "math/softmax.h"
+
+namespace ioubal {
+namespace {
+
+#define IOUBAL_ISA 0
+#include "cpu/simd.inc"
+//
+#include "cpu/focal_dense.inc"
+#include "cpu/softmax_row.inc"
+
+// float64 is for gradcheck and the oracle's company: plain scalar code.
+double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const PeriodicMask& mask,
+                       Output output) {
+  const double* x = (const double*)x_;
+  double* out = (double*)out_;
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Term<double> term = {0, 0};
+    if (!mask.period || mask.bytes[(mask.start + i) % mask.period]) term = focal_negative(x[i], gamma);
+    total += term.loss;
+    if (output == Output::kGradient) out[i] = scale * term.grad;
+    if (output == Output::kLoss) out[i] = scale * term.loss;
+  }
+  return total;
+}
+
+double softmax_row_f64(const void* x_, void* out_, int64_t columns, int64_t target, double scale, float*) {
+  const double* x = (const double*)x_;
+  double* out = (double*)out_;
+  const double x_target = x[target];
+  const RowSum<double> row = row_sum<double>([x](int64_t k) { return x[k]; }, columns);
+  if (out) {
+    const double at_target = (std::exp(x_target - row.top) / row.sum - 1) * scale;
+    for (int64_t k = 0; k < columns; ++k) out[k] = std::exp(x[k] - row.top) / row.sum * scale;
+    out[target] = at_target;
+  }
+  return std::log(row.sum) + (row.top - x_target);
+}
+
+}  // namespace
+
+const KernelTable& portable_kernels() {
+  static const KernelTable table = {
+      {focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, focal_dense_f64},
+      {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, softmax_row_f64},
+      0};
+  return table;
+}
+
+}  // namespace ioubal

@@ -1,0 +1,52 @@
+#include "cpu/scan.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+namespace ioubal {
+namespace {
+
+constexpr int64_t kScanBlock = 1 << 13, kStride = 32;
+
+template <class Int>
+void scan_block(const Int* values, int64_t first, int64_t last, Int background, std::vector<Exceptional>& found) {
+  int64_t i = first;
+  for (; i + kStride <= last; i += kStride) {
+    Int differs = 0;
+    for (int64_t j = 0; j < kStride; ++j) differs |= values[i + j] ^ background;
+    if (!differs) continue;
+    for (int64_t j = i; j < i + kStride; ++j) {
+      if (values[j] != background) found.push_back({j, values[j]});
+    }
+  }
+  for (; i < last; ++i) {
+    if (values[i] != background) found.push_back({i, values[i]});
+  }
+}
+
+}  // namespace
+
+std::vector<Exceptional> find_exceptional(const void* values, bool wide, int64_t count, int64_t background) {
+  const int64_t blocks = (count + kScanBlock - 1) / kScanBlock;
+  std::vector<std::vector<Exceptional>> found(blocks);
+  torch::stable::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * kScanBlock, last = std::min(count, first + kScanBlock);
+      if (wide) {
+        scan_block(static_cast<const int64_t*>(values), first, last, background, found[b]);
+      } else {
+        scan_block(static_cast<const int32_t*>(values), first, last, static_cast<int32_t>(background), found[b]);
+      }
+    }
+  });
+  if (blocks == 1) return std::move(found[0]);
+  std::vector<Exceptional> all;
+  size_t total = 0;
+  for (const auto& part : found) total += part.size();
+  all.reserve(total);
+  for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+}  // namespace ioubal

@@ -1,0 +1,17 @@
+// Finding the few indices that are not plain background (-1), in order.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace ioubal {
+
+struct Exceptional {
+  int64_t index;
+  int64_t value;
+};
+
+// Every i with values[i] != background, ascending, whatever the number of threads.
+std::vector<Exceptional> find_exceptional(const void* values, bool wide, int64_t count, int64_t background);
+
+}  // namespace ioubal

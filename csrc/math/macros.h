@@ -1,0 +1,28 @@
+// What makes a function usable from host and device code. This folder includes no torch header: g++ and nvcc share it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define IOUBAL_HD __host__ __device__ __forceinline__
+#else
+#define IOUBAL_HD inline
+#endif
+
+namespace ioubal {
+
+// A loss term and its derivative with respect to the prediction, always computed side by side.
+template <class T>
+struct Term {
+  T loss;
+  T grad;
+};
+
+// Comparisons written so that a NaN first argument is returned, never hidden.
+template <class T>
+IOUBAL_HD T clamp(T value, T low, T high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+}  // namespace ioubal

@@ -1,0 +1,17 @@
+// Smooth L1 of one coordinate: 0.5 d^2 / beta below beta, |d| - beta / 2 above; beta = 0 is L1.
+#pragma once
+
+#include "math/macros.h"
+
+namespace ioubal {
+
+template <class T>
+IOUBAL_HD Term<T> smooth_l1(T difference, T beta) {
+  const T magnitude = std::fabs(difference);
+  if (magnitude < beta) return {T(0.5) * difference * difference / beta, difference / beta};
+  // The sign of 0 is 0 (beta = 0) and the sign of NaN stays NaN.
+  const T sign = difference > T(0) ? T(1) : (difference < T(0) ? T(-1) : difference);
+  return {magnitude - T(0.5) * beta, sign};
+}
+
+}  // namespace ioubal
