@@ -1,0 +1,141 @@
+"""The losses as modules: they hold the keyword arguments and nothing else, so they pickle, copy and print."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import functional, functional_detection
+from .functional_detection import DetectionLoss
+
+
+class _FunctionModule(nn.Module):
+    """A module around one function of keyword arguments; subclasses name it and define forward."""
+
+    _function: Callable[..., Any]
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__()
+        allowed = _keywords(type(self)._function)
+        for name in keywords:
+            if name not in allowed:
+                raise TypeError(
+                    f"{type(self).__name__}: unexpected keyword argument {name!r}; allowed are {', '.join(allowed)}"
+                )
+        self.keywords = {**allowed, **keywords}
+
+    def extra_repr(self) -> str:
+        """The keyword arguments that differ from the function's defaults."""
+        defaults = _keywords(type(self)._function)
+        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items() if v is not defaults[k] and v != defaults[k])
+
+    def _call(self, *tensors: Any, **overrides: Any) -> Any:
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return type(self)._function(*tensors, **(self.keywords | given if given else self.keywords))
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only parameters and their defaults, without the per-call tensors."""
+    per_call = ("weight", "scope_ids")
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in per_call}
+
+
+class IoUBalancedLoss(_FunctionModule):
+    """``iou_balanced_detection_loss`` as a module: the same keyword arguments, the same forward.
+
+    ``process_group="world"`` stays a string until the call, so that the module pickles.
+    """
+
+    _function = staticmethod(functional_detection.iou_balanced_detection_loss)
+
+    def forward(
+        self,
+        cls_logits: Tensor | Sequence[Tensor],
+        bbox_deltas: Tensor | Sequence[Tensor],
+        anchors: Tensor,
+        matched_idxs: Tensor,
+        gt_boxes: Tensor | Sequence[Tensor],
+        gt_labels: Tensor | Sequence[Tensor],
+        *,
+        avg_factor: Any = None,
+        grad_scale: float | Tensor | None = None,
+    ) -> DetectionLoss:
+        """See ``iou_balanced_detection_loss``; avg_factor and grad_scale, if given, replace the module's for this call."""
+        return self._call(
+            cls_logits,
+            bbox_deltas,
+            anchors,
+            matched_idxs,
+            gt_boxes,
+            gt_labels,
+            avg_factor=avg_factor,
+            grad_scale=grad_scale,
+        )
+
+
+class _ClassificationModule(_FunctionModule):
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        iou: Tensor,
+        *,
+        weight: Tensor | None = None,
+        scope_ids: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        grad_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """Logits (..., K), labels (...), iou (...); avg_factor and grad_scale, if given, replace the module's for this call."""
+        return self._call(
+            logits, labels, iou, weight=weight, scope_ids=scope_ids, avg_factor=avg_factor, grad_scale=grad_scale
+        )
+
+
+class IoUBalancedSigmoidFocalLoss(_ClassificationModule):
+    """``iou_balanced_sigmoid_focal_loss`` as a module, with its keyword arguments."""
+
+    _function = staticmethod(functional.iou_balanced_sigmoid_focal_loss)
+
+
+class IoUBalancedBinaryCrossEntropy(_ClassificationModule):
+    """``iou_balanced_binary_cross_entropy`` as a module, with its keyword arguments."""
+
+    _function = staticmethod(functional.iou_balanced_binary_cross_entropy)
+
+
+class IoUBalancedCrossEntropy(_ClassificationModule):
+    """``iou_balanced_cross_entropy`` as a module, with its keyword arguments."""
+
+    _function = staticmethod(functional.iou_balanced_cross_entropy)
+
+
+class IoUBalancedSmoothL1Loss(_FunctionModule):
+    """``iou_balanced_smooth_l1_loss`` as a module, with its keyword arguments: a drop-in ``loss(pred, target)``."""
+
+    _function = staticmethod(functional.iou_balanced_smooth_l1_loss)
+
+    def forward(
+        self,
+        pred_deltas: Tensor,
+        target_deltas: Tensor,
+        iou: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        scope_ids: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        grad_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """Deltas (P, 4) and (P, 4), iou (P,); avg_factor and grad_scale, if given, replace the module's for this call."""
+        return self._call(
+            pred_deltas,
+            target_deltas,
+            iou,
+            weight=weight,
+            scope_ids=scope_ids,
+            avg_factor=avg_factor,
+            grad_scale=grad_scale,
+        )

@@ -1,0 +1,263 @@
+"""Argument checks of the public functions. Each check costs a few comparisons; text is built only to raise.
+
+Every message names the operation, the argument, what was expected and what was got. TypeError is for types and dtypes,
+ValueError for shapes, devices and values. Nothing is broadcast, nothing is converted silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+INDEX_DTYPES = frozenset((torch.int32, torch.int64))
+REDUCTIONS = ("mean", "sum", "none")
+_CHECK_MODES = ("auto", "0", "1")
+
+
+# ---------------------------------------------------------------------------------------------- messages
+
+
+def describe(value: object) -> str:
+    """What was got, for an error message."""
+    if isinstance(value, Tensor):
+        text = f"a tensor of shape {tuple(value.shape) if not value.is_nested else 'nested'}, {value.dtype}, on {value.device}"
+        return text if value.layout is torch.strided else f"{text}, layout {value.layout}"
+    if isinstance(value, (list, tuple)):
+        inner = type(value[0]).__name__ if value else "nothing"
+        return (
+            f"a {type(value).__name__} of length {len(value)} ({inner} first)"
+            if value
+            else f"an empty {type(value).__name__}"
+        )
+    if value is None or isinstance(value, (str, numbers.Number)):
+        return repr(value) if value is None else f"{value!r} ({type(value).__name__})"
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def name_error(op: str, argument: str, allowed: Sequence[str], got: str) -> ValueError:
+    """The error for a name that is none of the allowed ones; suggests the nearest."""
+    near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {got!r}{hint}")
+
+
+def fail_value(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{op}: {argument} must {expected}, got {describe(got)}")
+
+
+def fail_type(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise TypeError(f"{op}: {argument} must {expected}, got {describe(got)}")
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -> None:
+    """A dense tensor of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        kind = "floating-point" if dtypes is FLOAT_DTYPES else "int32 or int64"
+        fail_type(op, argument, f"be a {kind} tensor", value)
+    if value.dtype not in dtypes:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        fail_type(op, argument, f"have dtype {names}", value)
+    if value.layout is not torch.strided or value.is_nested:
+        fail_type(op, argument, "be a dense strided tensor (not sparse, nested or mkldnn)", value)
+
+
+def like(
+    op: str,
+    argument: str,
+    value: Any,
+    dtypes: frozenset[torch.dtype],
+    shape: Sequence[int],
+    device: torch.device,
+    of: str,
+) -> None:
+    """A tensor of exactly this shape, on the device of argument `of`."""
+    tensor(op, argument, value, dtypes)
+    if value.shape != shape:
+        fail_value(op, argument, f"have shape {tuple(shape)} to match {of} (nothing is broadcast)", value)
+    if value.device != device:
+        fail_value(op, argument, f"be on {device} like {of}", value)
+
+
+# ---------------------------------------------------------------------------------------------- numbers and names
+
+
+def number(op: str, argument: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """A finite real number in [low, high]."""
+    if type(value) is float and low <= value <= high and -math.inf < value < math.inf:
+        return
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real))):
+        fail_type(op, argument, "be a number", value)
+    if not low <= value <= high or value in (math.inf, -math.inf):
+        if high < math.inf:
+            fail_value(op, argument, f"be between {low:g} and {high:g}", value)
+        fail_value(op, argument, f"be finite and at least {low:g}" if low > -math.inf else "be finite", value)
+
+
+def choice(op: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        fail_type(op, argument, f"be one of {', '.join(map(repr, allowed))}", value)
+    if value not in allowed:
+        raise name_error(op, argument, allowed, value)
+
+
+def flag(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail_type(op, argument, "be True or False", value)
+
+
+def integer(op: str, argument: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        fail_type(op, argument, "be an int", value)
+    if value < low:
+        fail_value(op, argument, f"be at least {low}", value)
+
+
+def four_weights(op: str, argument: str, value: Any) -> None:
+    """Four positive finite numbers: a box coder's weights."""
+    if not isinstance(value, (tuple, list)):
+        fail_type(op, argument, "be a tuple of four positive numbers", value)
+    if len(value) != 4:
+        fail_value(op, argument, "have four positive numbers", value)
+    for i, weight in enumerate(value):
+        number(op, f"{argument}[{i}]", weight)
+        if weight == 0:
+            fail_value(op, f"{argument}[{i}]", "be positive", weight)
+
+
+# ---------------------------------------------------------------------------------------------- shared keyword arguments
+
+
+def grad_scale(op: str, value: Any, device: torch.device) -> None:
+    """A finite number or a 0-d float tensor."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return
+    if isinstance(value, Tensor):
+        like(op, "grad_scale", value, FLOAT_DTYPES, (), value.device, "a scalar")
+        if value.device != device:
+            fail_value(op, "grad_scale", f"be on {device} like the logits or deltas", value)
+        return
+    number(op, "grad_scale", value, low=-math.inf)
+
+
+def inplace(op: str, value: Any, argument: str, target: Tensor) -> None:
+    """The flag, and that writing into `target` would hit each element once."""
+    if value is False:
+        return
+    flag(op, "inplace", value)
+    if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+        fail_value(
+            op, argument, "have one memory location per element with inplace=True (got an expanded tensor)", target
+        )
+
+
+def divisor(op: str, argument: str, value: Any, device: torch.device, images: int | None = None) -> None:
+    """avg_factor: None, a positive finite number, a 0-d tensor, or, where `images` is given, a tensor (images,)."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        tensor(op, argument, value, FLOAT_DTYPES | INDEX_DTYPES)
+        if value.ndim != 0 and (images is None or value.shape != (images,)):
+            one = "be 0-d" if images is None else f"be 0-d or of shape ({images},), one divisor per image"
+            fail_value(op, argument, one, value)
+        if value.device != device:
+            fail_value(op, argument, f"be on {device} like the logits or deltas", value)
+        if values_checked(value) and not bool(((value > 0) & (value < math.inf)).all()):
+            fail_value(
+                op, argument, "be positive and finite", value.reshape(-1).tolist()[0] if value.ndim == 0 else value
+            )
+        return
+    number(op, argument, value)
+    if value == 0:
+        fail_value(op, argument, "be positive", value)
+
+
+def reduction(op: str, name: Any, avg_factor: Any, device: torch.device) -> None:
+    """The reduction's name; avg_factor belongs to "mean" only."""
+    if name == "mean":
+        if avg_factor is not None:
+            divisor(op, "avg_factor", avg_factor, device)
+        return
+    choice(op, "reduction", name, REDUCTIONS)
+    if avg_factor is not None:
+        raise ValueError(f"{op}: avg_factor must be None unless reduction is 'mean', got reduction={name!r}")
+
+
+def scopes(op: str, ids: Any, num_scopes: Any, shape: Sequence[int], device: torch.device, of: str) -> None:
+    """scope_ids of this shape and num_scopes: both or neither."""
+    if ids is None:
+        if num_scopes is not None:
+            fail_value(op, "num_scopes", "be None without scope_ids", num_scopes)
+        return
+    like(op, "scope_ids", ids, INDEX_DTYPES, shape, device, of)
+    if num_scopes is None:
+        fail_value(op, "num_scopes", "be given with scope_ids (counting them would synchronise with the device)", None)
+    integer(op, "num_scopes", num_scopes, 1)
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def values_checked(sample: Tensor) -> bool:
+    """Whether label and index values are read: IOUBAL_CHECK=auto (CPU tensors outside torch.compile), 1 (everywhere), 0."""
+    mode = os.environ.get("IOUBAL_CHECK", "auto")
+    if mode == "auto":
+        # A tensor subclass (FakeTensor, a tracer's proxy) may have no values to read.
+        return (
+            sample.device.type == "cpu"
+            and type(sample) in (Tensor, torch.nn.Parameter)
+            and not torch.compiler.is_compiling()
+        )
+    if mode not in _CHECK_MODES:
+        raise name_error("ioubal_kernels", "the environment variable IOUBAL_CHECK", _CHECK_MODES, mode)
+    return mode == "1"
+
+
+def check_labels(op: str, argument: str, impl: Any, labels: Tensor, low: int | None, high: int, expected: str) -> None:
+    """Raise for the first label outside [low, high); `low` None: no lower bound."""
+    first = impl.check_labels(labels, high, torch.iinfo(labels.dtype).min if low is None else low)
+    if first >= 0:
+        where = coordinates(first, labels.shape)
+        value = int(labels.reshape(-1)[first])
+        raise ValueError(f"{op}: {argument} must be {expected}, got {value} at {argument}{where} ({describe(labels)})")
+
+
+def check_matched_idxs(op: str, impl: Any, matched_idxs: Tensor, gt_labels: Any, num_classes: int) -> None:
+    """Raise for the first index that names no box of its image, or a box whose label is no class."""
+    first = impl.check_matched_idxs(matched_idxs, gt_labels, num_classes)
+    if first < 0:
+        return
+    image, row = divmod(first, matched_idxs.shape[1])
+    value = int(matched_idxs[image, row])
+    labels = gt_labels[image]
+    at = f"at matched_idxs[{image}, {row}] ({describe(matched_idxs)})"
+    padded = isinstance(gt_labels, Tensor)
+    boxes = int((labels != -1).sum()) if padded else labels.shape[0]
+    if not 0 <= value < labels.shape[0] or (padded and int(labels[value]) == -1):
+        raise ValueError(
+            f"{op}: matched_idxs must be -1 (background), -2 (ignored) or the index of one of the image's boxes,"
+            f" got {value} {at}; image {image} has {boxes} boxes"
+        )
+    raise ValueError(
+        f"{op}: gt_labels must be classes from 0 to {num_classes - 1} where matched, got {int(labels[value])} at"
+        f" gt_labels[{image}][{value}], matched {at}"
+    )
+
+
+def coordinates(flat: int, shape: Sequence[int]) -> str:
+    """Index text such as [2, 17] of a flat position."""
+    position = []
+    for size in reversed(shape):
+        flat, index = divmod(flat, size)
+        position.append(index)
+    return str(position[::-1])
