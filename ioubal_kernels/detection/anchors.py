@@ -27,12 +27,13 @@ class AnchorFit(NamedTuple):
 
 
 def network_boxes(dataset: Dataset, transform: TransformConfig) -> tuple[Tensor, Tensor]:
-    """Every box to train on (G, 4) in pixels of the unaugmented network input, and its image's (height, width) there (G, 2)."""
+    """The boxes to train on in pixels of the unaugmented network input (G, 4), their images' height, width (G, 2)."""
     boxes, sizes = [np.zeros((0, 4), np.float32)], [np.zeros((0, 2), np.float32)]
     for record in dataset.records:
         if transform.size is None:
             factor = min(
-                transform.short_side / min(record.width, record.height), transform.long_side / max(record.width, record.height)
+                transform.short_side / min(record.width, record.height),
+                transform.long_side / max(record.width, record.height),
             )
             scale_x = scale_y = factor
         else:
@@ -89,7 +90,8 @@ def choose_anchor_scale(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, 
 def match_batch(anchors: Tensor, gt_boxes: list[Tensor]) -> Tensor:
     """Match every anchor (R, 4) to a box of each image: (N, R) int32, index of the box, -1 background, -2 ignored.
 
-    torchvision's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their IoU.
+    torchvision's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their
+    IoU.
     """
     matched = torch.full((len(gt_boxes), anchors.shape[0]), -1, dtype=torch.int32, device=anchors.device)
     for n, boxes in enumerate(gt_boxes):

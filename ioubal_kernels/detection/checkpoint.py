@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill, a full disk and a flipped byte.
 
-A checkpoint is two files: `step-00000500.pt` and its manifest `step-00000500.json` with size and SHA-256. Both are written beside
-their final name, flushed to the disk and renamed, the manifest last: a checkpoint without a valid manifest does not exist, and
-nothing ever writes into a file that does. torch itself loads a file with a flipped byte without a word, hence the digest.
-Files hold tensors, numbers, strings, lists and dicts only and are read with `weights_only=True`, always.
+A checkpoint is two files: `step-00000500.pt` and its manifest `step-00000500.json` with size and SHA-256. Both are
+written beside their final name, flushed to the disk and renamed, the manifest last: a checkpoint without a valid
+manifest does not exist, and nothing ever writes into a file that does. torch itself loads a file with a flipped byte
+without a word, hence the digest. Files hold tensors, numbers, strings, lists and dicts only and are read with
+`weights_only=True`, always.
 """
 
 from __future__ import annotations
@@ -110,11 +111,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, kept: int
 
     def write(file: BinaryIO) -> None:
         writer = _HashingWriter(file)
-        # The writer object, not the path: on a full disk torch's own file writing dies with an obscure internal message.
+        # The writer object, not the path: on a full disk torch's own file writing dies with an obscure internal
+        # message.
         torch.save({"format": FORMAT_VERSION, **state}, writer)
         manifest.update(bytes=writer.size, sha256=writer.digest.hexdigest())
 
-    # A manifest of the same step (an interrupted run that is repeated) must not vouch for the file while it is replaced.
+    # A manifest of the same step (an interrupted run that is repeated) must not vouch for the file while it is
+    # replaced.
     with contextlib.suppress(FileNotFoundError):
         path.with_suffix(".json").unlink()
     _atomic_torch_write(path, write)
@@ -140,12 +143,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint files with a manifest, newest first; whether they are intact is not looked at."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.with_suffix(".json").is_file()]
+    found = [
+        (int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.with_suffix(".json").is_file()
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def prune_checkpoints(folder: Path, kept: int = KEPT) -> None:
-    """Remove all but the newest `kept` checkpoints, and what killed processes left behind. Failures are no reason to stop."""
+    """Remove all but the newest `kept` checkpoints and what killed processes left behind; failing is harmless."""
     keep = list_checkpoints(folder)[:kept]
     names = {p.name for p in keep} | {p.with_suffix(".json").name for p in keep}
     for path in folder.iterdir():
@@ -171,13 +176,15 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict[s
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpoint(f"{path}: its manifest {manifest_path.name} cannot be read: {error}") from error
     if manifest.get("format") != FORMAT_VERSION:
-        raise CorruptCheckpoint(f"{path}: format {manifest.get('format')!r}, this version reads format {FORMAT_VERSION}")
+        raise CorruptCheckpoint(
+            f"{path}: format {manifest.get('format')!r}, this version reads format {FORMAT_VERSION}"
+        )
     try:
         size = path.stat().st_size
         if size != expected_size:
             raise CorruptCheckpoint(f"{path}: {size} bytes, its manifest says {expected_size}")
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            digest = _digest(file)
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
     if digest != expected_digest:
@@ -200,7 +207,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 def load_newest_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint of a folder, or None where there are none at all. Every corrupt one passed over is warned of.
+    """The newest intact checkpoint of a folder, or None where there are none; warns of every corrupt one passed over.
 
     Raises:
         CorruptCheckpoint: there are checkpoints, and none of them is intact.
@@ -220,7 +227,9 @@ def load_newest_checkpoint(folder: Path, *, device: str | torch.device = "cpu") 
     return None
 
 
-def find_checkpoint(target: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(
+    target: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+) -> tuple[Path, dict[str, Any]]:
     """Resolve what a user calls a model: a run's folder (its newest intact checkpoint) or one checkpoint file."""
     path = Path(target)
     if path.is_dir():

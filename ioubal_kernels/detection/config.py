@@ -1,7 +1,8 @@
 """The configuration of a training run: typed sections, named presets, strict reading.
 
-A file is YAML with the sections below; a key that does not exist, a value of another type or out of range is an error that names
-the key, what was expected, what was got and, for an unknown key, the nearest existing one. Nothing in a file is ever executed.
+A file is YAML with the sections below; a key that does not exist, a value of another type or out of range is an error
+that names the key, what was expected, what was got and, for an unknown key, the nearest existing one. Nothing in a
+file is ever executed.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ class DataConfig(Checked):
     zoom: float = option(0.25, float, low=0, high=0.9, doc="scale jitter: a factor in [1 - zoom, 1 + zoom]")
     jitter: float = option(0.1, float, low=0, high=0.9, doc="brightness, contrast, saturation jitter")
     min_visible: float = option(0.3, float, low=0, high=1, doc="a cropped box stays if this share of it is left")
-    workers: int | str = option("auto", int, low=0, high=256, words=("auto",), doc="loader processes; auto: by the CPU's cores")
-    cache: str = option("auto", str, choices=("auto", "none", "ram"), doc="decoded images in memory; auto: if <= 512 MiB")
+    workers: int | str = option(
+        "auto", int, low=0, high=256, words=("auto",), doc="loader processes; auto: by the CPU's cores"
+    )
+    cache: str = option(
+        "auto", str, choices=("auto", "none", "ram"), doc="decoded images in memory; auto: if <= 512 MiB"
+    )
     on_bad_image: str = option("raise", str, choices=("raise", "skip"), doc="skip replaces an unreadable image")
     bad_image_limit: float = option(0.001, float, low=0, high=1, doc="largest share of images skipped")
     allow_symlinks: bool = option(False, bool, doc="image files may be links to outside the dataset")
@@ -68,7 +73,11 @@ class LossConfig(Checked):
     eta: float = option(1.5, float, low=0, high=100, doc="IoU exponent of the classification weight, 0: off")
     lambda_: float = option(1.5, float, low=0, high=100, doc="IoU exponent of the localisation weight, 0: off")
     w_loc: float | str = option(
-        "auto", float, above=0, words=("auto",), doc="localisation factor; auto: keeps the first batches' loss unchanged"
+        "auto",
+        float,
+        above=0,
+        words=("auto",),
+        doc="localisation factor; auto: keeps the first batches' loss unchanged",
     )
     calibration_batches: int = option(8, int, low=1, high=10_000, doc="batches that w_loc: auto looks at")
     alpha: float = option(0.25, float, low=0, high=1, doc="focal loss")
@@ -113,7 +122,9 @@ class TrainConfig(Checked):
     amp: str = option("auto", str, choices=("auto", "off", "bf16"), doc="auto: bfloat16 where the hardware has it")
     channels_last: bool = option(True, bool, doc="memory format of the convolutions")
     ema: float = option(0.99, float, low=0, high=0.999999, doc="decay of the evaluated weights, 0: the trained ones")
-    nan_policy: str = option("stop", str, doc="stop, or skip:N to leave out up to N batches with a NaN loss or gradient")
+    nan_policy: str = option(
+        "stop", str, doc="stop, or skip:N to leave out up to N batches with a NaN loss or gradient"
+    )
     log_every: int = option(10, int, low=1, doc="steps between lines of log.jsonl")
     checkpoint_every: int = option(100, int, low=1, doc="steps between checkpoints")
     eval_every: int = option(250, int, low=0, doc="steps between evaluations, 0: only at the end")
@@ -148,7 +159,9 @@ class Config(Checked):
             raise UsageError(f"optim.milestones: expected rising shares of the run, got {list(milestones)}")
         parse_nan_policy(self.train.nan_policy)
         if self.model.backbone_file is not None and self.model.name == "retinanet_tiny":
-            raise UsageError("model.backbone_file: retinanet_tiny has no ResNet to load; choose retinanet_r18_fpn or _r50_fpn")
+            raise UsageError(
+                "model.backbone_file: retinanet_tiny has no ResNet to load; choose retinanet_r18_fpn or _r50_fpn"
+            )
         if self.model.backbone_sha256 is not None and self.model.backbone_file is None:
             raise UsageError("model.backbone_sha256: given without model.backbone_file")
         if self.data.image_size is None and self.data.long_side < self.data.short_side:
@@ -197,7 +210,9 @@ class Config(Checked):
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values; tuples as lists."""
         plain = dataclasses.asdict(self)
-        return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()}
+        return {
+            s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()
+        }
 
     def to_yaml(self) -> str:
         """The text of RUN/config.yaml; reading it gives an equal configuration."""
@@ -234,7 +249,9 @@ PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 def all_keys() -> list[str]:
     """Every dotted key."""
     config = Config()
-    return [f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))]
+    return [
+        f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))
+    ]
 
 
 def unknown_key(key: str) -> str:
@@ -294,7 +311,9 @@ def read_yaml(path: Path) -> Any:
         for token in yaml.scan(text):
             if isinstance(token, (yaml.AnchorToken, yaml.AliasToken)):
                 line = token.start_mark.line + 1
-                raise UsageError(f"{path}: line {line}: anchors and aliases are not accepted (a few lines can expand to gigabytes)")
+                raise UsageError(
+                    f"{path}: line {line}: anchors and aliases are not accepted (a few lines can expand to gigabytes)"
+                )
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

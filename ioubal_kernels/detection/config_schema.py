@@ -76,7 +76,11 @@ def _check_single(key: str, value: Any, rules: Any) -> Any:
         raise UsageError(f"{key}: expected {describe(rules)}, got {value!r} ({type(value).__name__})")
     if kind in (int, float):
         low, high, above = rules["low"], rules["high"], rules["above"]
-        if (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above):
+        if (
+            (low is not None and value < low)
+            or (high is not None and value > high)
+            or (above is not None and value <= above)
+        ):
             raise UsageError(f"{key}: expected {describe(rules)}, got {value!r}")
     if rules["choices"] is not None and value not in rules["choices"]:
         raise UsageError(f"{key}: expected {describe(rules)}, got {value!r}")

@@ -13,7 +13,8 @@ class ModelEma:
 
     Args:
         model: the trained model.
-        decay: share kept at every update; the first updates keep less, so that the initialisation is forgotten. 0 copies.
+        decay: share kept at every update; the first updates keep less, so that the initialisation is forgotten. 0
+            copies.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -50,8 +50,8 @@ def evaluate_detections(
         max_detections: per image, the best-scored.
 
     Returns:
-        MAIN_METRICS as floats in [0, 1] (None where there is no ground truth to measure on), "AR", "thresholds" {"0.50": AP},
-        "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections".
+        MAIN_METRICS as floats in [0, 1] (None where there is no ground truth to measure on), "AR", "thresholds"
+        {"0.50": AP}, "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections".
 
     Raises:
         UsageError: NaN or infinite boxes or scores, unknown images or labels, wrong shapes.
@@ -124,8 +124,12 @@ def _as_coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) ->
                 raise UsageError(f"{where}: {name}: expected finite numbers, got NaN or infinity")
         labels = item.labels.tolist()
         if any(not 0 <= label < dataset.num_classes for label in labels):
-            raise UsageError(f"{where}: labels: expected 0 .. {dataset.num_classes - 1}, got {min(labels)} .. {max(labels)}")
-        for (x1, y1, x2, y2), score, label in zip(item.boxes.double().tolist(), item.scores.tolist(), labels, strict=True):
+            raise UsageError(
+                f"{where}: labels: expected 0 .. {dataset.num_classes - 1}, got {min(labels)} .. {max(labels)}"
+            )
+        for (x1, y1, x2, y2), score, label in zip(
+            item.boxes.double().tolist(), item.scores.tolist(), labels, strict=True
+        ):
             results.append(
                 {
                     "id": len(results) + 1,

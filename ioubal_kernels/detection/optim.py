@@ -25,8 +25,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def learning_rate(step: int, iterations: int, config: OptimConfig) -> float:
     """The rate of optimisation step `step` (0-based) out of `iterations`.
 
-    A function of the step alone, so that resuming needs no scheduler state. Linear warm-up over `warmup` of the run, then a
-    cosine to 0, or a factor `gamma` at each milestone (both given as shares of the run), or constant.
+    A function of the step alone, so that resuming needs no scheduler state. Linear warm-up over `warmup` of the run,
+    then a cosine to 0, or a factor `gamma` at each milestone (both given as shares of the run), or constant.
     """
     warmup_steps = round(config.warmup * iterations)
     if step < warmup_steps:

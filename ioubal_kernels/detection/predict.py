@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from .checkpoint import find_checkpoint
 from .config import Config, InferenceConfig
-from .data import Batch, Dataset, TransformConfig, boxes_to_original, eval_loader
+from .data import Batch, Dataset, TransformConfig, boxes_to_original, describe, eval_loader, load_dataset
 from .errors import UsageError
-from .evaluate import ImageDetections
+from .evaluate import ImageDetections, evaluate_detections
 from .models import RetinaNet, build_model
 from .objective import autocast
+from .progress import Reporter
+from .resources import choose_workers, resolve_amp, resolve_device
 
 
 @dataclass
@@ -142,3 +145,42 @@ def make_eval_loader(config: Config, dataset: Dataset, workers: int, cache: str)
         cache=cache,
         timeout=config.data.timeout,
     )
+
+
+def evaluate_checkpoint(
+    target: str, data: str, split: str | None, changes: list[tuple[str, Any]], reporter: Reporter
+) -> dict[str, Any]:
+    """The metrics of `ioubal eval`.
+
+    Args:
+        target: a run's folder or a checkpoint file.
+        data, split: the dataset's folder and split (None: the default one).
+        changes: (key, value) over the checkpoint's configuration: device, number format, inference.
+        reporter: where messages go.
+
+    Raises:
+        UsageError, DataError: the checkpoint or the data cannot be used; classes that the model does not know are
+            named.
+    """
+    path, state = find_checkpoint(target)
+    trained = model_from_state(state, path, torch.device("cpu"))
+    config = trained.config
+    for key, value in changes:
+        config.set(key, value)
+    device = resolve_device(config.train.device)
+    dataset = load_dataset(
+        data, split, config.data.format, role="eval", classes=trained.classes, allow_symlinks=config.data.allow_symlinks
+    )
+    reporter.info(describe(dataset))
+    reporter.info(f"{path}: {config.model.name}, step {trained.step}, loss {config.loss.label()}, {device}")
+    loader = make_eval_loader(config, dataset, choose_workers(config.data.workers, device), "none")
+    with reporter.task("evaluate", len(dataset)) as task:
+        detections = predict_dataset(
+            trained.model.to(device),
+            loader,
+            config.inference,
+            device,
+            resolve_amp(config.train.amp, device),
+            task.advance_to,
+        )
+    return evaluate_detections(dataset, detections, max_detections=config.inference.max_detections)

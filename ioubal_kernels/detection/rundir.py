@@ -28,8 +28,9 @@ _held: set[str] = set()
 class RunLock:
     """`with RunLock(folder):` makes sure that no other process writes the same run.
 
-    The lock is the operating system's lock on RUN/.lock and ends with the process that holds it, so that the file of a process
-    that was killed is simply taken over. The file names its holder for the error message. Without fcntl a living pid decides.
+    The lock is the operating system's lock on RUN/.lock and ends with the process that holds it, so that the file of a
+    process that was killed is simply taken over. The file names its holder for the error message. Without fcntl a
+    living pid decides.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +42,7 @@ class RunLock:
         if key in _held:  # POSIX record locks do not exclude the same process
             raise UsageError(f"{self.path.parent}: this process is already writing this run")
         try:
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
+            self._file = open(self.path, "a+", encoding="utf-8")
             self._acquire()
             self._file.seek(0)
             self._file.truncate()
@@ -103,7 +104,8 @@ class RunLock:
 
 
 def prepare_run_folder(folder: Path) -> None:
-    """Make the folder and write, sync and remove a probe file: a full or read-only disk shows before training, not after.
+    """Make the folder and write, sync and remove a probe file: a full or read-only disk shows before training, not
+    after.
 
     Raises:
         OutputError: with the path and the system's reason.

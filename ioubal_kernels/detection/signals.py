@@ -26,8 +26,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         if os.getpid() != self._pid:
-            # A forked loader process. A terminal's Ctrl-C reaches it as well, but the parent still needs its batches and
-            # ends it itself.
+            # A forked loader process. A terminal's Ctrl-C reaches it as well, but the parent still needs its batches
+            # and ends it itself.
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return

@@ -56,7 +56,8 @@ def train(
     Args:
         config: the whole configuration; config.data.path names the dataset.
         run: the run's folder; must not hold another run unless resuming.
-        resume: continue from the newest intact checkpoint. On the CPU the result is bit for bit that of an uninterrupted run.
+        resume: continue from the newest intact checkpoint. On the CPU the result is bit for bit that of an
+            uninterrupted run.
         allow_config_change: resume although the configuration differs from the checkpoint's.
 
     Raises:
@@ -138,10 +139,13 @@ class _Trainer:
         if saved["data"] != fingerprint:
             changes.append(f"training data (classes, images, boxes): {saved['data'][:12]}... -> {fingerprint[:12]}...")
         if list(saved["classes"]) != list(self.pair.training.classes):
-            raise UsageError(f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}")
+            raise UsageError(
+                f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}"
+            )
         if changes and not allow_config_change:
             raise UsageError(
-                f"{path}: the run was started differently; --allow-config-change continues all the same:\n  " + "\n  ".join(changes)
+                f"{path}: the run was started differently; --allow-config-change continues all the same:\n  "
+                + "\n  ".join(changes)
             )
         for change in changes:
             self.reporter.warn(f"continuing with a changed configuration: {change}")
@@ -178,7 +182,7 @@ class _Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         self.reporter.info(
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, loss {config.loss.label()}, {self.device}, "
-            f"{'bfloat16' if self.amp else 'float32'}, {torch.get_num_threads()} threads, {self.workers} loader processes"
+            f"{'bfloat16' if self.amp else 'float32'}, {torch.get_num_threads()} threads, {self.workers} loaders"
         )
         if saved is not None:
             self._restore(saved)
@@ -201,11 +205,14 @@ class _Trainer:
             fit = choose_anchor_scale(boxes, sizes, strides)
         else:
             fit = anchor_fit(boxes, sizes, strides, float(wanted))
-        text = f"anchors from {fit.scale:.2f} strides: {100 * fit.covered:.1f} % of the boxes have one with IoU >= {FITTING_IOU}"
+        text = (
+            f"anchors from {fit.scale:.2f} strides: {100 * fit.covered:.1f} % of the boxes have one with "
+            f"IoU >= {FITTING_IOU}"
+        )
         if fit.covered < COVERAGE_WARNING:
             self.reporter.warn(
-                f"{text}; less than {100 * COVERAGE_WARNING:.0f} %: many objects are too small, too large or too long for them. "
-                "Consider another data.image_size or model.anchor_scale"
+                f"{text}; less than {100 * COVERAGE_WARNING:.0f} %: many objects are too small, too large or too long "
+                "for them. Consider another data.image_size or model.anchor_scale"
             )
         else:
             self.reporter.info(text)
@@ -284,7 +291,10 @@ class _Trainer:
         norm = clip_gradients(self.model, config.optim.clip)
         # One transfer for all figures: a GPU is asked once a step.
         cls, loc, gradient, positives, mean_iou = torch.stack(
-            [t.detach().double() for t in (loss.classification, loss.localization, norm, loss.num_positives, loss.mean_iou)]
+            [
+                t.detach().double()
+                for t in (loss.classification, loss.localization, norm, loss.num_positives, loss.mean_iou)
+            ]
         ).tolist()
         record = {
             "step": self.step + 1, "cls": cls, "loc": loc, "grad_norm": gradient, "positives": int(positives),
@@ -323,7 +333,11 @@ class _Trainer:
         if self.skipped > allowed:
             raise NonFiniteError(
                 f"{what}: not finite; batch and loss parts are in {path}"
-                + (f" (train.nan_policy allows {allowed} skipped batches)" if allowed else " (train.nan_policy=skip:N goes on)")
+                + (
+                    f" (train.nan_policy allows {allowed} skipped batches)"
+                    if allowed
+                    else " (train.nan_policy=skip:N goes on)"
+                )
             )
         self.reporter.warn(f"{what}: not finite, batch left out ({self.skipped} of at most {allowed}); see {path}")
 
@@ -366,7 +380,9 @@ class _Trainer:
         dataset = self.pair.evaluation
         if dataset is None or self.metrics_step == self.step:
             return
-        loader = make_eval_loader(self.config, dataset, self.workers, choose_cache(self.config.data.cache, dataset, self.config))
+        loader = make_eval_loader(
+            self.config, dataset, self.workers, choose_cache(self.config.data.cache, dataset, self.config)
+        )
 
         with self.reporter.task("evaluate", len(dataset)) as task:
 
@@ -375,7 +391,9 @@ class _Trainer:
                 if self.stop.number is not None:
                     self._interrupt()
 
-            detections = predict_dataset(self.ema.module, loader, self.config.inference, self.device, self.amp, on_batch)
+            detections = predict_dataset(
+                self.ema.module, loader, self.config.inference, self.device, self.amp, on_batch
+            )
         self.metrics = evaluate_detections(dataset, detections, max_detections=self.config.inference.max_detections)
         self.metrics_step = self.step
         self.log.write("eval", step=self.step, split=dataset.split, metrics=self.metrics)

@@ -23,7 +23,8 @@ def resnet_fpn(depth: str, *, frozen: bool = False) -> nn.Module:
 
     Args:
         depth: "r18" or "r50".
-        frozen: BatchNorm keeps its statistics, stem and first stage are not trained: for a backbone that comes from a file.
+        frozen: BatchNorm keeps its statistics, stem and first stage are not trained: for a backbone that comes from a
+            file.
             Otherwise everything trains from scratch.
     """
     body = BUILDERS[depth](weights=None, norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d)
@@ -43,7 +44,8 @@ def resnet_fpn(depth: str, *, frozen: bool = False) -> nn.Module:
 
 
 def load_backbone_file(body: nn.Module, path: str, sha256: str | None) -> None:
-    """Load a torchvision ResNet state dict (.pth) into `body`; a classifier `fc` in it is left out. Never unpickles objects.
+    """Load a torchvision ResNet state dict (.pth) into `body`; a classifier `fc` in it is left out. Never unpickles
+    objects.
 
     Args:
         body: the ResNet inside the backbone.
@@ -69,7 +71,7 @@ def load_backbone_file(body: nn.Module, path: str, sha256: str | None) -> None:
     wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if missing or wrong:
         raise UsageError(
-            f"model.backbone_file: {file} does not fit this ResNet: missing keys {missing[:5]}, other shapes {wrong[:5]} "
+            f"model.backbone_file: {file} does not fit this ResNet: missing {missing[:5]}, other shapes {wrong[:5]} "
             f"({len(missing)} missing, {len(wrong)} of another shape)"
         )
     body.load_state_dict({k: state[k] for k in own})

@@ -125,7 +125,8 @@ class RetinaNet(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Detections of a batch (N, 3, H, W): per image boxes (D, 4) in its pixels, scores (D,), labels (D,) int64.
 
-        The best `candidates` (anchor, class) pairs above `score_threshold` pass NMS per class; the best `max_detections` stay.
+        The best `candidates` (anchor, class) pairs above `score_threshold` pass NMS per class; the best
+        `max_detections` stay.
         """
         maps = self(images)
         logits = flatten_maps(maps.cls_logits, self.num_classes).float()
@@ -133,7 +134,14 @@ class RetinaNet(nn.Module):
         anchors = self.anchors(maps)
         return [
             _detections_of_image(
-                logits[n], deltas[n], anchors, images.shape[-2:], score_threshold, candidates, nms_threshold, max_detections
+                logits[n],
+                deltas[n],
+                anchors,
+                images.shape[-2:],
+                score_threshold,
+                candidates,
+                nms_threshold,
+                max_detections,
             )
             for n in range(images.shape[0])
         ]
@@ -148,8 +156,8 @@ def make_anchor_generator(strides: tuple[int, ...], anchor_scale: float) -> Anch
 def grid_anchors(
     generator: AnchorGenerator, grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Anchors (R, 4) of the given map sizes. The strides are stated: AnchorGenerator's own division of the image's size by
-    the map's is wrong for sizes that the stride does not divide."""
+    """Anchors (R, 4) of the given map sizes. The strides are stated: AnchorGenerator's own division of the image's
+    size by the map's is wrong for sizes that the stride does not divide."""
     generator.set_cell_anchors(torch.float32, device)
     stride_tensors = [[torch.tensor(s, dtype=torch.int64, device=device)] * 2 for s in strides]
     return torch.cat(generator.grid_anchors([list(size) for size in grid], stride_tensors))
@@ -172,7 +180,9 @@ def _detections_of_image(
 ) -> dict[str, Tensor]:
     num_classes = logits.shape[-1]
     if not (torch.isfinite(logits).all() and torch.isfinite(deltas).all()):
-        raise NonFiniteError("RetinaNet.detect: the network's outputs are NaN or infinite, so its detections would mean nothing")
+        raise NonFiniteError(
+            "RetinaNet.detect: the network's outputs are NaN or infinite, so its detections would mean nothing"
+        )
     scores = logits.sigmoid().flatten()
     kept = (scores > score_threshold).nonzero().squeeze(1)
     scores, order = scores[kept].topk(min(candidates, kept.numel()))
