@@ -1,0 +1,90 @@
+"""What the losses' autograd Functions share.
+
+The gradient is written in the forward, for the expected grad_output. The context hands its buffer out once: the first backward
+takes it (and corrects it if grad_output is not the expected one), any later backward computes a fresh one. Under torch.compile
+the forward only reads and the backward computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
+_NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Identity on a gradient whose own backward raises: a double backward is loud, never silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name}: {_NO_DOUBLE_BACKWARD}")
+
+
+def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+    """The gradients themselves, or, when this backward is recorded (create_graph), wrapped to refuse the next one."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    return [None if g is None else _RefuseDoubleBackward.apply(name, g, x) for g, x in zip(grads, inputs, strict=True)]
+
+
+def refuse_forward_mode(name: str) -> Any:
+    """For a Function's ``jvp``."""
+    raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
+
+
+def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
+    """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage itself, or none."""
+    if not wanted:
+        return []
+    if inplace:
+        for x in inputs:
+            torch.autograd.graph.increment_version(x)  # whoever else saved the logits must not trust them any more
+        return [x.detach() for x in inputs]
+    return [torch.empty_like(x) for x in inputs]
+
+
+def take_buffers(ctx: Any, inputs: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """The context's gradient buffers, forgotten by it, and whether they are filled; fresh ones after the first time."""
+    if torch.compiler.is_compiling() or not ctx.buffers:
+        return [torch.empty_like(x) for x in inputs], False
+    buffers, ctx.buffers = ctx.buffers, []
+    return buffers, True
+
+
+def rescale_inplace(name: str, ctx: Any, grad_output: Tensor) -> list[Tensor]:
+    """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies."""
+    if not ctx.buffers:
+        raise RuntimeError(
+            f"{name}: inplace=True allows one backward only: the gradient was written over the logits' storage and has been"
+            " handed out; use inplace=False to call backward again"
+        )
+    buffers, ctx.buffers = ctx.buffers, []
+    with torch.no_grad():
+        factor = grad_output.detach() / ctx.grad_scale
+        if not (factor.device.type == "cpu" and float(factor) == 1.0):
+            for buffer in buffers:
+                buffer.mul_(factor)
+    return buffers
+
+
+def tensor_or_number(value: Any, default: float = 0.0) -> tuple[Tensor | None, float]:
+    """A scalar argument as an op takes it: (tensor, unused number) or (None, number)."""
+    if value is None:
+        return None, default
+    if isinstance(value, Tensor):
+        return value.detach(), default
+    return None, float(value)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """dtype of the losses: float64 when an input to be differentiated is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,72 @@
+"""Box decode (differentiable in the deltas), encode and IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import compute_dtype, guard_double_backward, refuse_forward_mode
+from .library import op
+
+CODERS = {"delta": 0, "fovea": 1}
+
+
+class _DecodeBoxes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, deltas: Tensor, anchors: Tensor, weights: list[float], coder: int) -> Tensor:
+        out = torch.empty(deltas.shape, dtype=compute_dtype(deltas, anchors), device=deltas.device)
+        op("decode_boxes", backend)(deltas, anchors, weights, coder, out)
+        ctx.backend, ctx.weights, ctx.coder = backend, weights, coder
+        ctx.save_for_backward(deltas, anchors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        deltas, anchors = ctx.saved_tensors
+        grad = torch.empty_like(deltas)
+        op("decode_boxes_backward", ctx.backend)(
+            grad_output.detach().contiguous(), deltas, anchors, ctx.weights, ctx.coder, grad
+        )
+        (grad,) = guard_double_backward("decode_boxes", [grad], [deltas])
+        return None, grad, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode("decode_boxes")
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
+    """Boxes (..., 4); see ``functional.decode_boxes``."""
+    anchors = anchors.detach().contiguous()
+    return _DecodeBoxes.apply("cpu", deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
+
+
+def _constant(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.detach().contiguous(), b.detach().contiguous()
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
+    """Deltas (..., 4), without gradient; see ``functional.encode_boxes``."""
+    boxes, anchors = _constant(boxes, anchors)
+    out = torch.empty(boxes.shape, dtype=compute_dtype(boxes, anchors), device=boxes.device)
+    op("encode_boxes", "cpu")(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
+    return out
+
+
+def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU (...) of aligned boxes, without gradient."""
+    boxes1, boxes2 = _constant(boxes1, boxes2)
+    out = torch.empty(boxes1.shape[:-1], dtype=compute_dtype(boxes1, boxes2), device=boxes1.device)
+    op("paired_box_iou", "cpu")(boxes1, boxes2, out)
+    return out
+
+
+def delta_iou(pred_deltas: Tensor, target_deltas: Tensor, *, weights: Sequence[float], box_coder: str) -> Tensor:
+    """IoU (...) of the boxes that two sets of deltas stand for, without gradient."""
+    pred, target = _constant(pred_deltas, target_deltas)
+    out = torch.empty(pred.shape[:-1], dtype=compute_dtype(pred, target), device=pred.device)
+    op("delta_iou", "cpu")(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
+    return out

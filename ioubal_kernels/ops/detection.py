@@ -1,0 +1,212 @@
+"""The fused detection loss: classification and localisation over all levels, forward and gradient in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from .autograd import (
+    compute_dtype,
+    gradient_buffers,
+    guard_double_backward,
+    refuse_forward_mode,
+    rescale_inplace,
+    tensor_or_number,
+)
+from .boxes import CODERS
+from .library import op
+
+_NAME = "iou_balanced_detection_loss"
+_SCOPES = {"batch": 0, "level": 1, "image": 2}
+
+
+class _DetectionLoss(torch.autograd.Function):
+    """``levels`` maps of logits, then as many of deltas, then the constant tensors in ``split`` groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        levels: int,
+        num_gt: int,
+        num_scopes: int,
+        parameters: tuple[Any, ...],
+        loss_parameters: tuple[Any, ...],
+        divisors: tuple[float, float],
+        grad_scale: float,
+        process_group: Any,
+        inplace: bool,
+        cls_avg_factor: Tensor | None,
+        loc_avg_factor: Tensor | None,
+        grad_scale_tensor: Tensor | None,
+        anchors: Tensor,
+        matched_idxs: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits, deltas = list(tensors[:levels]), list(tensors[levels : 2 * levels])
+        gt_boxes, gt_labels = list(tensors[2 * levels : 2 * levels + num_gt]), list(tensors[2 * levels + num_gt :])
+        device = anchors.device
+        sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=device)
+        inputs = (logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, *parameters)
+        world_size = 1.0
+        if process_group is not None:
+            op("detection_sums", backend)(*inputs, sums)
+            # An image's sums are complete on its own process: only the counts of row 0 are shared.
+            torch.distributed.all_reduce(sums[0] if parameters[1] == _SCOPES["image"] else sums, group=process_group)
+            world_size = float(distributed.world_size(process_group))
+        dtype = compute_dtype(*logits, *deltas)
+        outputs = (
+            torch.empty((), dtype=dtype, device=device),
+            torch.empty((), dtype=dtype, device=device),
+            torch.empty((), dtype=torch.int64, device=device),
+            torch.empty((), dtype=torch.float32, device=device),
+        )
+        eager = not torch.compiler.is_compiling()
+        first = 15  # position of the first map among the arguments
+        want_logits = any(ctx.needs_input_grad[first : first + levels])
+        want_deltas = any(ctx.needs_input_grad[first + levels : first + 2 * levels])
+        ctx.inplace = inplace and eager and want_logits
+        logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
+        delta_buffers = gradient_buffers(deltas, want_deltas and eager)
+        scaling = (cls_avg_factor, divisors[0], loc_avg_factor, divisors[1], world_size, grad_scale_tensor, grad_scale)
+        op("detection_fill", backend)(
+            *inputs, *loss_parameters, *scaling, process_group is None, sums, outputs, logit_buffers, delta_buffers
+        )
+        ctx.mark_non_differentiable(outputs[2], outputs[3])
+        ctx.set_materialize_grads(False)
+        if want_logits or want_deltas:
+            ctx.backend, ctx.levels, ctx.num_gt = backend, levels, num_gt
+            ctx.parameters, ctx.loss_parameters, ctx.divisors = parameters, loss_parameters, divisors
+            ctx.world_size, ctx.expected = world_size, grad_scale
+            ctx.grad_scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
+            ctx.wants = (want_logits, want_deltas)
+            ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
+            if ctx.inplace:  # the logits are gone; keep their place with empty tensors
+                tensors = (*(x.new_empty(0) for x in logits), *tensors[levels:])
+            constants = (cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums)
+            ctx.save_for_backward(*constants, *tensors)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
+        cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums, *tensors = ctx.saved_tensors
+        levels, num_gt = ctx.levels, ctx.num_gt
+        logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
+        gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
+        compiling = torch.compiler.is_compiling()
+        scaling = (cls_avg_factor, ctx.divisors[0], loc_avg_factor, ctx.divisors[1], ctx.world_size, grad_scale_tensor)
+        constants = (anchors, matched_idxs, gt_boxes, gt_labels, *ctx.parameters, *ctx.loss_parameters)
+
+        # Each loss has its own gradients: none of the classification loss reaches the deltas, nor the other way round.
+        # A loss that took no part in this backward keeps its buffers for a later one.
+        grad_logits: list[Tensor | None] = [None] * levels
+        grad_deltas: list[Tensor | None] = [None] * levels
+        if grad_cls is not None and ctx.wants[0]:
+            if ctx.inplace:
+                grad_logits = rescale_inplace(_NAME, ctx, grad_cls)
+            else:
+                filled = not compiling and bool(ctx.buffers)
+                buffers = ctx.buffers if filled else [torch.empty_like(x) for x in logits]
+                if not compiling:
+                    ctx.buffers = []
+                op("detection_backward", ctx.backend)(
+                    logits, deltas, *constants, *scaling, ctx.expected, filled, sums, grad_cls.detach(), None, buffers, []
+                )
+                grad_logits = buffers
+        if grad_loc is not None and ctx.wants[1]:
+            filled = not compiling and bool(ctx.delta_buffers)
+            buffers = ctx.delta_buffers if filled else [torch.empty_like(x) for x in deltas]
+            if not compiling:
+                ctx.delta_buffers = []
+            op("detection_backward", ctx.backend)(
+                logits, deltas, *constants, *scaling, ctx.expected, filled, sums, None, grad_loc.detach(), [], buffers
+            )
+            grad_deltas = buffers
+        grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], [*logits, *deltas])
+        return (*[None] * 15, *grads, *[None] * (2 * num_gt))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode(_NAME)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Maps are read as they lie in memory, NCHW or channels_last; anything else is copied."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def detection_loss(
+    cls_logits: Sequence[Tensor],
+    bbox_deltas: Sequence[Tensor],
+    anchors: Tensor,
+    matched_idxs: Tensor,
+    gt_boxes: Tensor | Sequence[Tensor],
+    gt_labels: Tensor | Sequence[Tensor],
+    *,
+    eta: float,
+    lambda_: float,
+    w_loc: float,
+    alpha: float | None,
+    gamma: float,
+    beta: float,
+    box_coder: str,
+    box_weights: Sequence[float],
+    normalize_loc: bool,
+    normalizer_scope: str,
+    level_sizes: Sequence[int],
+    eps: float,
+    cls_weight: float,
+    avg_factor: tuple[float | Tensor | None, float | Tensor | None],
+    process_group: Any,
+    grad_scale: float | Tensor,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classification and localisation loss, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
+    if inplace and any(_dense(x) is not x for x in cls_logits):
+        raise ValueError(f"{_NAME}: inplace=True needs cls_logits that are contiguous or channels_last")
+    boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
+    labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
+    images = matched_idxs.shape[0]
+    num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]
+    parameters = (
+        [int(n) for n in level_sizes],
+        _SCOPES[normalizer_scope],
+        float(eta),
+        -1.0 if alpha is None else float(alpha),
+        float(gamma),
+        float(lambda_),
+        float(beta),
+        CODERS[box_coder],
+        [float(w) for w in box_weights],
+    )
+    loss_parameters = (float(eps), float(w_loc), bool(normalize_loc), float(cls_weight))
+    cls_avg, cls_divisor = tensor_or_number(avg_factor[0])
+    loc_avg, loc_divisor = tensor_or_number(avg_factor[1])
+    scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
+    return _DetectionLoss.apply(
+        "cpu",
+        len(cls_logits),
+        len(boxes),
+        num_scopes,
+        parameters,
+        loss_parameters,
+        (cls_divisor, loc_divisor),
+        scale,
+        process_group,
+        inplace,
+        cls_avg,
+        loc_avg,
+        scale_tensor,
+        anchors.detach().contiguous(),
+        matched_idxs.contiguous(),
+        *[_dense(x) for x in cls_logits],
+        *bbox_deltas,
+        *[b.detach().contiguous() for b in boxes],
+        *[t.contiguous() for t in labels],
+    )

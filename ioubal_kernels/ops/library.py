@@ -1,0 +1,119 @@
+"""The op schemas, their fakes, and the compiled library that implements them.
+
+A schema is declared here once; a backend registers kernels for its overload of it (``.cpp`` for the C++ libraries). Ops are
+out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that imports and
+fake tensors work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FLAT = "Tensor x, Tensor labels, Tensor iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
+_BOXES = "Tensor pred, Tensor target, Tensor? iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
+_DETECTION = (
+    "Tensor[] logits, Tensor[] deltas, Tensor anchors, Tensor matched_idxs, Tensor[] gt_boxes, Tensor[] gt_labels,"
+    " int[] level_sizes, int scope, float eta, float alpha, float gamma, float lambda_, float beta, int box_coder,"
+    " float[] box_weights"
+)
+# Divisor: a tensor, else a number > 0, else the count in the sums over the world size.
+_DIVISOR = "Tensor? avg_factor, float divisor, float world_size"
+_SCALE = "Tensor? grad_scale_tensor, float grad_scale"
+_DETECTION_LOSS = (
+    "float eps, float w_loc, bool normalize_loc, float cls_weight, Tensor? cls_avg_factor, float cls_divisor,"
+    f" Tensor? loc_avg_factor, float loc_divisor, float world_size, {_SCALE}"
+)
+
+
+def _flat_schemas(name: str, inputs: str, parameters: str, loss_parameters: str, elementwise: str) -> list[str]:
+    return [
+        f"{name}_sums.OVERLOAD({inputs}, {parameters}, Tensor(a!) sums) -> ()",
+        f"{name}_fill.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {_DIVISOR}, {_SCALE}, bool compute_sums,"
+        " Tensor(a!) sums, Tensor(b!) loss, Tensor(c!)[] grads) -> ()",
+        f"{name}_backward.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {_DIVISOR}, {_SCALE}, bool filled,"
+        " Tensor sums, Tensor grad_output, Tensor(a!) grad) -> ()",
+        f"{name}_elementwise.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {elementwise}, bool compute_sums,"
+        " Tensor(a!) sums, Tensor(b!) out) -> ()",
+    ]
+
+
+SCHEMAS = [
+    *_flat_schemas("focal", _FLAT, "float eta, float alpha, float gamma", "float eps", "bool gradient"),
+    *_flat_schemas("cross_entropy", _FLAT, "int background, float eta", "float eps", "Tensor? grad_output"),
+    *_flat_schemas(
+        "smooth_l1",
+        _BOXES,
+        "float lambda_, float beta, float[] box_weights, bool normalize",
+        "float w_loc, float eps",
+        "Tensor? grad_output",
+    ),
+    f"detection_sums.OVERLOAD({_DETECTION}, Tensor(a!) sums) -> ()",
+    f"detection_fill.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool compute_sums, Tensor(a!) sums, Tensor(b!)[] outputs,"
+    " Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas) -> ()",
+    f"detection_backward.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool filled, Tensor sums, Tensor? grad_cls,"
+    " Tensor? grad_loc, Tensor(a!)[] grad_logits, Tensor(b!)[] grad_deltas) -> ()",
+    "decode_boxes.OVERLOAD(Tensor deltas, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
+    "decode_boxes_backward.OVERLOAD(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, int box_coder,"
+    " Tensor(a!) grad) -> ()",
+    "encode_boxes.OVERLOAD(Tensor boxes, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
+    "paired_box_iou.OVERLOAD(Tensor boxes1, Tensor boxes2, Tensor(a!) out) -> ()",
+    "delta_iou.OVERLOAD(Tensor pred, Tensor target, float[] weights, int box_coder, Tensor(a!) out) -> ()",
+]
+# Host-side helpers that read values: they return a number and have no fake.
+VALUE_SCHEMAS = [
+    "check_labels.OVERLOAD(Tensor labels, int num_classes, int min_label) -> int",
+    "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",
+]
+OVERLOAD = {"cpu": "cpp"}  # backend -> overload
+
+_LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_ioubal_cpu.so"
+_library = torch.library.Library("ioubal", "DEF")
+_load_error: str | None = None
+
+
+def _no_output(*args: Any) -> None:
+    return None
+
+
+def _define() -> None:
+    for overload in sorted(set(OVERLOAD.values())):
+        for schema in SCHEMAS:
+            _library.define(schema.replace("OVERLOAD", overload))
+            name = schema.split("(")[0].replace("OVERLOAD", overload)
+            torch.library.register_fake(f"ioubal::{name}", _no_output, lib=_library)
+        for schema in VALUE_SCHEMAS:
+            _library.define(schema.replace("OVERLOAD", overload))
+    # Instruction set in use: 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16; a limit >= 0 caps the choice.
+    _library.define("cpu_isa(int limit) -> int")
+
+
+def _load() -> str | None:
+    if not _LIBRARY_FILE.is_file():
+        return f"the CPU library {_LIBRARY_FILE.name} was not built"
+    try:
+        torch.ops.load_library(str(_LIBRARY_FILE))
+    except (OSError, RuntimeError) as error:
+        return f"{_LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+_define()
+_load_error = _load()
+
+
+def load_error() -> str | None:
+    """Why the compiled CPU library is absent; None when it is loaded."""
+    return _load_error
+
+
+def available(backend: str) -> bool:
+    """Whether the backend's kernels are loaded."""
+    return backend == "cpu" and _load_error is None
+
+
+def op(name: str, backend: str) -> Any:
+    """The overload of an op that belongs to a backend."""
+    return getattr(getattr(torch.ops.ioubal, name), OVERLOAD[backend])
