@@ -1,4 +1,4 @@
-"""IoU-balanced losses for object detection (Wu et al., "IoU-balanced loss functions for single-stage object detection"), fused.
+"""Fused IoU-balanced losses for object detection, after Wu et al., "IoU-balanced Loss Functions".
 
 The public names are exported here; each function's docstring is its contract.
 """

@@ -1,4 +1,4 @@
-"""The paper's Figure 2: the upper bound of the IoU as a function of one delta, and the gradient norm that follows from it."""
+"""The paper's Figure 2: the upper bound of the IoU as a function of one delta, and the gradient norm it gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ KINDS = ("center", "size")
 def bounded_iou(d: Tensor | float | Sequence[float], kind: str = "center", ratio: float = 1.0) -> Tensor:
     """Upper bound of the IoU when one delta is off by d and the others are right.
 
-    kind "center" (Eq. 11, d = dx or dy): ``(r - |d|) / (r + |d|)`` with ratio r = target width over anchor width, clamped at 0.
+    kind "center" (Eq. 11, d = dx or dy): ``(r - |d|) / (r + |d|)`` with ratio r = target width over anchor width,
+    clamped at 0.
     kind "size" (Eq. 12, d = dw or dh): ``exp(-|d|)``; the ratio plays no part.
 
     Args:
@@ -44,7 +45,7 @@ def gradient_norm(
     w_loc: float = 1.0,
     beta: float = 0.111,
 ) -> Tensor:
-    """Upper bound of the norm of the IoU-balanced smooth L1 loss's gradient (Eq. 13 for "center", Eq. 14 for "size"; ratio 1).
+    """Upper bound of the norm of the IoU-balanced smooth L1 loss's gradient: Eq. 13 for "center", Eq. 14 for "size".
 
     ``w_loc * bounded_iou(d, kind)**lambda_ * min(|d| / beta, 1)``. lambda_ = 0 with w_loc = 1 is plain smooth L1.
 

@@ -1,8 +1,9 @@
 """Which implementation runs: what exists here, the automatic choice for a device, and the ways to override it.
 
-A backend is one row of ``_BACKENDS``. Its module offers the functions of ``reference`` with the same arguments. An override is, in
-this order, the ``backend=`` argument, ``use_backend(name)``, the environment variable ``IOUBAL_BACKEND``; without one (or with
-``"auto"``) the first available backend for the tensors' device is taken, and ``reference`` runs anywhere.
+A backend is one row of ``_BACKENDS``. Its module offers the functions of ``reference`` with the same arguments. An
+override is, in this order, the ``backend=`` argument, ``use_backend(name)``, the environment variable
+``IOUBAL_BACKEND``; without one (or with ``"auto"``) the first available backend for the tensors' device is taken, and
+``reference`` runs anywhere.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ def unavailable_reason(name: str) -> str | None:
     return _BACKENDS[name].unavailable()
 
 
-class use_backend:  # noqa: N801 (reads as a function, works as a context manager)
+class use_backend:
     """Choose the backend of every call that does not name one.
 
-    ``use_backend("reference")`` holds for the whole process from now on; ``with use_backend("reference"):`` holds inside the block,
-    for the current thread or task, and then restores what was before. ``"auto"`` or None returns to the automatic choice.
+    ``use_backend("reference")`` holds for the whole process from now on; ``with use_backend("reference"):`` holds
+    inside the block, for the current thread or task, and then restores what was before. ``"auto"`` or None returns to
+    the automatic choice.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is absent here (with the reason).
     """
@@ -131,15 +133,25 @@ def _apply_pending() -> None:
     _process_choice = _pending[-1].name if _pending else None
 
 
+def _override() -> str | None:
+    """The name in force for calls that give none."""
+    return _context_choice.get() or _process_choice or os.environ.get("IOUBAL_BACKEND") or None
+
+
+# torch.compile cannot trace a context variable: it takes the answer at trace time as a constant. This is what
+# torch.compiler.assume_constant_result sets, without importing the whole compiler with this package.
+_override._dynamo_marked_constant = True
+
+
 def choose(op: str, backend: str | None, device: torch.device, float64: bool) -> ModuleType:
     """The module that runs `op` on tensors of this device. float64: a tensor to be differentiated is float64.
 
-    Raises ValueError for an unknown name or a backend of another device, TypeError for float64 where the named backend has
-    none, RuntimeError for an absent backend.
+    Raises ValueError for an unknown name or a backend of another device, TypeError for float64 where the named backend
+    has none, RuntimeError for an absent backend.
     """
     name = backend
     if name is None:
-        name = _context_choice.get() or _process_choice or os.environ.get("IOUBAL_BACKEND") or None
+        name = _override()
     if name == "auto":
         name = None
     module = _chosen.get((name, device.type, float64))

@@ -1,7 +1,7 @@
 """Box coders and IoU in plain PyTorch: any float dtype, differentiable, no checks.
 
-Boxes are ``x1 y1 x2 y2`` with width ``x2 - x1``. Half precision inputs are computed in float32; results are float32, or float64
-as soon as one input is float64.
+Boxes are ``x1 y1 x2 y2`` with width ``x2 - x1``. Half precision inputs are computed in float32; results are float32,
+or float64 as soon as one input is float64.
 
 ``delta`` coder (R-CNN): ``dx = wx * (cx - cxa) / wa``, ``dw = ww * log(w / wa)``, likewise y and h.
 ``fovea`` coder (FoveaBox): the anchor is a box around the cell's centre with the level's base size; the deltas are
@@ -21,7 +21,8 @@ IGNORE = -2
 BOX_CODERS = ("delta", "fovea")
 UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
-# Predicted log-sizes are clamped before exp, so that an untrained head cannot overflow (torchvision's and MMDetection's bound).
+# Predicted log-sizes are clamped before exp, so that an untrained head cannot overflow (torchvision's and
+# MMDetection's bound).
 LOG_SIZE_LIMIT = math.log(1000.0 / 16.0)
 # FoveaBox clamps a target's distance over the base size to this range before the logarithm.
 FOVEA_MIN, FOVEA_MAX = 1.0 / 16.0, 16.0
@@ -50,7 +51,7 @@ def decode(
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = UNIT_WEIGHTS, box_coder: str = "delta") -> Tensor:
-    """Deltas (..., 4) that ``decode`` turns into boxes (..., 4). A box or anchor without area gives infinite or NaN deltas."""
+    """Deltas (..., 4) that ``decode`` turns into boxes (..., 4). Without area: infinite or NaN deltas."""
     dtype = result_dtype(boxes, anchors)
     bx1, by1, bx2, by2 = boxes.to(dtype).unbind(-1)
     ax1, ay1, ax2, ay2 = anchors.to(dtype).unbind(-1)
@@ -71,7 +72,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = UNIT_WEIGH
 
 
 def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU (...) of aligned boxes (..., 4). An inverted box has no area; two boxes without area have IoU 0. No gradient."""
+    """IoU (...) of aligned boxes (..., 4). Inverted boxes have no area; two boxes without area: IoU 0. No gradient."""
     dtype = result_dtype(boxes1, boxes2)
     ax1, ay1, ax2, ay2 = boxes1.detach().to(dtype).unbind(-1)
     bx1, by1, bx2, by2 = boxes2.detach().to(dtype).unbind(-1)

@@ -1,4 +1,4 @@
-"""Measuring w_loc: the factor that keeps the localisation loss's size at the start of training (the paper's Section 3.3)."""
+"""Measuring w_loc: the factor that keeps the localisation loss's size at the start of training (Section 3.3)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def calibrate_w_loc(
     beta: float = 1 / 9,
     box_weights: Sequence[float] = UNIT_WEIGHTS,
 ) -> float:
-    """The w_loc that makes Eq. 6's loss equal plain smooth L1 over the given positives: sum(l1) / sum(iou**lambda_ * l1).
+    """The w_loc that makes Eq. 6's loss equal plain smooth L1 over the given positives.
+
+    That is sum(smooth_l1) / sum(iou**lambda_ * smooth_l1).
 
     Args:
         pairs: (pred_deltas (P, 4), target_deltas (P, 4)) of the positives of several batches, any float dtype.
@@ -51,7 +53,7 @@ def calibrate_w_loc(
     # Also false for NaN.
     if not (0.0 < balanced < float("inf") and plain < float("inf")):
         raise ValueError(
-            f"{op}: pairs must hold positives with a positive, finite balanced loss, got {count} pairs with {rows} rows,"
-            f" plain loss {plain:g}, balanced loss {balanced:g}"
+            f"{op}: pairs must hold positives with a positive, finite balanced loss, got {count} pairs with"
+            f" {rows} rows, plain loss {plain:g}, balanced loss {balanced:g}"
         )
     return plain / balanced

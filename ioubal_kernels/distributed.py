@@ -37,7 +37,9 @@ def world_size(group: Any) -> int:
 
 
 def all_reduce_sums(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Sums of each tensor over the group, in one all-reduce. The tensors share a dtype and device; the inputs stay unchanged."""
+    """Sums of each tensor over the group, in one all-reduce. The tensors share a dtype and device; the inputs stay
+    unchanged.
+    """
     if group is None:
         return list(tensors)
     packed = torch.cat([t.detach().reshape(-1) for t in tensors])

@@ -40,13 +40,14 @@ def iou_balanced_sigmoid_focal_loss(
 ) -> Tensor:
     """IoU-balanced focal loss on sigmoid logits (Eq. 3 and 4 of the paper with the focal loss as its CE).
 
-    The loss of the positive entry (i, labels[i]) is multiplied by ``iou_i**eta * S / D``, where S is the sum of the positives'
-    losses and D the sum of ``iou**eta`` times them. Weights and normaliser are constants: no gradient flows through them. Every
-    other entry, the other classes of a positive included, is a negative of weight 1.
+    The loss of the positive entry (i, labels[i]) is multiplied by ``iou_i**eta * S / D``, where S is the sum of the
+    positives' losses and D the sum of ``iou**eta`` times them. Weights and normaliser are constants: no gradient flows
+    through them. Every other entry, the other classes of a positive included, is a negative of weight 1.
 
     Args:
         logits: (..., K), float32, float64, float16 or bfloat16; the only argument with a gradient.
-        labels: (...), int32 or int64: class in [0, K), -1 background, -2 ignored (no loss, no gradient, whatever the logits).
+        labels: (...), int32 or int64: class in [0, K), -1 background, -2 ignored (no loss, no gradient, whatever the
+            logits).
         iou: (...), any float dtype; read at positives only, clamped to [0, 1]; iou**0 = 1.
         eta: exponent of the IoU, >= 0.
         alpha: focal loss's class balance in [0, 1]; None for none.
@@ -57,8 +58,8 @@ def iou_balanced_sigmoid_focal_loss(
         avg_factor: divisor for "mean": positive number or 0-d tensor; default max(number of positives, 1).
         scope_ids: (...), int32 or int64 in [0, num_scopes): S and D are summed per scope. Default: one scope.
         num_scopes: number of scopes, required with scope_ids.
-        process_group: None, a process group or "world": S, D and the default divisor's count are summed over it, so that the mean
-            over its processes of losses and gradients is that of one process with all rows.
+        process_group: None, a process group or "world": S, D and the default divisor's count are summed over it, so
+            that the mean over its processes of losses and gradients is that of one process with all rows.
         grad_scale: the grad_output expected in backward; only speed depends on it.
         inplace: write the gradient over the logits, which are destroyed; one backward only.
         backend: None for the automatic choice, or a name of ``available_backends()``.
@@ -340,9 +341,9 @@ def decode_boxes(
 ) -> Tensor:
     """Boxes ``x1 y1 x2 y2`` (..., 4) of deltas (..., 4) relative to anchors (..., 4). Differentiable in both.
 
-    delta coder: centre ``cxa + wa * dx / wx``, width ``wa * exp(dw / ww)``; fovea coder: the four log-distances. The log-sizes (dw, dh; all
-    four of the fovea coder) are clamped to +-log(1000/16) before exp. No clipping to an image. Deltas and anchors have
-    the same shape and device, any float dtypes. Returns float32, float64 if either is float64.
+    delta coder: centre ``cxa + wa * dx / wx``, width ``wa * exp(dw / ww)``; fovea coder: the four log-distances. The
+    log-sizes (dw, dh; all four of the fovea coder) are clamped to +-log(1000/16) before exp. No clipping to an image.
+    Deltas and anchors have the same shape and device, any float dtypes. Returns float32, float64 if either is float64.
 
     Raises TypeError, ValueError or RuntimeError as the losses do.
     """
@@ -362,10 +363,11 @@ def encode_boxes(
     box_coder: str = "delta",
     backend: str | None = None,
 ) -> Tensor:
-    """Deltas (..., 4) of boxes (..., 4) relative to anchors (..., 4): what ``decode_boxes`` inverts. Differentiable in both.
+    """Deltas (..., 4) of boxes (..., 4) relative to anchors (..., 4): what ``decode_boxes`` inverts. Differentiable in
+    both.
 
-    The fovea coder clamps each distance over the anchor's size to 1/16..16. A box or an anchor without area gives infinite or NaN
-    deltas. Same shape and device, any float dtypes. Returns float32, float64 if either is float64.
+    The fovea coder clamps each distance over the anchor's size to 1/16..16. A box or an anchor without area gives
+    infinite or NaN deltas. Same shape and device, any float dtypes. Returns float32, float64 if either is float64.
 
     Raises TypeError, ValueError or RuntimeError as the losses do.
     """
@@ -399,8 +401,8 @@ def delta_iou(
 ) -> Tensor:
     """IoU (...) of the boxes that two sets of deltas (..., 4) decode to on any common anchor. No gradient.
 
-    The anchor cancels out: decoding shifts and scales each axis, and IoU is invariant to both. Returns float32, float64 if either is
-    float64.
+    The anchor cancels out: decoding shifts and scales each axis, and IoU is invariant to both. Returns float32,
+    float64 if either is float64.
 
     Raises TypeError, ValueError or RuntimeError as the losses do.
     """
@@ -420,7 +422,9 @@ def _box_pair(op: str, name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -
 
 
 def _box_backend(op: str, backend: str | None, first: Tensor, second: Tensor, constants: Sequence[Tensor] = ()) -> Any:
-    """The backend for a box function. A fast one knows no gradient in `constants`: those go through the plain formulas."""
+    """The backend for a box function. A fast one knows no gradient in `constants`: those go through the plain
+    formulas.
+    """
     float64 = boxes.result_dtype(first, second) is torch.float64
     impl = backends.choose(op, backend, first.device, float64)
     if constants and torch.is_grad_enabled() and any(t.requires_grad for t in constants):

@@ -53,18 +53,22 @@ def iou_balanced_detection_loss(
     inplace: bool = False,
     backend: str | None = None,
 ) -> DetectionLoss:
-    """Both IoU-balanced losses of a dense detector's training step (Eq. 3 to 7) in one call, from the heads' raw outputs.
+    """Both IoU-balanced losses of a dense detector's training step (Eq. 3 to 7) in one call, from the heads' raw
+    outputs.
 
     N images, R anchors per image, K classes, L levels, A anchors per location, G gt boxes of an image.
 
     Args:
-        cls_logits: (N, R, K), or a list over levels of (N, A*K, H, W), contiguous or channels_last; channel a*K + k. Any float dtype.
-        bbox_deltas: (N, R, 4), or a list over levels of (N, A*4, H, W); channel a*4 + j. Flat if and only if cls_logits is.
-        anchors: (R, 4) or (N, R, 4) ``x1 y1 x2 y2``, in the order level, h, w, a. Any float dtype. With box_coder "fovea" boxes of
-            the cell's centre and the level's base size.
+        cls_logits: (N, R, K), or a list over levels of (N, A*K, H, W), contiguous or channels_last; channel a*K + k.
+            Any float dtype.
+        bbox_deltas: (N, R, 4), or a list over levels of (N, A*4, H, W); channel a*4 + j. Flat if and only if
+            cls_logits is.
+        anchors: (R, 4) or (N, R, 4) ``x1 y1 x2 y2``, in the order level, h, w, a. Any float dtype. With box_coder
+            "fovea" boxes of the cell's centre and the level's base size.
         matched_idxs: (N, R), int32 or int64: index of a gt box of that image, -1 background, -2 ignored.
         gt_boxes: list of N tensors (G_i, 4), G_i may be 0; or padded (N, G, 4).
-        gt_labels: list of N tensors (G_i,), int32 or int64, classes in [0, K); or padded (N, G) with -1 where there is no box.
+        gt_labels: list of N tensors (G_i,), int32 or int64, classes in [0, K); or padded (N, G) with -1 where there is
+            no box.
         eta, lambda_: exponents of the IoU in the classification and the localisation weight, >= 0.
         w_loc: constant factor of the localisation loss.
         alpha, gamma: the focal loss's; alpha=None for no class balance.
@@ -76,15 +80,16 @@ def iou_balanced_detection_loss(
         anchors_per_level: L ints summing to R; needed for scope "level" with flat inputs.
         eps: added to the normalisers' denominators.
         cls_weight: constant factor of the classification loss.
-        avg_factor: divisor of both losses: positive number, 0-d tensor, tensor (N,) with one divisor per image, or a pair
-            (classification, localisation) of these; default max(number of positives in the batch, 1).
+        avg_factor: divisor of both losses: positive number, 0-d tensor, tensor (N,) with one divisor per image, or a
+            pair (classification, localisation) of these; default max(number of positives in the batch, 1).
         process_group, grad_scale, inplace, backend: as in ``iou_balanced_sigmoid_focal_loss``.
 
-    A positive whose anchor or gt box has width or height <= 0 counts as a positive with IoU 0 and has no localisation loss.
+    A positive whose anchor or gt box has width or height <= 0 counts as a positive with IoU 0 and has no localisation
+    loss.
 
     Returns:
-        DetectionLoss(classification, localization, num_positives, mean_iou). The losses are float32, float64 if the logits or the
-        deltas are; neither loss has a gradient in the other's input.
+        DetectionLoss(classification, localization, num_positives, mean_iou). The losses are float32, float64 if the
+        logits or the deltas are; neither loss has a gradient in the other's input.
 
     Raises:
         TypeError, ValueError: for any argument that is not as above, before anything is computed.

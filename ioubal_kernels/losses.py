@@ -64,7 +64,9 @@ class IoUBalancedLoss(_FunctionModule):
         avg_factor: Any = None,
         grad_scale: float | Tensor | None = None,
     ) -> DetectionLoss:
-        """See ``iou_balanced_detection_loss``; avg_factor and grad_scale, if given, replace the module's for this call."""
+        """See ``iou_balanced_detection_loss``; avg_factor and grad_scale, if given, replace the module's for this
+        call.
+        """
         return self._call(
             cls_logits,
             bbox_deltas,
@@ -89,7 +91,9 @@ class _ClassificationModule(_FunctionModule):
         avg_factor: float | Tensor | None = None,
         grad_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Logits (..., K), labels (...), iou (...); avg_factor and grad_scale, if given, replace the module's for this call."""
+        """Logits (..., K), labels (...), iou (...); avg_factor and grad_scale, if given, replace the module's for this
+        call.
+        """
         return self._call(
             logits, labels, iou, weight=weight, scope_ids=scope_ids, avg_factor=avg_factor, grad_scale=grad_scale
         )
@@ -129,7 +133,9 @@ class IoUBalancedSmoothL1Loss(_FunctionModule):
         avg_factor: float | Tensor | None = None,
         grad_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Deltas (P, 4) and (P, 4), iou (P,); avg_factor and grad_scale, if given, replace the module's for this call."""
+        """Deltas (P, 4) and (P, 4), iou (P,); avg_factor and grad_scale, if given, replace the module's for this
+        call.
+        """
         return self._call(
             pred_deltas,
             target_deltas,

@@ -1,9 +1,10 @@
-"""The oracle and the fallback: every loss in plain PyTorch. Its formulas, in ``reference_terms``, are Python's only copy.
+"""The oracle and the fallback: every loss in plain PyTorch. Its formulas, in ``reference_terms``, are Python's only
+copy.
 
-Arguments are validated by ``functional``. Half precision is computed in float32, float64 in float64; autograd differentiates,
-so double backward and forward-mode AD work. Nothing here synchronises with the host or depends on values in its control flow,
-so the functions trace under ``torch.compile(fullgraph=True)``. ``grad_scale`` and ``inplace`` only matter to the fused
-backends and change nothing here.
+Arguments are validated by ``functional``. Half precision is computed in float32, float64 in float64; autograd
+differentiates, so double backward and forward-mode AD work. Nothing here synchronises with the host or depends on
+values in its control flow, so the functions trace under ``torch.compile(fullgraph=True)``. ``grad_scale`` and
+``inplace`` only matter to the fused backends and change nothing here.
 
 Values outside their range never read out of bounds: the row they are in becomes NaN, and with it the loss.
 """
@@ -68,7 +69,8 @@ def _sigmoid_parts(
     if bad_rows is not None:
         bad = bad | bad_rows
     counted = labels != IGNORE
-    # Ignored rows are replaced before anything is computed, so that a NaN there reaches neither the loss nor the gradient.
+    # Ignored rows are replaced before anything is computed, so that a NaN there reaches neither the loss nor the
+    # gradient.
     x = torch.where(counted[:, None], logits, 0.0).to(dtype)
     onehot = labels[:, None] == torch.arange(num_classes, device=labels.device, dtype=labels.dtype)
     plain = focal_term(torch.where(onehot, -x, x), gamma)
@@ -99,7 +101,9 @@ def sigmoid_focal_loss(
     grad_scale: float | Tensor,
     inplace: bool,
 ) -> Tensor:
-    """Eq. 3 and 4 with the focal loss (gamma 0 and alpha None: binary cross entropy). Logits (..., K), the rest (...)."""
+    """Eq. 3 and 4 with the focal loss (gamma 0 and alpha None: binary cross entropy). Logits (..., K), the rest
+    (...).
+    """
     del grad_scale, inplace
     dtype = boxes.result_dtype(logits)
     num_classes = logits.shape[-1]
@@ -252,7 +256,8 @@ def detection_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Classification and localisation loss of a dense detector, num_positives (int64) and mean_iou (float32), all 0-d.
 
-    A list of one 3-d tensor is flat: logits (N, R, K), deltas (N, R, 4). Else level maps (N, A*K, H, W) and (N, A*4, H, W).
+    A list of one 3-d tensor is flat: logits (N, R, K), deltas (N, R, 4). Else level maps (N, A*K, H, W) and (N, A*4,
+    H, W).
     """
     del grad_scale, inplace
     dtype = boxes.result_dtype(*cls_logits, *bbox_deltas)
@@ -422,7 +427,9 @@ def delta_iou(pred_deltas: Tensor, target_deltas: Tensor, *, weights: Sequence[f
 
 
 def check_labels(labels: Tensor, num_classes: int, min_label: int) -> int:
-    """Flat index of the first label outside [min_label, num_classes), or -1. Reads the values: synchronises with the host."""
+    """Flat index of the first label outside [min_label, num_classes), or -1. Reads the values: synchronises with the
+    host.
+    """
     return _first((labels < min_label) | (labels >= num_classes))
 
 

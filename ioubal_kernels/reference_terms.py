@@ -1,4 +1,6 @@
-"""The formulas of the losses, written once in Python: terms, IoU weights and normalisers. Used by ``reference`` only."""
+"""The formulas of the losses, written once in Python: terms, IoU weights and normalisers. Used by ``reference``
+only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from . import distributed
 
 # Above this logit of a negative (below its opposite for a positive) the focal modulator is 1 to within 1e-43.
 _SATURATED = 100.0
-# A positive's loss enters the normaliser's sums no larger than this, so that an infinite one gives the limit of S / D, not NaN.
+# A positive's loss enters the normaliser's sums no larger than this, so that an infinite one gives the limit of S / D,
+# not NaN.
 _LOSS_LIMIT = 1e30
 
 
@@ -33,7 +36,8 @@ class Scope(NamedTuple):
 
 
 def focal_term(logits: Tensor, gamma: float) -> Tensor:
-    """softplus(x) * sigmoid(x)**gamma: the focal loss of a negative's logit x, or of a positive's logit -x, without alpha.
+    """softplus(x) * sigmoid(x)**gamma: the focal loss of a negative's logit x, or of a positive's logit -x, without
+    alpha.
 
     The modulator goes through log-sigmoid, which keeps it and its gradient accurate and finite at every logit. Beyond
     saturation the term is x itself; taking it from the other branch there would give inf * 0 in the gradient of +inf.
@@ -54,7 +58,8 @@ def softmax_term(logits: Tensor, columns: Tensor) -> Tensor:
     finite = torch.where(limit[:, None], 0.0, logits)
     index = columns[:, None]
     term = -F.log_softmax(finite, dim=1).gather(1, index).squeeze(1)
-    # One or more +inf share all the probability: p_j = 1 / count there, so the loss is their mean minus the label's logit.
+    # One or more +inf share all the probability: p_j = 1 / count there, so the loss is their mean minus the label's
+    # logit.
     label_infinite = infinite.gather(1, index).squeeze(1)
     own = torch.where(limit & ~label_infinite, logits.gather(1, index).squeeze(1), 0.0)
     others = torch.where(infinite & (limit & ~label_infinite)[:, None], logits, 0.0).sum(1) / count.clamp(min=1)
@@ -115,7 +120,9 @@ def row_scope(scope_ids: Tensor | None, num_scopes: int | None) -> tuple[Scope, 
 
 
 def mean(total: Tensor, avg_factor: float | Tensor | None, count: Tensor, group: Any) -> Tensor:
-    """total / avg_factor, whose default is max(count, 1) (over the group: the mean over ranks is the whole batch's loss)."""
+    """total / avg_factor, whose default is max(count, 1) (over the group: the mean over ranks is the whole batch's
+    loss).
+    """
     if avg_factor is None:
         avg_factor = (count.clamp(min=1) / distributed.world_size(group)).to(total.dtype)
     elif isinstance(avg_factor, Tensor):

@@ -28,7 +28,8 @@ _CHECK_MODES = ("auto", "0", "1")
 def describe(value: object) -> str:
     """What was got, for an error message."""
     if isinstance(value, Tensor):
-        text = f"a tensor of shape {tuple(value.shape) if not value.is_nested else 'nested'}, {value.dtype}, on {value.device}"
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        text = f"a tensor of shape {shape}, {value.dtype}, on {value.device}"
         return text if value.layout is torch.strided else f"{text}, layout {value.layout}"
     if isinstance(value, (list, tuple)):
         inner = type(value[0]).__name__ if value else "nothing"
@@ -135,7 +136,7 @@ def four_weights(op: str, argument: str, value: Any) -> None:
             fail_value(op, f"{argument}[{i}]", "be positive", weight)
 
 
-# ---------------------------------------------------------------------------------------------- shared keyword arguments
+# --------------------------------------------------------------------------------------------- shared keyword arguments
 
 
 def grad_scale(op: str, value: Any, device: torch.device) -> None:
@@ -209,7 +210,9 @@ def scopes(op: str, ids: Any, num_scopes: Any, shape: Sequence[int], device: tor
 
 
 def values_checked(sample: Tensor) -> bool:
-    """Whether label and index values are read: IOUBAL_CHECK=auto (CPU tensors outside torch.compile), 1 (everywhere), 0."""
+    """Whether label and index values are read: IOUBAL_CHECK=auto (CPU tensors outside torch.compile), 1 (everywhere),
+    0.
+    """
     mode = os.environ.get("IOUBAL_CHECK", "auto")
     if mode == "auto":
         # A tensor subclass (FakeTensor, a tracer's proxy) may have no values to read.
