@@ -50,6 +50,8 @@ class VocFolder:
     splits: dict[str, list[str]]
     annotated: set[str]
     images: dict[str, str]
+    parsed: dict[str, VocAnnotation] = field(default_factory=dict)
+    """Annotation files already read, by path: training and evaluation split need the same ones for the classes."""
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -237,7 +239,9 @@ def load_voc(
                 problems.append(f"{path}: {reason}")
                 continue
             try:
-                parsed[path] = read_annotation(path)
+                if path not in folder.parsed:
+                    folder.parsed[path] = read_annotation(path)
+                parsed[path] = folder.parsed[path]
             except DataError as error:
                 problems.append(str(error))
     wanted = _select(folders, split)
