@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -36,14 +35,6 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "xdist": "pytest-xdist", "cl
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 
 
-def build_info() -> dict[str, Any]:
-    """What the build wrote into `_build_info.json`; {} where nothing was built (a checkout on PYTHONPATH)."""
-    try:
-        return json.loads((PACKAGE / "_build_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def collect() -> dict[str, Any]:
     """Everything `ioubal doctor` prints, as plain values (JSON-serialisable). Never raises."""
     return {
@@ -59,7 +50,7 @@ def collect() -> dict[str, Any]:
             "torch threads": attempt(lambda: importlib.import_module("torch").get_num_threads()),
         },
         "backends": attempt(backends),
-        "library": build_info().get("cpu") or {"built": False, "reason": "no build of this copy has run"},
+        "library": attempt(library),
         "tools": {"C++ compiler": attempt(compiler), "nvcc": attempt(nvcc)},
         "extras": {name: attempt(lambda name=name: extra(name)) for name in EXTRAS},
         "allocator": attempt(allocator),
@@ -109,12 +100,16 @@ def usable_cores() -> int:
 
 def instruction_set() -> str:
     """The one the library's dispatch takes here; asking (-1) changes nothing."""
-    torch = importlib.import_module("torch")
-    importlib.import_module("ioubal_kernels.ops")
-    if not hasattr(torch.ops.ioubal, "cpu_isa"):
-        return "none: the CPU library is not loaded"
-    level = int(torch.ops.ioubal.cpu_isa(-1))
+    if not importlib.import_module("ioubal_kernels.ops").available("cpu"):
+        return "none, the CPU library is not loaded"
+    level = int(importlib.import_module("torch").ops.ioubal.cpu_isa(-1))
     return INSTRUCTION_SETS.get(level, f"level {level}")
+
+
+def library() -> dict[str, Any]:
+    """What the build of this copy says of itself."""
+    info = importlib.import_module("ioubal_kernels.ops.library").build_info().get("cpu")
+    return info or {"built": False, "reason": "no build of this copy has run"}
 
 
 def backends() -> dict[str, str]:

@@ -7,6 +7,7 @@ fake tensors work.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,18 @@ def _define() -> None:
     _library.define("cpu_isa(int limit) -> int")
 
 
+def build_info() -> dict[str, Any]:
+    """What the last build of this copy wrote about itself (setup.py); {} where none has run."""
+    try:
+        return json.loads((_LIBRARY_FILE.parent / "_build_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _load() -> str | None:
     if not _LIBRARY_FILE.is_file():
-        return f"the CPU library {_LIBRARY_FILE.name} was not built"
+        reason = build_info().get("cpu", {}).get("reason")
+        return f"the CPU library {_LIBRARY_FILE.name} was not built" + (f": {reason}" if reason else "")
     try:
         torch.ops.load_library(str(_LIBRARY_FILE))
     except (OSError, RuntimeError) as error:
