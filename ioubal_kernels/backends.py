@@ -199,8 +199,7 @@ def _warn_fallback(device_type: str, reasons: list[str]) -> None:
             return
         _warned.add(device_type)
     warnings.warn(
-        f"ioubal_kernels runs its slow reference backend on {device_type} tensors ({'; '.join(reasons)})."
-        f" To build the fast kernels, run in the source directory:\n    {_BUILD_LINE}",
+        f"ioubal_kernels runs its slow reference backend on {device_type} tensors ({'; '.join(reasons)})",
         RuntimeWarning,
         stacklevel=6,
     )
