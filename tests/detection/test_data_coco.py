@@ -78,7 +78,10 @@ FAULTS = {
     "NaN": (raw("18.0", "NaN"), "finite, got NaN"),
     "Infinity": (raw("18.0", "Infinity"), "finite, got Infinity"),
     "-Infinity": (raw("18.0", "-Infinity"), "finite, got -Infinity"),
-    "overflow to infinity": (raw("[2, 3, 5, 4]", "[2, 3, 1e999, 4]"), "annotation 1: bbox: expected four finite numbers"),
+    "overflow to infinity": (
+        raw("[2, 3, 5, 4]", "[2, 3, 1e999, 4]"),
+        "annotation 1: bbox: expected four finite numbers",
+    ),
     "5000 digits": (raw("18.0", "1" * 5000), "not usable: Exceeds the limit"),
     "no images key": ({k: v for k, v in base().items() if k != "images"}, "the key 'images' is missing"),
     "no annotations key": ({k: v for k, v in base().items() if k != "annotations"}, "the key 'annotations' is missing"),
@@ -94,7 +97,10 @@ FAULTS = {
         "category 4: the name 'a' is already that of category 3",
     ),
     "category without a name": (edit(categories=[{"id": 3}]), "category 3: name: expected a string, got None"),
-    "category id a float": (edit(categories=[{"id": 3.5, "name": "a"}]), "id: expected an integer or a string, got 3.5"),
+    "category id a float": (
+        edit(categories=[{"id": 3.5, "name": "a"}]),
+        "id: expected an integer or a string, got 3.5",
+    ),
     "category ids mixed": (
         edit(categories=[{"id": 3, "name": "a"}, {"id": "4", "name": "b"}]),
         "category ids: expected all integers or all strings",

@@ -1,8 +1,8 @@
 """Datasets: COCO JSON, Pascal VOC folders, the built-in synthetic set; checks, augmentation and batches.
 
-    pair = load_pair("path/to/dataset")
-    print(describe(pair.training, pair.evaluation))
-    for batch in TrainLoader(pair.training, TransformConfig(size=(192, 256)), batch_size=8): ...
+pair = load_pair("path/to/dataset")
+print(describe(pair.training, pair.evaluation))
+for batch in TrainLoader(pair.training, TransformConfig(size=(192, 256)), batch_size=8): ...
 """
 
 from .check import CheckReport, check_dataset, quick_check

@@ -53,7 +53,9 @@ def read_json(path: str) -> Any:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        raise DataError(
+            f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
     if not text.strip():
         raise DataError(f"{path}: expected JSON, the file is empty")
 
@@ -140,7 +142,9 @@ class _Reader:
             elif not isinstance(name, str) or not name.strip():
                 self.problems.append(f"category {_short(key)}: name: expected a string, got {_short(name)}")
             elif name in seen:
-                self.problems.append(f"category {_short(key)}: the name {name!r} is already that of category {_short(seen[name])}")
+                self.problems.append(
+                    f"category {_short(key)}: the name {name!r} is already that of category {_short(seen[name])}"
+                )
             else:
                 names[key] = name
                 seen[name] = key

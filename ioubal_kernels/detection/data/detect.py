@@ -74,7 +74,9 @@ def find_layout(root: str | os.PathLike[str], kind: str = "auto") -> Layout:
     except OSError as error:
         raise DataError(f"dataset {path}: cannot be read: {error.strerror or error}") from None
     if coco and voc:
-        raise DataError(f"dataset {path}: both COCO JSON files and Pascal VOC folders are here: name the kind, coco or voc")
+        raise DataError(
+            f"dataset {path}: both COCO JSON files and Pascal VOC folders are here: name the kind, coco or voc"
+        )
     if coco:
         return Layout(path, "coco", tuple(coco), coco_files=coco)
     if voc:

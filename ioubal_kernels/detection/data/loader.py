@@ -44,7 +44,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch with its tensors in pinned memory."""
-        targets = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in t.items()} for t in self.targets]
+        targets = [
+            {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in t.items()} for t in self.targets
+        ]
         return Batch(self.images.pin_memory(), targets, self.epoch, self.bad, self.position)
 
 
@@ -68,10 +70,18 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
     """Samples by `Key`: decoded (or cached), resized, augmented when `seed` is given."""
 
     def __init__(
-        self, dataset: Dataset, config: TransformConfig, seed: int | None, on_bad_image: str, cache: str, max_pixels: int
+        self,
+        dataset: Dataset,
+        config: TransformConfig,
+        seed: int | None,
+        on_bad_image: str,
+        cache: str,
+        max_pixels: int,
     ) -> None:
         if on_bad_image not in BAD_IMAGE_POLICIES:
-            raise DataError(f"loader: on_bad_image: expected one of {', '.join(BAD_IMAGE_POLICIES)}, got {on_bad_image!r}")
+            raise DataError(
+                f"loader: on_bad_image: expected one of {', '.join(BAD_IMAGE_POLICIES)}, got {on_bad_image!r}"
+            )
         if cache not in CACHES:
             raise DataError(f"loader: cache: expected one of {', '.join(CACHES)}, got {cache!r}")
         self.records = dataset.records
@@ -129,9 +139,13 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
                 if self.seed is None:
                     return _Sample(None, {}, key, bad)
                 if len(bad) > _MAX_REPLACEMENTS:
-                    raise BadImageError("loader: no readable image found as a replacement", [text for _, text in bad]) from None
+                    raise BadImageError(
+                        "loader: no readable image found as a replacement", [text for _, text in bad]
+                    ) from None
                 # The same replacement in every run, whichever worker meets the bad image.
-                index = sample_random(self.seed, key.epoch, key.index + len(self.records) * len(bad)).randrange(len(self.records))
+                index = sample_random(self.seed, key.epoch, key.index + len(self.records) * len(bad)).randrange(
+                    len(self.records)
+                )
         rng = None if self.seed is None else sample_random(self.seed, key.epoch, index)
         network_input, target = prepare(image, record, self.config, rng)
         return _Sample(network_input, target, key, bad)
@@ -166,13 +180,16 @@ def _data_loader(images: _Images, batches: Any, workers: int, timeout: float) ->
         num_workers=workers,
         collate_fn=_Collate(images.config.size_divisor),
         timeout=timeout if workers else 0,
+        # For the workers' base seed, which nothing here uses: the global generator stays as it is.
+        generator=torch.Generator().manual_seed(0),
     )
 
 
 def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
     """The loader's batches; what a dead or hanging worker raises says what to do."""
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except DataError:
         raise
     except RuntimeError as error:
@@ -186,6 +203,17 @@ def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
         else:
             raise
         raise RuntimeError(f"loader: workers={workers}: {hint}. {text}") from error
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if workers == 0:
+            raise
+        # Killed between announcing a batch and handing over its memory.
+        hint = "a worker process died (out of memory?): use fewer workers, or workers=0"
+        raise RuntimeError(f"loader: workers={workers}: {hint}. {error}") from error
+    finally:
+        # An exception's traceback keeps the iterator alive; collected later, its workers are waited for five seconds each.
+        shutdown = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
 class TrainLoader:
@@ -263,7 +291,12 @@ class TrainLoader:
     def state_dict(self) -> dict[str, int]:
         """{"epoch", "position" (samples of the epoch already used, all ranks), "seed", "num_samples"}: plain ints."""
         stream = self.stream
-        return {"epoch": stream.epoch, "position": stream.position, "seed": stream.seed, "num_samples": stream.num_samples}
+        return {
+            "epoch": stream.epoch,
+            "position": stream.position,
+            "seed": stream.seed,
+            "num_samples": stream.num_samples,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where the state was taken; iterators made before are not affected.

@@ -23,7 +23,11 @@ def _regular(count: int, radius: float = 1.0, phase: float = 0.0) -> list[tuple[
 
 
 def _star() -> list[tuple[float, float]]:
-    return [(r * math.cos(a), r * math.sin(a)) for k in range(10) for r, a in [(1.0 if k % 2 == 0 else 0.48, math.pi * k / 5)]]
+    return [
+        (r * math.cos(a), r * math.sin(a))
+        for k in range(10)
+        for r, a in [(1.0 if k % 2 == 0 else 0.48, math.pi * k / 5)]
+    ]
 
 
 _CROSS = [(-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36), (0.36, 1), (-0.36, 1), (-0.36, 0.36),
@@ -60,7 +64,9 @@ def sprite_mask(shape: str, radius: float, stretch: float, angle: float) -> np.n
         points = []
         for x, y in outline:
             u, v = x * radius, y * radius * stretch
-            points.append(((u * cos - v * sin + half + 0.5) * _OVERSAMPLE, (u * sin + v * cos + half + 0.5) * _OVERSAMPLE))
+            points.append(
+                ((u * cos - v * sin + half + 0.5) * _OVERSAMPLE, (u * sin + v * cos + half + 0.5) * _OVERSAMPLE)
+            )
         # Further outlines are holes.
         draw.polygon(points, fill=255 if k == 0 else 0)
     return np.asarray(image.reduce(_OVERSAMPLE), dtype=np.float32) / 255.0
@@ -81,7 +87,9 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     angle = rng.uniform(0, math.pi)
     along = xs * np.float32(math.cos(angle)) + ys * np.float32(math.sin(angle))
     if kind == 0:
-        return 0.5 + 0.5 * np.sin(along * np.float32(2 * math.pi / rng.uniform(4, 24)) + np.float32(rng.uniform(0, 6.28)))
+        return 0.5 + 0.5 * np.sin(
+            along * np.float32(2 * math.pi / rng.uniform(4, 24)) + np.float32(rng.uniform(0, 6.28))
+        )
     if kind == 1:
         return (along - along.min()) / max(float(along.max() - along.min()), 1.0)
     period = rng.uniform(5, 16)

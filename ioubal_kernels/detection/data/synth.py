@@ -151,7 +151,13 @@ def make_synthetic(
         OSError: the folder cannot be written.
     """
     wanted = {"train": train, "val": val, "size": size, "classes": classes, "seed": seed}
-    limits = {"train": (1, 10_000_000), "val": (0, 10_000_000), "size": (32, 2048), "classes": (1, len(SHAPES)), "seed": (0, 2**63)}
+    limits = {
+        "train": (1, 10_000_000),
+        "val": (0, 10_000_000),
+        "size": (32, 2048),
+        "classes": (1, len(SHAPES)),
+        "seed": (0, 2**63),
+    }
     for name, (low, high) in limits.items():
         value = wanted[name]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

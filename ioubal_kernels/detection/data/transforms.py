@@ -66,9 +66,13 @@ class TransformConfig:
         if self.size is not None and len(self.size) != 2:
             raise DataError(f"TransformConfig: size: expected (height, width), got {self.size!r}")
         if self.size is None and self.long_side < self.short_side:
-            raise DataError(f"TransformConfig: long_side: expected at least short_side = {self.short_side}, got {self.long_side}")
+            raise DataError(
+                f"TransformConfig: long_side: expected at least short_side = {self.short_side}, got {self.long_side}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise DataError(f"TransformConfig: mean, std: expected three numbers, std > 0, got {self.mean!r}, {self.std!r}")
+            raise DataError(
+                f"TransformConfig: mean, std: expected three numbers, std > 0, got {self.mean!r}, {self.std!r}"
+            )
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
@@ -127,7 +131,9 @@ def augment(
         boxes = torch.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), dim=1)
     keep = torch.ones(len(boxes), dtype=torch.bool)
     if config.zoom > 0:
-        image, boxes, keep = _zoom(image, boxes, 1 + config.zoom * (2 * draws[2] - 1), draws[3], draws[4], config.min_visible)
+        image, boxes, keep = _zoom(
+            image, boxes, 1 + config.zoom * (2 * draws[2] - 1), draws[3], draws[4], config.min_visible
+        )
     if config.jitter > 0:
         image = _recolour(image, config.jitter, draws[5:9])
     return image, boxes[keep], keep
@@ -140,8 +146,16 @@ def _zoom(
     height, width = image.shape[-2:]
     new_height, new_width = max(1, round(height * factor)), max(1, round(width * factor))
     # Enlarged: (left, top) of the crop; reduced: minus the padding.
-    left = math.floor(across * (new_width - width + 1)) if new_width >= width else -math.floor(across * (width - new_width + 1))
-    top = math.floor(down * (new_height - height + 1)) if new_height >= height else -math.floor(down * (height - new_height + 1))
+    left = (
+        math.floor(across * (new_width - width + 1))
+        if new_width >= width
+        else -math.floor(across * (width - new_width + 1))
+    )
+    top = (
+        math.floor(down * (new_height - height + 1))
+        if new_height >= height
+        else -math.floor(down * (height - new_height + 1))
+    )
     image = F.resize_image(image, [new_height, new_width], antialias=True)
     grey = [124.0, 116.0, 104.0]
     image = F.pad_image(

@@ -11,11 +11,6 @@ from xml.parsers import expat
 from .files import FileGuard, image_size, unsafe_name
 from .records import BadImageError, DataError, Dataset, ImageRecord, Notes, clip_box, make_record
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-
 ALL = "all"
 """The name of the only split of a folder that has no ImageSets/Main."""
 
@@ -102,7 +97,9 @@ def _read_split(path: str) -> list[str] | None:
         raise DataError(f"{path}: cannot be read as a list of image ids: {error}") from None
     if rows and all(len(row) == 2 and row[1] in ("-1", "0", "1") for row in rows):
         return None
-    problems = [f"line {k + 1}: expected one image id, got {' '.join(row)!r}" for k, row in enumerate(rows) if len(row) != 1]
+    problems = [
+        f"line {k + 1}: expected one image id, got {' '.join(row)!r}" for k, row in enumerate(rows) if len(row) != 1
+    ]
     ids = [row[0] for row in rows]
     for value in dict.fromkeys(ids):
         reason = unsafe_name(value) or ("it contains '/'" if "/" in value else None)
@@ -137,7 +134,9 @@ def read_annotation(path: str) -> VocAnnotation:
         DataError: the file cannot be read or is not XML, or has a DOCTYPE.
     """
     if expat.version_info < (2, 4, 1):
-        raise DataError(f"{path}: refused: this Python's expat {expat.EXPAT_VERSION} is older than 2.4.1 (entity expansion)")
+        raise DataError(
+            f"{path}: refused: this Python's expat {expat.EXPAT_VERSION} is older than 2.4.1 (entity expansion)"
+        )
     try:
         if os.path.getsize(path) > MAX_XML_BYTES:
             raise DataError(f"{path}: the file has {os.path.getsize(path)} bytes, the limit is {MAX_XML_BYTES}")
@@ -211,13 +210,12 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def class_order(names: set[str]) -> tuple[str, ...]:
-    """The devkit's order when all names are among its 20 classes (then all 20), else sorted."""
-    return VOC_CLASSES if names and names <= set(VOC_CLASSES) else tuple(sorted(names))
-
-
 def load_voc(
-    root: str, folders: list[VocFolder], split: str, classes: tuple[str, ...] | None = None, allow_symlinks: bool = False
+    root: str,
+    folders: list[VocFolder],
+    split: str,
+    classes: tuple[str, ...] | None = None,
+    allow_symlinks: bool = False,
 ) -> Dataset:
     """A split of one or several VOC folders; `A+B` joins splits. Image files are not opened, except where a size is missing.
 
@@ -250,7 +248,8 @@ def load_voc(
     for path in parsed:
         problems += parsed[path].problems
     if classes is None:
-        classes = class_order({item.name for annotation in parsed.values() for item in annotation.objects})
+        # Sorted; for VOC itself this is the devkit's order.
+        classes = tuple(sorted({item.name for annotation in parsed.values() for item in annotation.objects}))
     notes = Notes()
     records: list[ImageRecord] = []
     several = len(folders) > 1
