@@ -161,24 +161,20 @@ def test_editable_install_finds_bench_from_anywhere(
     building: ModuleType, wheel: Path, sources: Path, tmp_path: Path
 ) -> None:
     """`pip install -e .` maps ioubal_kernels.bench to bench/ and builds the library in place."""
-    building.run([sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "env"], tmp_path)
+    building.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "-e",
-        ".",
-    ]
-    extra = [path for path in sys.path if path.endswith("site-packages")]
-    building.run(install, sources, IOUBAL_BUILD_CPU="1", PYTHONPATH=os.pathsep.join(extra))
+    shown = building.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).stdout
+    # torch and setuptools of this environment, after the new one's own packages.
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    Path(shown.strip(), "borrowed.pth").write_text("\n".join(here) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    building.run(
+        [*pip, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", "."],
+        sources,
+        IOUBAL_BUILD_CPU="1",
+    )
     code = "import ioubal_kernels.bench as b, ioubal_kernels as k; print(b.__file__); print(k.__file__)"
-    shown = building.run([python, "-c", code], tmp_path, PYTHONPATH=os.pathsep.join(extra)).stdout.split("\n")
-    assert Path(shown[0]).resolve() == (sources / "bench" / "__init__.py").resolve()
-    assert Path(shown[1]).resolve() == (sources / "ioubal_kernels" / "__init__.py").resolve()
+    bench, package = building.run([python, "-c", code], tmp_path).stdout.split("\n")[:2]
+    assert Path(bench) == sources / "bench" / "__init__.py"
+    assert Path(package) == sources / "ioubal_kernels" / "__init__.py"
     assert (sources / "ioubal_kernels" / "_ioubal_cpu.so").exists()
