@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
@@ -36,9 +37,12 @@ def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Te
     return [None if g is None else _RefuseDoubleBackward.apply(name, g, x) for g, x in zip(grads, inputs, strict=True)]
 
 
-def refuse_forward_mode(name: str) -> Any:
-    """For a Function's ``jvp``."""
-    raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
+def refuse_forward_mode(name: str, *inputs: Tensor) -> None:
+    """Raises for an input that carries a tangent. (A ``jvp`` on the Function would do, but Dynamo refuses to trace one.)"""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
 
 
 def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:

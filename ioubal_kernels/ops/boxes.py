@@ -33,13 +33,10 @@ class _DecodeBoxes(torch.autograd.Function):
         (grad,) = guard_double_backward("decode_boxes", [grad], [deltas])
         return None, grad, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        refuse_forward_mode("decode_boxes")
-
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
     """Boxes (..., 4); see ``functional.decode_boxes``."""
+    refuse_forward_mode("decode_boxes", deltas)
     anchors = anchors.detach().contiguous()
     return _DecodeBoxes.apply("cpu", deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
 

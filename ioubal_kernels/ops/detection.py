@@ -129,10 +129,6 @@ class _DetectionLoss(torch.autograd.Function):
         grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], [*logits, *deltas])
         return (*[None] * 15, *grads, *[None] * (2 * num_gt))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        refuse_forward_mode(_NAME)
-
 
 def _dense(x: Tensor) -> Tensor:
     """Maps are read as they lie in memory, NCHW or channels_last; anything else is copied."""
@@ -170,6 +166,7 @@ def detection_loss(
     """Classification and localisation loss, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
     if inplace and any(_dense(x) is not x for x in cls_logits):
         raise ValueError(f"{_NAME}: inplace=True needs cls_logits that are contiguous or channels_last")
+    refuse_forward_mode(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     images = matched_idxs.shape[0]

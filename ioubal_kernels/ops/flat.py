@@ -81,10 +81,6 @@ class _FlatLoss(torch.autograd.Function):
         (grad,) = guard_double_backward(ctx.name, [grad], [x])
         return (None, None, grad, *[None] * 13)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        refuse_forward_mode("iou_balanced loss")
-
 
 class _ElementwiseLoss(torch.autograd.Function):
     """reduction="none" of the same losses: entries (R, K) for the focal loss, rows (R,) for the others."""
@@ -131,10 +127,6 @@ class _ElementwiseLoss(torch.autograd.Function):
         (grad,) = guard_double_backward(ctx.name, [grad], [x])
         return (None, None, grad, *[None] * 9)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        refuse_forward_mode("iou_balanced loss")
-
 
 def _apply(
     name: str,
@@ -154,6 +146,7 @@ def _apply(
     inplace: bool = False,
     backend: str = "cpu",
 ) -> Tensor:
+    refuse_forward_mode(f"iou_balanced_{name} loss", x)
     common = (name, backend, x, second, third, weight, scope_ids, num_scopes or 1, sum_parameters, loss_parameters)
     if reduction == "none":
         return _ElementwiseLoss.apply(*common, process_group)

@@ -127,3 +127,17 @@ def available(backend: str) -> bool:
 def op(name: str, backend: str) -> Any:
     """The overload of an op that belongs to a backend."""
     return getattr(getattr(torch.ops.ioubal, name), OVERLOAD[backend])
+
+
+def limit_isa(level: int) -> int:
+    """Caps the CPU kernels' instruction set (0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16); returns the one in use.
+
+    For tests and benchmarks: the choice is the process's, and the best one is the default.
+    """
+    return torch.ops.ioubal.cpu_isa(level)
+
+
+def isa_levels() -> list[int]:
+    """The instruction sets that this CPU has, the plainest first. Leaves the best one selected."""
+    best = limit_isa(5)
+    return [level for level in (0, 2, 4, 5) if level <= best]
