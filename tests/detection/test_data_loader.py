@@ -1,4 +1,4 @@
-"""Order, resuming, augmentation and batching: pure functions of (seed, epoch, sample), whatever the number of workers."""
+"""Order, resuming, augmentation and batching: functions of (seed, epoch, sample) for any number of workers."""
 
 import itertools
 import os
@@ -155,7 +155,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(data):
 
 
 def checkered(height=48, width=64):
-    """A black image with a white rectangle, and its box: after any geometry the box must still enclose the white pixels."""
+    """A black image with a white rectangle, and its box, which must enclose the white pixels after any geometry."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[:, 12:30, 20:44] = 255
     return image, torch.tensor([[20.0, 12.0, 44.0, 30.0]])

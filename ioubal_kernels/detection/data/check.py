@@ -20,7 +20,7 @@ NEAR_DUPLICATE_IOU = 0.8
 
 @dataclass
 class CheckReport:
-    """What `check_dataset` found: `ok` is False when there are problems; `text` is for people; `stats` is plain JSON data."""
+    """What `check_dataset` found: `ok` is False if there are problems, `text` is for people, `stats` is JSON data."""
 
     ok: bool
     problems: list[str]
@@ -30,7 +30,7 @@ class CheckReport:
 
 
 def quick_check(dataset: Dataset, *, max_pixels: int = MAX_PIXELS, allow_symlinks: bool = False) -> None:
-    """Every image file exists, is a regular JPEG, PNG or WebP file and has the annotated size; headers only, nothing decoded.
+    """Every image file exists, is a regular JPEG, PNG or WebP file and has the annotated size; nothing is decoded.
 
     Raises:
         DataError: all findings, the first 20 shown.
@@ -51,8 +51,9 @@ def check_dataset(
 ) -> CheckReport:
     """The full check of `ioubal data check`: annotations of every split, every image decoded, statistics, duplicates.
 
-    Problems: whatever would stop a training run. Warnings: near-duplicate boxes (same class, IoU >= 0.8), the same picture
-    twice in a split or in splits that share no image names (train and val), images with an orientation tag, classes without boxes.
+    Problems: whatever would stop a training run. Warnings: near-duplicate boxes (same class, IoU >= 0.8), the same
+    picture twice in a split or in splits that share no image names (train and val), images with an orientation tag,
+    classes without boxes.
 
     Args:
         root, kind, allow_symlinks: as in `load_dataset`.

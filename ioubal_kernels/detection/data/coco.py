@@ -296,8 +296,8 @@ def image_folder(root: str, annotation_file: str, split: str, names: Sequence[st
 def load_coco(root: str, split: str, annotation_file: str) -> Dataset:
     """One COCO annotation file as a `Dataset`. Image files are not opened here (see `quick_check`).
 
-    Label k is the k-th category id in sorted order. Crowd annotations stay, flagged. Boxes are clipped to the image; empty
-    ones and those outside are dropped and noted. `area` defaults to width times height, `iscrowd` to 0.
+    Label k is the k-th category id in sorted order. Crowd annotations stay, flagged. Boxes are clipped to the image;
+    empty ones and those outside are dropped and noted. `area` defaults to width times height, `iscrowd` to 0.
 
     Raises:
         DataError: all problems of the file, the first 20 shown.

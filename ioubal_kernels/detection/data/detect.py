@@ -18,7 +18,7 @@ KINDS = ("auto", "coco", "voc")
 
 @dataclass
 class DatasetPair:
-    """The two splits of a training run; `evaluation` is None when there is no annotated split besides the training one."""
+    """The two splits of a training run; `evaluation` is None if no other split is annotated."""
 
     training: Dataset
     evaluation: Dataset | None
@@ -82,8 +82,9 @@ def find_layout(root: str | os.PathLike[str], kind: str = "auto") -> Layout:
     if voc:
         return Layout(path, "voc", tuple(voc_splits(voc)), voc_folders=voc)
     raise DataError(
-        f"dataset {path}: no dataset found: expected annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json (COCO), or "
-        f"Annotations/ with JPEGImages/, also in VOCdevkit/VOC* (Pascal VOC); the folder has {_listing(path)}"
+        f"dataset {path}: no dataset found: expected annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json "
+        "(COCO), or Annotations/ with JPEGImages/, also in VOCdevkit/VOC* (Pascal VOC); "
+        f"the folder has {_listing(path)}"
     )
 
 
@@ -93,8 +94,8 @@ def _listing(path: str) -> str:
 
 
 def default_split(layout: Layout, role: str) -> str | None:
-    """The split for a role. Training: `trainval` if a separate `test` has annotations, else `train`, else the only split
-    there is. Evaluation: `test` if it has annotations, else `val`; None when there is neither.
+    """The split for a role. Training: `trainval` if a separate `test` has annotations, else `train`, else the only
+    split there is. Evaluation: `test` if it has annotations, else `val`; None when there is neither.
     """
     test = layout.named("test")
     if test is not None and not layout.annotated(test):
@@ -124,10 +125,11 @@ def load_dataset(
 
     Args:
         root: the dataset's folder.
-        split: a split's name (VOC: `A+B` joins splits, `VOC2007/test` is one year's); None takes the default one for `role`.
+        split: a split's name (VOC: `A+B` joins splits, `VOC2007/test` is one year's); None takes the default one for
+            `role`.
         kind: "auto", "coco" or "voc".
-        role: "train" or "eval": which default split to take. Training: `trainval` if there is an annotated `test`, else `train`.
-            Evaluation: `test` if annotated, else `val`.
+        role: "train" or "eval": which default split to take. Training: `trainval` if there is an annotated `test`,
+            else `train`. Evaluation: `test` if annotated, else `val`.
         classes: fix the class order (a checkpoint's); the dataset may not have a class that is missing here.
         check_files: check every image file's existence, type and header size now (`quick_check`).
         allow_symlinks: accept image files that are links to outside `root`.

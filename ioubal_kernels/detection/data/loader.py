@@ -28,9 +28,9 @@ class Batch:
 
     Attributes:
         images: float32 (N, 3, H, W), normalised, zero-padded right and below to a common multiple of `size_divisor`.
-        targets: N dicts: `boxes` float32 (G, 4) x1 y1 x2 y2 in pixels of `images` (boxes to train on only), `labels` int64 (G,),
-            `image_id` int, `orig_size` (height, width) of the file, `size` (height, width) before padding,
-            `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).
+        targets: N dicts: `boxes` float32 (G, 4) x1 y1 x2 y2 in pixels of `images` (boxes to train on only), `labels`
+            int64 (G,), `image_id` int, `orig_size` (height, width) of the file, `size` (height, width) before
+            padding, `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).
         epoch: the epoch of these samples.
         bad: (path, message) of images replaced because `on_bad_image="skip"`.
         position: samples of the epoch used up after this batch, over all ranks.
@@ -210,7 +210,7 @@ def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
         hint = "a worker process died (out of memory?): use fewer workers, or workers=0"
         raise RuntimeError(f"loader: workers={workers}: {hint}. {error}") from error
     finally:
-        # An exception's traceback keeps the iterator alive; collected later, its workers are waited for five seconds each.
+        # An exception's traceback keeps the iterator alive; collected later, it waits five seconds for each worker.
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
@@ -219,9 +219,10 @@ def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
 class TrainLoader:
     """An endless stream of training batches over epochs; `state_dict` says where it is.
 
-    `for batch in loader` continues from the current state, for ever (the caller breaks after its number of steps). The order
-    is a permutation from (seed, epoch); an epoch's incomplete last batch is left out. The state counts the batches handed
-    out, not those prefetched by workers, so a resumed loader goes on with exactly the next batch, for any number of workers.
+    `for batch in loader` continues from the current state, for ever (the caller breaks after its number of steps).
+    The order is a permutation from (seed, epoch); an epoch's incomplete last batch is left out. The state counts the
+    batches handed out, not those prefetched by workers, so a resumed loader goes on with exactly the next batch, for
+    any number of workers.
 
     Args:
         dataset: the split.
@@ -311,7 +312,8 @@ class TrainLoader:
         epoch, position = state.get("epoch", -1), state.get("position", -1)
         if epoch < 0 or not 0 <= position <= own["num_samples"]:
             raise DataError(
-                f"TrainLoader: state: expected epoch >= 0 and position in [0, {own['num_samples']}], got {epoch}, {position}"
+                f"TrainLoader: state: expected epoch >= 0 and position in [0, {own['num_samples']}], "
+                f"got {epoch}, {position}"
             )
         self.stream.epoch, self.stream.position = epoch, position
 
@@ -343,9 +345,10 @@ def eval_loader(
     timeout: float = 120.0,
     max_pixels: int = MAX_PIXELS,
 ) -> Any:
-    """Every image once, in order, without augmentation: an iterable of `Batch` with `len()` (may be iterated again and again).
+    """Every image once, in order, without augmentation: an iterable of `Batch` with `len()`, any number of times.
 
-    Each rank gets every world_size-th image, nothing is padded or repeated. With `on_bad_image="skip"` a bad image is left out.
+    Each rank gets every world_size-th image, nothing is padded or repeated. With `on_bad_image="skip"` a bad image is
+    left out.
 
     Raises:
         DataError: an argument out of range.

@@ -1,7 +1,8 @@
 """The in-memory form of a detection dataset, whatever file format it came from.
 
-Boxes are x1 y1 x2 y2 in pixels of the stored image, clipped to it, never empty. Labels run from 0 to K - 1 in the order of
-`Dataset.classes`. Arrays are NumPy: they are small, pickle fast and stay shared between forked loader workers.
+Boxes are x1 y1 x2 y2 in pixels of the stored image, clipped to it, never empty. Labels run from 0 to K - 1 in the
+order of `Dataset.classes`. Arrays are NumPy: they are small, pickle fast and stay shared between forked loader
+workers.
 """
 
 from __future__ import annotations
@@ -241,9 +242,10 @@ class Dataset:
 def to_coco_dict(dataset: Dataset | Iterable[ImageRecord], classes: Sequence[str] | None = None) -> dict[str, Any]:
     """The ground truth as a COCO-style dict, for `pycocotools.coco.COCO().dataset` (then `createIndex()`).
 
-    Category ids are label + 1, image ids `ImageRecord.id`, annotation ids start at 1 (pycocotools takes 0 for "no match").
-    Crowd regions keep `iscrowd = 1`. A difficult box gets it too: pycocotools derives `ignore` from `iscrowd` alone. It then measures
-    such a box by intersection over the detection's area, so it ignores a few more detections there than the VOC devkit would.
+    Category ids are label + 1, image ids `ImageRecord.id`, annotation ids start at 1 (pycocotools takes 0 for "no
+    match"). Crowd regions keep `iscrowd = 1`. A difficult box gets it too: pycocotools derives `ignore` from
+    `iscrowd` alone. It then measures such a box by intersection over the detection's area, so it ignores a few more
+    detections there than the VOC devkit would.
 
     Args:
         dataset: a `Dataset`, or image records together with `classes`.

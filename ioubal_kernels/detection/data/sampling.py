@@ -31,8 +31,8 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
 class BatchStream:
     """Endless batches of keys for one rank, from (epoch, position) on.
 
-    An epoch is cut into global batches of batch_size * world_size samples; each rank takes its slice. What is left at the end
-    of an epoch, less than a global batch, is left out.
+    An epoch is cut into global batches of batch_size * world_size samples; each rank takes its slice. What is left at
+    the end of an epoch, less than a global batch, is left out.
 
     Args:
         num_samples: images of the dataset.

@@ -1,7 +1,8 @@
 """The built-in synthetic detection set: textured backgrounds, overlapping rotated sprites, occlusion, noise and blur.
 
-Image files plus COCO JSON, so it is read by the same code as real data. The shape of a sprite decides its class, its hue is only
-a hint. Each image is made from (seed, split, index), so the files are the same for any number of worker processes.
+Image files plus COCO JSON, so it is read by the same code as real data. The shape of a sprite decides its class, its
+hue is only a hint. Each image is made from (seed, split, index), so the files are the same for any number of worker
+processes.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _SPLIT_NUMBER = {"train": 0, "val": 1}
 def render(seed: int, split: str, index: int, size: int, classes: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One picture and its objects.
 
-    Sprites are laid over each other. A sprite that would hide an earlier one so far that less than 30 % of it stays visible is
-    moved, and left out if that does not help. Boxes enclose the visible pixels.
+    Sprites are laid over each other. A sprite that would hide an earlier one so far that less than 30 % of it stays
+    visible is moved, and left out if that does not help. Boxes enclose the visible pixels.
 
     Returns:
         uint8 (size, size, 3), and one dict per object: `label`, `bbox` [x, y, w, h] and `area` (visible pixels).
@@ -80,8 +81,10 @@ def _appearance(rng: np.random.Generator, label: int, classes: int, side: int) -
 def _place(
     rng: np.random.Generator, mask: np.ndarray, owner: np.ndarray, full: list[int]
 ) -> tuple[tuple[tuple[int, int], tuple[int, int]], np.ndarray] | None:
-    """A random place: ((row, row in the mask), the same for columns) and the part of the mask inside the picture; None when
-    too little of this sprite would be inside or an earlier one would be hidden too far."""
+    """A random place: ((row, row in the mask), the same for columns) and the part of the mask inside the picture.
+
+    None when too little of this sprite would be inside or an earlier one would be hidden too far.
+    """
     size, side = owner.shape[0], mask.shape[0]
     middle = rng.uniform(0.02 * size, 0.98 * size, 2)
     top, left = (int(round(float(value))) - side // 2 for value in middle)
@@ -131,8 +134,8 @@ def make_synthetic(
 ) -> str:
     """Make the set in `out_dir`, or reuse it when it was made with the same parameters.
 
-    The folder appears only when it is complete: everything is written to a sibling first, which an interrupted call leaves
-    behind and the next one continues.
+    The folder appears only when it is complete: everything is written to a sibling first, which an interrupted call
+    leaves behind and the next one continues.
 
     Args:
         out_dir: the folder; it must not exist, be empty, or hold this very set.
@@ -196,7 +199,8 @@ def _is_made(target: str, parameters: dict[str, int]) -> bool:
         ) from None
     if found != parameters:
         raise DataError(
-            f"make_synthetic: out_dir {target}: holds a set made with other parameters: expected {parameters}, found {found}"
+            f"make_synthetic: out_dir {target}: holds a set made with other parameters: "
+            f"expected {parameters}, found {found}"
         )
     return True
 

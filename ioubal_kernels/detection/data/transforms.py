@@ -1,7 +1,7 @@
-"""Resizing, augmentation and normalisation of one image with its boxes; random numbers from (seed, epoch, sample) alone.
+"""Resizing, augmentation and normalisation of an image with its boxes; random only in (seed, epoch, sample).
 
-Geometry is done by the kernels of torchvision.transforms.v2; its random classes draw from torch's global generator and are not
-used.
+Geometry is done by the kernels of torchvision.transforms.v2; its random classes draw from torch's global generator
+and are not used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class TransformConfig:
 
     Attributes:
         size: (H, W): every image is resized to exactly this (stretched), or None.
-        short_side, long_side: with `size=None`: scale so that the short side is `short_side` and the long one at most `long_side`.
+        short_side, long_side: with `size=None`: scale so that the short side is `short_side` and the long one at most
+            `long_side`.
         keep_ratio: with `size`: fit inside and pad right and below instead of stretching.
         size_divisor: batches are padded right and below to a multiple of this.
         hflip, vflip: probability of mirroring.
@@ -110,7 +111,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mirrors, zooms and recolours one image of network size.
 
-    Every random number is drawn whether it is used or not, so that switching one augmentation off leaves the others alone.
+    Every random number is drawn whether it is used or not, so that switching one augmentation off leaves the others
+    alone.
 
     Args:
         image: uint8 (3, H, W).
@@ -188,8 +190,8 @@ _TO_YIQ = np.array([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 def _recolour(image: torch.Tensor, strength: float, draws: list[float]) -> torch.Tensor:
     """Brightness, contrast, saturation and hue of uint8 (3, H, W), as one linear map of the colours.
 
-    Not by torchvision's kernels: their contrast takes a float mean, which for large images depends on the number of threads (a
-    loader worker has one), and their hue alone takes longer than everything else together.
+    Not by torchvision's kernels: their contrast takes a float mean, which for large images depends on the number of
+    threads (a loader worker has one), and their hue alone takes longer than everything else together.
     """
     bright, contrast, saturation = (max(0.0, 1 + strength * (2 * draw - 1)) for draw in draws[:3])
     angle = 2 * math.pi * 0.2 * strength * (2 * draws[3] - 1)
@@ -207,7 +209,7 @@ def _recolour(image: torch.Tensor, strength: float, draws: list[float]) -> torch
 
 
 def normalise(image: torch.Tensor, config: TransformConfig) -> torch.Tensor:
-    """uint8 (3, H, W) as float32, (x / 255 - mean) / std, padded right and below (with 0) to `config.size` if that is set."""
+    """uint8 (3, H, W) as float32, (x / 255 - mean) / std, zero-padded right and below to `config.size` if set."""
     mean = torch.tensor(config.mean, dtype=torch.float32).view(3, 1, 1)
     std = torch.tensor(config.std, dtype=torch.float32).view(3, 1, 1)
     result = (image.to(torch.float32) / 255 - mean) / std

@@ -217,11 +217,12 @@ def load_voc(
     classes: tuple[str, ...] | None = None,
     allow_symlinks: bool = False,
 ) -> Dataset:
-    """A split of one or several VOC folders; `A+B` joins splits. Image files are not opened, except where a size is missing.
+    """A split of one or several VOC folders; `A+B` joins splits. Image files are not opened, except where a size is
+    missing.
 
-    The classes are those found in all annotation files, whatever split they belong to. x1 = xmin - 1 and y1 = ymin - 1, so
-    that areas equal the devkit's; a box without extent as written is dropped and noted. Difficult objects stay, flagged. The
-    image belongs to the id of the split file; `<filename>` is not used.
+    The classes are those found in all annotation files, whatever split they belong to. x1 = xmin - 1 and y1 = ymin -
+    1, so that areas equal the devkit's; a box without extent as written is dropped and noted. Difficult objects stay,
+    flagged. The image belongs to the id of the split file; `<filename>` is not used.
 
     Raises:
         DataError: all problems, the first 20 shown.
