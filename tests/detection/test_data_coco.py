@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -394,3 +395,55 @@ def test_quick_check_lists_every_file(tmp_path):
     assert len(caught.value.problems) == 2
     assert "a.png: size mismatch: the annotation says 16 x 12, the file has 16 x 13" in str(caught.value)
     assert "b.png: the file does not exist" in str(caught.value)
+
+
+def mutate(rng, text):
+    """One to four random edits of the text: bytes replaced, removed, repeated, or a token put in."""
+    data = bytearray(text)
+    tokens = [
+        b"null",
+        b"-1",
+        b"1e400",
+        b"NaN",
+        b"[]",
+        b"{}",
+        b'""',
+        b"true",
+        b"\xff",
+        b"\\ud800",
+        b"99999999999999999999",
+    ]
+    for _ in range(rng.randrange(1, 5)):
+        start = rng.randrange(len(data))
+        stop = min(len(data), start + rng.choice((1, 1, 2, 5, 30)))
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[start] = rng.randrange(256)
+        elif kind == 1:
+            del data[start:stop]
+        elif kind == 2:
+            data[start:start] = data[start:stop]
+        else:
+            data[start:stop] = rng.choice(tokens)
+        data = data or bytearray(b" ")
+    return bytes(data)
+
+
+def test_mutated_files_give_only_the_documented_error(tmp_path):
+    write(tmp_path, base())
+    path = tmp_path / "annotations/instances_train.json"
+    original = path.read_bytes()
+    rng, refused = random.Random(7), 0
+    for _ in range(1000):
+        path.write_bytes(mutate(rng, original))
+        try:
+            dataset = load_dataset(tmp_path, "train", check_files=False)
+        except DataError:
+            refused += 1
+            continue
+        for record in dataset.records:
+            boxes = record.boxes
+            assert np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
+            assert ((record.labels >= 0) & (record.labels < dataset.num_classes)).all()
+            assert record.path.startswith(str(tmp_path))
+    assert 300 < refused < 1000

@@ -1,5 +1,6 @@
 """The Pascal VOC reader: layouts, conventions, malformed files, and the BCCD photographs where they are at hand."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +256,28 @@ def test_bccd_full_check():
     }
     assert "split trainval: 7 near-duplicate box pairs" in report.text
     assert "2 empty boxes dropped: BloodImage_00338, BloodImage_00343" in report.text
+
+
+def test_mutated_files_give_only_the_documented_error(tmp_path):
+    write(tmp_path, {"a": xml(item(), item("dog", box("1.5", 2, 16, 12)))})
+    path = tmp_path / "Annotations/a.xml"
+    original = path.read_bytes()
+    rng, refused = random.Random(3), 0
+    for _ in range(500):
+        data = bytearray(original)
+        for _ in range(rng.randrange(1, 4)):
+            start = rng.randrange(len(data))
+            if rng.random() < 0.5:
+                data[start] = rng.randrange(256)
+            else:
+                del data[start : start + rng.choice((1, 3, 20))]
+            data = data or bytearray(b" ")
+        path.write_bytes(data)
+        try:
+            dataset = load_dataset(tmp_path, check_files=False)
+        except DataError:
+            refused += 1
+            continue
+        boxes = dataset.records[0].boxes
+        assert np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
+    assert 150 < refused < 500
