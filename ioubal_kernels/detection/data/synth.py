@@ -24,11 +24,11 @@ from PIL import Image, ImageFilter
 from .records import DataError
 from .shapes import SHAPES, background, colour, paint, sprite_mask, texture
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same parameters would give other pictures."""
 
 PARAMETER_FILE = "synthetic.json"
-MIN_VISIBLE = 0.3
+MIN_VISIBLE = 0.35
 _CHUNK = 25
 _SPLIT_NUMBER = {"train": 0, "val": 1}
 
@@ -36,7 +36,7 @@ _SPLIT_NUMBER = {"train": 0, "val": 1}
 def render(seed: int, split: str, index: int, size: int, classes: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One picture and its objects.
 
-    Sprites are laid over each other. A sprite that would hide an earlier one so far that less than 30 % of it stays
+    Sprites are laid over each other. A sprite that would hide an earlier one so far that less than 35 % of it stays
     visible is moved, and left out if that does not help. Boxes enclose the visible pixels.
 
     Returns:
@@ -47,11 +47,11 @@ def render(seed: int, split: str, index: int, size: int, classes: int) -> tuple[
     owner = np.full((size, size), -1, dtype=np.int16)
     labels: list[int] = []
     full: list[int] = []
-    for _ in range(int(rng.integers(3, 11))):
+    for _ in range(int(rng.integers(3, 9))):
         label = int(rng.integers(classes))
         # Radii are log-uniform: small objects are as frequent as large ones.
-        radius = size * float(np.exp(rng.uniform(np.log(0.05), np.log(0.21))))
-        mask = sprite_mask(SHAPES[label], radius, float(rng.uniform(0.6, 1.0)), float(rng.uniform(0, 2 * np.pi)))
+        radius = size * float(np.exp(rng.uniform(np.log(0.08), np.log(0.25))))
+        mask = sprite_mask(SHAPES[label], radius, float(rng.uniform(0.65, 1.0)), float(rng.uniform(0, 2 * np.pi)))
         look = _appearance(rng, label, classes, mask.shape[0])
         shade = float(rng.uniform(0.85, 1.0))
         for _attempt in range(4):
