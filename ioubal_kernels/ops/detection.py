@@ -21,6 +21,7 @@ from .boxes import CODERS
 from .library import op
 
 _NAME = "iou_balanced_detection_loss"
+_FIRST_MAP = 16  # position of the first map among the Function's arguments
 _SCOPES = {"batch": 0, "level": 1, "image": 2}
 
 
@@ -40,6 +41,7 @@ class _DetectionLoss(torch.autograd.Function):
         grad_scale: float,
         process_group: Any,
         inplace: bool,
+        grad_enabled: bool,
         cls_avg_factor: Tensor | None,
         loc_avg_factor: Tensor | None,
         grad_scale_tensor: Tensor | None,
@@ -66,9 +68,9 @@ class _DetectionLoss(torch.autograd.Function):
             torch.empty((), dtype=torch.float32, device=device),
         )
         eager = not torch.compiler.is_compiling()
-        first = 15  # position of the first map among the arguments
-        want_logits = any(ctx.needs_input_grad[first : first + levels])
-        want_deltas = any(ctx.needs_input_grad[first + levels : first + 2 * levels])
+        # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
+        want_logits = grad_enabled and any(ctx.needs_input_grad[_FIRST_MAP : _FIRST_MAP + levels])
+        want_deltas = grad_enabled and any(ctx.needs_input_grad[_FIRST_MAP + levels : _FIRST_MAP + 2 * levels])
         ctx.inplace = inplace and eager and want_logits
         logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
@@ -85,8 +87,9 @@ class _DetectionLoss(torch.autograd.Function):
             ctx.grad_scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
             ctx.wants = (want_logits, want_deltas)
             ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
-            if ctx.inplace:  # the logits are gone; keep their place with empty tensors
-                tensors = (*(x.new_empty(0) for x in logits), *tensors[levels:])
+            # In place the logits are gone; only their shapes and strides still serve, so their version does not matter.
+            ctx.consumed = [x.detach() for x in logits] if ctx.inplace else []
+            tensors = tensors[levels:] if ctx.inplace else tensors
             constants = (cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums)
             ctx.save_for_backward(*constants, *tensors)
         return outputs
@@ -94,6 +97,7 @@ class _DetectionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
         cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums, *tensors = ctx.saved_tensors
+        tensors = [*ctx.consumed, *tensors]
         levels, num_gt = ctx.levels, ctx.num_gt
         logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
         gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
@@ -127,7 +131,7 @@ class _DetectionLoss(torch.autograd.Function):
             )
             grad_deltas = buffers
         grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], [*logits, *deltas])
-        return (*[None] * 15, *grads, *[None] * (2 * num_gt))
+        return (*[None] * _FIRST_MAP, *grads, *[None] * (2 * num_gt))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -197,6 +201,7 @@ def detection_loss(
         scale,
         process_group,
         inplace,
+        torch.is_grad_enabled(),
         cls_avg,
         loc_avg,
         scale_tensor,

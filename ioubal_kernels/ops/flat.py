@@ -44,7 +44,10 @@ class _FlatLoss(torch.autograd.Function):
         grad_scale_tensor: Tensor | None,
         grad_scale: float,
         inplace: bool,
+        grad_enabled: bool,
     ) -> Tensor:
+        # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
+        wanted = grad_enabled and ctx.needs_input_grad[2]
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=x.device)
         inputs = (x, second, third, weight, scope_ids, num_scopes, *sum_parameters)
         world_size = 1.0
@@ -54,11 +57,11 @@ class _FlatLoss(torch.autograd.Function):
             world_size = float(distributed.world_size(process_group))
         loss = torch.empty((), dtype=compute_dtype(x), device=x.device)
         eager = not torch.compiler.is_compiling()
-        ctx.inplace = inplace and eager and ctx.needs_input_grad[2]
-        buffers = gradient_buffers([x], ctx.needs_input_grad[2] and eager, ctx.inplace)
+        ctx.inplace = inplace and eager and wanted
+        buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
         scaling = (avg_factor, divisor, world_size, grad_scale_tensor, grad_scale)
         op(f"{name}_fill", backend)(*inputs, *loss_parameters, *scaling, process_group is None, sums, loss, buffers)
-        if ctx.needs_input_grad[2]:
+        if wanted:
             ctx.name, ctx.backend, ctx.buffers = name, backend, buffers
             ctx.grad_scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
             ctx.num_scopes, ctx.parameters = num_scopes, (*sum_parameters, *loss_parameters)
@@ -79,7 +82,7 @@ class _FlatLoss(torch.autograd.Function):
             inputs = (x, second, third, weight, scope_ids, ctx.num_scopes, *ctx.parameters)
             op(f"{ctx.name}_backward", ctx.backend)(*inputs, *scaling, filled, sums, grad_output.detach(), grad)
         (grad,) = guard_double_backward(ctx.name, [grad], [x])
-        return (None, None, grad, *[None] * 13)
+        return (None, None, grad, *[None] * 14)
 
 
 class _ElementwiseLoss(torch.autograd.Function):
@@ -152,7 +155,7 @@ def _apply(
         return _ElementwiseLoss.apply(*common, process_group)
     avg_tensor, divisor = (None, 1.0) if reduction == "sum" else tensor_or_number(avg_factor)
     scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
-    return _FlatLoss.apply(*common, avg_tensor, divisor, process_group, scale_tensor, scale, inplace)
+    return _FlatLoss.apply(*common, avg_tensor, divisor, process_group, scale_tensor, scale, inplace, torch.is_grad_enabled())
 
 
 def _rows(t: Tensor | None, *shape: int) -> Tensor | None:

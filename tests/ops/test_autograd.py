@@ -1,0 +1,271 @@
+"""What autograd promises: repeated backward, grad_outputs, compile, autocast, refusals, in-place gradients."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import ioubal_kernels as ik
+from ioubal_kernels import testing
+
+
+def flat_case(name, dtype=torch.float32):
+    """A loss as a function of its differentiable input, and that input."""
+    inputs = testing.classification_inputs(seed=1, rows=50, classes=6, softmax=name == "softmax", dtype=dtype)
+    pred, target = testing.delta_inputs(seed=1, rows=50, dtype=dtype)
+    if name == "focal":
+        return (lambda x, **k: ik.iou_balanced_sigmoid_focal_loss(x, inputs.labels, inputs.iou, **k)), inputs.logits
+    if name == "softmax":
+        return (lambda x, **k: ik.iou_balanced_cross_entropy(x, inputs.labels, inputs.iou, **k)), inputs.logits
+    return (lambda x, **k: ik.iou_balanced_smooth_l1_loss(x, target, **k)), pred
+
+
+FLAT = ("focal", "softmax", "smooth_l1")
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_second_backward_and_several_grad_outputs(layout):
+    """A kept buffer that is rescaled in place would give 5 instead of 4 after grad_outputs 1, 2, 1."""
+    inputs = testing.detection_inputs(layout=layout).requiring_grad()
+    out = ik.iou_balanced_detection_loss(*inputs.arguments())
+    total = out.classification + out.localization
+    once = torch.autograd.grad(total, inputs.heads(), retain_graph=True)
+    for factor in (1.0, 2.0, 1.0):
+        (total * factor).backward(retain_graph=True)
+    for head, grad in zip(inputs.heads(), once, strict=True):
+        torch.testing.assert_close(head.grad, 4 * grad, rtol=1e-6, atol=0)
+    total.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_second_backward(name, reduction):
+    loss, x = flat_case(name)
+    x = x.requires_grad_()
+    value = loss(x, reduction=reduction)
+    g = torch.linspace(0.5, 2, value.numel()).reshape(value.shape)
+    once = torch.autograd.grad(value, x, g, retain_graph=True)[0]
+    for factor in (1.0, 2.0, 1.0):
+        value.backward(g * factor, retain_graph=True)
+    torch.testing.assert_close(x.grad, 4 * once, rtol=1e-6, atol=0)
+    expanded = loss(x, reduction=reduction)
+    expanded.backward(torch.ones(()).expand(expanded.shape))  # stride 0
+
+
+def test_the_gradient_buffer_is_handed_out_once():
+    """Accumulating into .grad must not alias the context: the first gradient is kept by the caller, unchanged."""
+    loss, x = flat_case("focal")
+    x = x.requires_grad_()
+    value = loss(x)
+    first = torch.autograd.grad(value, x, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(value, x, torch.tensor(5.0))[0]
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, 5 * kept, rtol=1e-6, atol=0)
+
+
+def test_each_loss_reaches_only_its_own_inputs():
+    inputs = testing.detection_inputs(layout="nchw").requiring_grad()
+    out = ik.iou_balanced_detection_loss(*inputs.arguments())
+    out.classification.backward(retain_graph=True)
+    assert all(t.grad is not None for t in inputs.cls_logits) and all(t.grad is None for t in inputs.bbox_deltas)
+    out.localization.backward()
+    assert all(t.grad is not None for t in inputs.bbox_deltas)
+    assert not out.num_positives.requires_grad and not out.mean_iou.requires_grad
+
+
+@pytest.mark.parametrize("factor", (3.7, 0.0, -1.0))
+@pytest.mark.parametrize("grad_scale", (1.0, 3.7, 1024.0))
+def test_grad_scale_changes_nothing_but_speed(grad_scale, factor):
+    loss, x = flat_case("focal")
+    want = torch.autograd.grad(loss(x.requires_grad_()) * factor, x)[0]
+    got = torch.autograd.grad(loss(x, grad_scale=grad_scale) * factor, x)[0]
+    torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
+
+
+def test_only_what_requires_grad_gets_one():
+    for want_logits, want_deltas in ((True, False), (False, True), (False, False)):
+        inputs = testing.detection_inputs()
+        inputs.cls_logits.requires_grad_(want_logits)
+        inputs.bbox_deltas.requires_grad_(want_deltas)
+        out = ik.iou_balanced_detection_loss(*inputs.arguments())
+        total = out.classification + out.localization
+        assert total.requires_grad == (want_logits or want_deltas)
+        if total.requires_grad:
+            total.backward()
+        assert (inputs.cls_logits.grad is not None) == want_logits
+        assert (inputs.bbox_deltas.grad is not None) == want_deltas
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_no_grad_allocates_no_gradient(mode):
+    inputs = testing.detection_inputs(images=2, classes=80, per_location=9, levels=((20, 30),)).requiring_grad()
+    want = ik.iou_balanced_detection_loss(*inputs.arguments())
+    with mode():
+        with torch.profiler.profile(profile_memory=True) as profile:
+            got = ik.iou_balanced_detection_loss(*inputs.arguments())
+    assert torch.equal(got.classification, want.classification.detach()) and not got.classification.requires_grad
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert allocated < inputs.cls_logits.nbytes / 100
+
+
+def test_double_backward_is_refused():
+    inputs = testing.detection_inputs(layout="nchw").requiring_grad()
+    out = ik.iou_balanced_detection_loss(*inputs.arguments())
+    grads = torch.autograd.grad(out.classification + out.localization, inputs.heads(), create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        sum(g.sum() for g in grads).backward()
+    for name in FLAT:
+        loss, x = flat_case(name)
+        for reduction in ("mean", "none"):
+            grad = torch.autograd.grad(loss(x.requires_grad_(), reduction=reduction).sum(), x, create_graph=True)[0]
+            with pytest.raises(NotImplementedError, match="double backward"):
+                grad.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    with forward_ad.dual_level():
+        for name in FLAT:
+            loss, x = flat_case(name)
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                loss(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+        inputs = testing.detection_inputs()
+        inputs.cls_logits = forward_ad.make_dual(inputs.cls_logits, torch.ones_like(inputs.cls_logits))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ik.iou_balanced_detection_loss(*inputs.arguments())
+
+
+def test_an_input_changed_after_the_forward_is_noticed():
+    loss, x = flat_case("focal")
+    leaf = x.clone().requires_grad_()
+    inner = leaf * 1
+    value = loss(inner)
+    with torch.no_grad():
+        inner.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("layout, backend", (("flat", "aot_eager"), ("channels_last", "aot_eager"), ("nchw", "inductor")))
+def test_compiled_detection(layout, backend):
+    inputs = testing.detection_inputs(layout=layout)
+
+    def total(*arguments):
+        out = ik.iou_balanced_detection_loss(*arguments)
+        return out.classification + 2 * out.localization, out.num_positives, out.mean_iou
+
+    eager = copy.deepcopy(inputs).requiring_grad()
+    want = total(*eager.arguments())
+    want[0].backward()
+    torch._dynamo.reset()
+    compiled = inputs.requiring_grad()
+    got = torch.compile(total, fullgraph=True, backend=backend)(*compiled.arguments())
+    got[0].backward()
+    for value, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(value, expected)
+    for a, b in zip(compiled.heads(), eager.heads(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("name", FLAT)
+def test_compiled_flat_with_changing_sizes(name, reduction):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss, x = flat_case(name)
+    columns = x.shape[1]
+    g = torch.Generator().manual_seed(0)
+
+    def call(x, labels, iou, target):
+        if name == "focal":
+            return ik.iou_balanced_sigmoid_focal_loss(x, labels, iou, reduction=reduction).sum() * 2
+        if name == "softmax":
+            return ik.iou_balanced_cross_entropy(x, labels, iou, reduction=reduction).sum() * 2
+        return ik.iou_balanced_smooth_l1_loss(x, target, reduction=reduction).sum() * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (7, 2, 33, 64):
+        x = torch.randn(rows, columns, generator=g)
+        rest = (torch.randint(-1, columns, (rows,), generator=g), torch.rand(rows, generator=g), x * 0.5)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        want, got = call(a, *rest), compiled(b, *rest)
+        want.backward()
+        got.backward()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=0)
+    assert counter.frame_count <= 2
+
+
+def test_autocast_leaves_the_loss_in_float32():
+    inputs = testing.detection_inputs(layout="nchw").requiring_grad()
+    conv = torch.nn.Conv2d(8, inputs.cls_logits[0].shape[1], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs.cls_logits = [conv(torch.randn(2, 8, *size)) for size in inputs.levels]
+        out = ik.iou_balanced_detection_loss(*inputs.arguments())
+        assert inputs.cls_logits[0].dtype == torch.bfloat16 and out.classification.dtype == torch.float32
+    (out.classification + out.localization).backward()
+    assert conv.weight.grad.dtype == torch.float32 and bool(conv.weight.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("factor", (1.0, 0.25))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_inplace_writes_the_gradient_over_the_logits(layout, factor):
+    want = testing.detection_inputs(layout=layout).requiring_grad()
+    out = ik.iou_balanced_detection_loss(*want.arguments())
+    ((out.classification + out.localization) * factor).backward()
+
+    got = testing.detection_inputs(layout=layout).requiring_grad()
+    out = ik.iou_balanced_detection_loss(*got.arguments(), inplace=True)
+    ((out.classification + out.localization) * factor).backward(retain_graph=True)
+    for a, b in zip(got.heads(), want.heads(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+    logits = got.cls_logits if layout == "flat" else got.cls_logits[0]
+    assert logits.grad.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="one backward only"):
+        out.classification.backward()
+
+
+def test_inplace_is_noticed_by_others_that_saved_the_logits():
+    loss, x = flat_case("focal")
+    leaf = x.clone().requires_grad_()
+    logits = leaf * 1
+    other = logits.sigmoid().sum() + (logits * logits).sum()  # saves the logits
+    value = loss(logits, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (value + other).backward()
+
+
+def test_the_context_releases_its_memory():
+    loss, x = flat_case("focal")
+    x = x.requires_grad_()
+    loss(x).backward()
+    x.grad = None
+    gc.collect()
+    before = sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    for _ in range(20):
+        loss(x).backward()
+        x.grad = None
+    gc.collect()
+    assert sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor)) <= before + 1
+
+
+def test_decode_is_differentiable_like_the_formula():
+    g = torch.Generator().manual_seed(0)
+    deltas = torch.randn(40, 4, generator=g) * 3  # some dw, dh beyond the clamp
+    anchors = torch.tensor([10.0, 20, 50, 90]) + torch.rand(40, 4, generator=g)
+    for coder_weights in ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)):
+        a, b = deltas.clone().requires_grad_(), deltas.double().requires_grad_()
+        g_out = torch.randn(40, 4, generator=g)
+        with ik.use_backend("cpu"):
+            fast = ik.decode_boxes(a, anchors, weights=coder_weights)
+        with ik.use_backend("reference"):
+            oracle = ik.decode_boxes(b, anchors.double(), weights=coder_weights)
+        fast.backward(g_out)
+        oracle.backward(g_out.double())
+        torch.testing.assert_close(fast.double(), oracle, rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-6, atol=1e-6)
