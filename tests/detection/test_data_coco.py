@@ -241,7 +241,7 @@ def test_boxes_are_clipped_and_empty_ones_dropped(tmp_path):
         "boxes outside the image dropped": 1,
         "boxes clipped to the image": 2,
     }
-    assert "1 empty boxes dropped: a.png" in describe(dataset)
+    assert "empty boxes dropped: 1 (a.png)" in describe(dataset)
 
 
 def test_string_ids_large_ids_and_order_do_not_matter(tmp_path):

@@ -249,6 +249,9 @@ def test_full_check_warns(tmp_path):
     coco(tmp_path, 3, "val", start=1)
     (tmp_path / "val/2.png").write_bytes((tmp_path / "train/1.png").read_bytes())
     (tmp_path / "train/3.png").write_bytes((tmp_path / "train/0.png").read_bytes())
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "train/2.png").save(tmp_path / "train/2.png", exif=exif)
     path = tmp_path / "annotations/instances_train.json"
     data = json.loads(path.read_text())
     data["annotations"].append({"id": 99, "image_id": 1, "category_id": 1, "bbox": [1, 2, 8, 6.5]})
@@ -257,11 +260,13 @@ def test_full_check_warns(tmp_path):
     report = check_dataset(tmp_path)
     assert report.ok
     text = "\n".join(report.warnings)
-    assert "1 pictures are in two splits that should have none in common: train: 1.png = val: 2.png" in text
-    assert "1 pictures occur more than once in a split: train: 0.png = 3.png" in text
-    assert "split train: 1 near-duplicate box pairs: 0.png" in text
-    assert "split train: 1 empty boxes dropped: 0.png" in text
+    assert "pictures in two splits that should have none in common: 1 (train: 1.png = val: 2.png)" in text
+    assert "pictures that occur more than once in a split: 1 (train: 0.png = 3.png)" in text
+    assert "split train: near-duplicate box pairs: 1 (0.png)" in text
+    assert "split train: empty boxes dropped: 1 (0.png)" in text
     assert "split val: classes without boxes: other" in text
+    # Upside down, so its size tells nothing.
+    assert "images with an EXIF orientation tag, which is not applied: 1 (2.png)" in text
     assert report.stats["train"]["train_boxes"] == 5 and report.stats["val"]["images"] == 3
     # Square roots of the areas 48 (six-pixel-high boxes) and 52.
     assert report.stats["train"]["box_side"]["0.5"] == pytest.approx(48**0.5, abs=0.01)

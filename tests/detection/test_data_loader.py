@@ -1,9 +1,8 @@
 """Order, resuming, augmentation and batching: functions of (seed, epoch, sample) for any number of workers."""
 
 import itertools
-import os
+import multiprocessing
 import random
-import signal
 import time
 
 import numpy as np
@@ -326,19 +325,13 @@ def test_arguments_are_checked(data):
 def test_a_killed_worker_is_reported_at_once(data):
     stream = iter(TrainLoader(data, ALL, 2, workers=1))
     next(stream)
-    children = {int(pid) for pid in _children(os.getpid())}
     started = time.monotonic()
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
+    for child in multiprocessing.active_children():
+        child.kill()
     with pytest.raises(RuntimeError, match="loader: workers=1: a worker process died"):
         for _ in range(50):
             next(stream)
     assert time.monotonic() - started < 20
-
-
-def _children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return file.read().split()
 
 
 def test_a_hanging_worker_times_out(data, monkeypatch):
@@ -346,3 +339,37 @@ def test_a_hanging_worker_times_out(data, monkeypatch):
     stream = iter(TrainLoader(data, ALL, 2, workers=1, timeout=0.5))
     with pytest.raises(RuntimeError, match="loader: workers=1: a worker gave no batch in time"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. Workers are out of shared memory.",
+            "enlarge /dev/shm",
+        ),
+        ("unable to write to file </torch_12_345_0>: No space left on device (28)", "enlarge /dev/shm"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "a worker process died"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "a worker process died"),
+        ("DataLoader timed out after 3 seconds", "raise the timeout"),
+    ],
+)
+def test_what_a_failing_worker_says(data, monkeypatch, message, hint):
+    def fail(self):
+        raise RuntimeError(message)
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    with pytest.raises(RuntimeError, match=f"loader: workers=1: .*{hint}") as caught:
+        next(iter(TrainLoader(data, ALL, 2, workers=1)))
+    assert message in str(caught.value)
+
+
+def test_other_errors_are_not_renamed(data, monkeypatch):
+    def fail(self):
+        raise RuntimeError("something else")
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        next(iter(TrainLoader(data, ALL, 2, workers=1)))

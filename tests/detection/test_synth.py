@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -109,6 +110,18 @@ def test_an_interrupted_call_leaves_nothing_half_made_and_is_continued(small, tm
     assert seen[0] >= 25 and seen[-1] == 70
     assert digest(target) == digest(small)
     assert sorted(os.listdir(tmp_path)) == ["set"]
+
+
+def test_two_processes_at_once_make_one_set(small, tmp_path):
+    context = multiprocessing.get_context("fork")
+    target = tmp_path / "set"
+    both = [context.Process(target=make_synthetic, args=(target,), kwargs={"workers": 1, **SMALL}) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert digest(target) == digest(small) and sorted(os.listdir(tmp_path)) == ["set"]
 
 
 def test_the_rest_of_other_parameters_is_not_used(small, tmp_path):

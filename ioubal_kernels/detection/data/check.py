@@ -139,7 +139,7 @@ def _check_images(
             if orientation != 1:
                 turned.append(records[path].name)
     if turned:
-        warnings.append(f"{len(turned)} images have an EXIF orientation tag, which is not applied: {_some(turned)}")
+        warnings.append(f"images with an EXIF orientation tag, which is not applied: {len(turned)} ({_some(turned)})")
     return digests
 
 
@@ -164,9 +164,9 @@ def _same_pictures(datasets: list[Dataset], digests: dict[str, str]) -> list[str
                     across.append(f"{split}: {name} = {other}: {other_name}")
     result = []
     if inside:
-        result.append(f"{len(inside)} pictures occur more than once in a split: {_some(inside)}")
+        result.append(f"pictures that occur more than once in a split: {len(inside)} ({_some(inside)})")
     if across:
-        result.append(f"{len(across)} pictures are in two splits that should have none in common: {_some(across)}")
+        result.append(f"pictures in two splits that should have none in common: {len(across)} ({_some(across)})")
     return result
 
 
@@ -183,7 +183,9 @@ def _annotation_warnings(dataset: Dataset, stats: dict[str, Any]) -> list[str]:
     pairs = [(record.name, count) for record in dataset.records if (count := near_duplicates(record))]
     if pairs:
         total = sum(count for _, count in pairs)
-        result.append(f"split {dataset.split}: {total} near-duplicate box pairs: {_some([name for name, _ in pairs])}")
+        result.append(
+            f"split {dataset.split}: near-duplicate box pairs: {total} ({_some([name for name, _ in pairs])})"
+        )
     missing = [name for name, count in stats["boxes_by_class"].items() if count == 0]
     if missing:
         result.append(f"split {dataset.split}: classes without boxes: {', '.join(missing)}")
@@ -231,7 +233,7 @@ def statistics(dataset: Dataset) -> dict[str, Any]:
 
 
 def _some(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f", ... ({len(names)} in total)" if len(names) > shown else "")
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _text(root: str, datasets: list[Dataset], stats: dict[str, Any], problems: list[str], warnings: list[str]) -> str:

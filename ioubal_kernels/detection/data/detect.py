@@ -232,7 +232,7 @@ def describe(*datasets: Dataset | None) -> str:
         ignored = dataset.num_boxes - dataset.num_train_boxes
         extra = f" ({ignored} of them crowd or difficult: not trained on, ignored in evaluation)" if ignored else ""
         bare = sum(1 for record in dataset.records if not record.trainable.any())
-        extra += f"; {bare} images without boxes" if bare else ""
+        extra += f"; images without boxes: {bare}" if bare else ""
         lines.append(f"split    {dataset.split}: {len(dataset)} images, {dataset.num_boxes} boxes{extra}")
         lines += [f"         {line}" for line in dataset.notes.lines()]
     if len(given) == 1 and len(datasets) > 1:

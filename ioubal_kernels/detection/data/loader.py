@@ -194,7 +194,7 @@ def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
         raise
     except RuntimeError as error:
         text = str(error)
-        if "shared memory" in text or "/dev/shm" in text or "bus error" in text.lower():
+        if "shared memory" in text or "</torch_" in text or "/dev/shm" in text or "bus error" in text.lower():
             hint = "too little shared memory: enlarge /dev/shm or use workers=0"
         elif "timed out" in text:
             hint = "a worker gave no batch in time: raise the timeout, or use workers=0 to see where it hangs"

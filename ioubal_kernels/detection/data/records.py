@@ -154,8 +154,8 @@ class Notes:
         result = []
         for reason, images in self.items.items():
             distinct = list(dict.fromkeys(images))
-            more = f", ... ({len(distinct)} images)" if len(distinct) > shown else ""
-            result.append(f"{len(images)} {reason}: {', '.join(distinct[:shown])}{more}")
+            more = f", ... {len(distinct)} images" if len(distinct) > shown else ""
+            result.append(f"{reason}: {len(images)} ({', '.join(distinct[:shown])}{more})")
         return result
 
 
