@@ -18,6 +18,7 @@ from .config_schema import Checked, check_value, option
 from .errors import UsageError
 
 MAX_FILE_BYTES = 1_000_000
+MAX_DEPTH = 20
 LOSS_NAMES = ("baseline", "cls", "loc", "both")
 
 
@@ -302,25 +303,30 @@ def read_yaml(path: Path) -> Any:
     """A YAML file by `yaml.safe_load`; larger than 1 MB, with anchors and aliases, or not UTF-8 is refused."""
     import yaml
 
+    opening = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken)
+    opening += (yaml.BlockMappingStartToken,)
+    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
     try:
         if not path.is_file():
             raise UsageError(f"config: {path} is not a file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_FILE_BYTES}")
         text = path.read_text(encoding="utf-8")
+        depth = 0
         for token in yaml.scan(text):
+            line = token.start_mark.line + 1
             if isinstance(token, (yaml.AnchorToken, yaml.AliasToken)):
-                line = token.start_mark.line + 1
                 raise UsageError(
                     f"{path}: line {line}: anchors and aliases are not accepted (a few lines can expand to gigabytes)"
                 )
+            depth += isinstance(token, opening) - isinstance(token, closing)
+            if depth > MAX_DEPTH:  # the scanner's time grows with the square of the depth
+                raise UsageError(f"{path}: line {line}: nested deeper than {MAX_DEPTH} levels")
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
         raise UsageError(f"{path}:{where} not plain YAML: {getattr(error, 'problem', None) or error}") from error
-    except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config: cannot read {path}: {error}") from error
 

@@ -69,7 +69,7 @@ def evaluate_detections(
         found.dataset = {"images": truth_dict["images"], "categories": truth_dict["categories"], "annotations": results}
         found.createIndex()
         coco_eval = COCOeval(truth, found, "bbox")
-        coco_eval.params.maxDets = [1, 10, max_detections]
+        coco_eval.params.maxDets = [max_detections]
         coco_eval.evaluate()
         coco_eval.accumulate()
     precision, recall = coco_eval.eval["precision"], coco_eval.eval["recall"]

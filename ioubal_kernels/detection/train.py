@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class _Trainer:
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
         self.metrics_step = -1
+        self.eval_loader: Iterable[Batch] | None = None
 
     # Set-up
 
@@ -226,7 +227,7 @@ class _Trainer:
         state = self.loader.state_dict()
         self.w_loc = calibrate(
             self.model,
-            (batch for batch, _ in zip(self.loader, range(loss.calibration_batches), strict=False)),
+            (batch for _, batch in zip(range(loss.calibration_batches), self.loader)),
             loss,
             self.device,
             self.amp,
@@ -380,9 +381,9 @@ class _Trainer:
         dataset = self.pair.evaluation
         if dataset is None or self.metrics_step == self.step:
             return
-        loader = make_eval_loader(
-            self.config, dataset, self.workers, choose_cache(self.config.data.cache, dataset, self.config)
-        )
+        if self.eval_loader is None:  # kept, with its cached images, for the next evaluation
+            cache = choose_cache(self.config.data.cache, dataset, self.config)
+            self.eval_loader = make_eval_loader(self.config, dataset, self.workers, cache)
 
         with self.reporter.task("evaluate", len(dataset)) as task:
 
@@ -392,7 +393,7 @@ class _Trainer:
                     self._interrupt()
 
             detections = predict_dataset(
-                self.ema.module, loader, self.config.inference, self.device, self.amp, on_batch
+                self.ema.module, self.eval_loader, self.config.inference, self.device, self.amp, on_batch
             )
         self.metrics = evaluate_detections(dataset, detections, max_detections=self.config.inference.max_detections)
         self.metrics_step = self.step

@@ -1,0 +1,182 @@
+"""The configuration: presets, strict reading, one clear message for everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ioubal_kernels.detection.config import (
+    PRESETS,
+    Config,
+    all_keys,
+    config_diff,
+    load_config,
+    parse_assignment,
+    parse_nan_policy,
+    preset,
+)
+from ioubal_kernels.detection.errors import UsageError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_its_own_yaml(name, tmp_path):
+    config = preset(name)
+    config.set("data.path", "some where/ünï")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(str(file)) == config
+
+
+def test_preset_gives_a_fresh_object_each_time():
+    preset("demo").set("optim.lr", 1.0)
+    assert preset("demo").optim.lr == Config().optim.lr
+
+
+@pytest.mark.parametrize(
+    ("loss", "eta", "lambda_", "w_loc"),
+    [("baseline", 0.0, 0.0, 1.0), ("cls", 1.5, 0.0, 1.0), ("loc", 0.0, 1.5, "auto"), ("both", 1.5, 1.5, "auto")],
+)
+def test_loss_switch(loss, eta, lambda_, w_loc):
+    config = Config()
+    config.set_loss(loss)
+    assert (config.loss.eta, config.loss.lambda_, config.loss.w_loc, config.loss.label()) == (eta, lambda_, w_loc, loss)
+
+
+def test_loss_switch_keeps_chosen_exponents():
+    config = Config()
+    config.set("loss.eta", 0.7)
+    config.set_loss("both")
+    assert config.loss.eta == 0.7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lrr", 1, r"unknown key 'optim.lrr'; the nearest is 'optim.lr'"),
+        ("lr", 1, r"unknown key 'lr'; the nearest is 'optim.lr'"),
+        ("loss.lambda", 1, r"the nearest is 'loss.lambda_'"),
+        ("train.lr", 1, r"the nearest is 'optim.lr'"),
+        ("loss.eta.x", 1, r"unknown key"),
+        ("train.iterations", 0, r"train.iterations: expected an integer >= 1 and <= 1e\+08, got 0"),
+        ("train.iterations", 1.5, r"train.iterations: expected an integer.*got 1.5 \(float\)"),
+        ("train.iterations", True, r"train.iterations: expected an integer.*got True \(bool\)"),
+        ("train.iterations", None, r"train.iterations: expected an integer.*got None"),
+        ("optim.lr", -0.1, r"optim.lr: expected a number > 0 and <= 100, got -0.1"),
+        ("optim.lr", 0, r"optim.lr: expected a number > 0"),
+        ("optim.lr", float("nan"), r"optim.lr: expected a number.*got nan"),
+        ("optim.lr", "fast", r"optim.lr: expected a number.*got 'fast' \(str\)"),
+        ("optim.name", "adam", r"optim.name: expected one of adamw, sgd, got 'adam'"),
+        ("data.image_size", [64], r"data.image_size: expected a list of 2, each an integer.*got \[64\]"),
+        ("data.image_size", [64, "x"], r"data.image_size: expected a list of 2.*got 'x'"),
+        ("data.image_size", 64, r"data.image_size: expected a list of 2.*got 64"),
+        ("model.anchor_scale", "automatic", r"model.anchor_scale: expected a number.*or auto, got 'automatic'"),
+        ("loss.w_loc", 0, r"loss.w_loc: expected a number > 0 or auto, got 0"),
+        ("train.channels_last", "yes", r"train.channels_last: expected true or false, got 'yes'"),
+        ("data.path", ["a"], r"data.path: expected text or null, got \['a'\]"),
+    ],
+)
+def test_bad_value_names_key_expected_and_got(key, value, message):
+    config = Config()
+    with pytest.raises(UsageError, match=message):
+        config.set(key, value)
+    assert config == Config()
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    config = Config()
+    config.set(*parse_assignment("optim.lr=3e-4"))
+    config.set(*parse_assignment("optim.clip=1"))
+    assert config.optim.lr == 3e-4
+    assert config.optim.clip == 1.0
+    assert isinstance(config.optim.clip, float)
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "=3", "optim.lr=[1", "optim.lr=!!python/object:os.system x"])
+def test_bad_assignment(text):
+    with pytest.raises(UsageError, match="--set"):
+        parse_assignment(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.milestones": [0.9, 0.6]}, r"optim.milestones: expected rising shares"),
+        ({"train.nan_policy": "skip"}, r"train.nan_policy: expected stop or skip:N"),
+        ({"model.backbone_file": "x.pth"}, r"model.backbone_file: retinanet_tiny has no ResNet"),
+        ({"model.backbone_sha256": "00"}, r"model.backbone_sha256: given without"),
+        (
+            {"data.image_size": None, "data.short_side": 900, "data.long_side": 800},
+            r"data.long_side: expected at least",
+        ),
+    ],
+)
+def test_conditions_between_keys(changes, message):
+    config = Config()
+    for key, value in changes.items():
+        config.set(key, value)
+    with pytest.raises(UsageError, match=message):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lr: 0.1\n", r"c\.yaml: line \d+: not plain YAML"),
+        ("optim: &a {lr: 0.1}\ntrain: *a\n", r"line 1: anchors and aliases are not accepted"),
+        ("train: !!python/object/apply:os.getpid []\n", r"not plain YAML"),
+        ("- 1\n- 2\n", r"expected a mapping of sections, got list"),
+        ("optim: 3\n", r"optim: expected a mapping, got int"),
+        ("optimizer: {lr: 1}\n", r"unknown key 'optimizer'"),
+        ("optim: {lr: -1}\n", r"c\.yaml: optim\.lr: expected a number"),
+        (
+            "train: {iterations: 10, iteration: 3}\n",
+            r"unknown key 'train.iteration'; the nearest is 'train.iterations'",
+        ),
+        ("[" * 3000, r"line 1: nested deeper than 20 levels"),
+        ("optim: {lr: " + "1" * 1_000_001 + "}", r"bytes, expected at most 1000000"),
+    ],
+)
+def test_bad_yaml_file(text, message, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_config(str(file))
+
+
+def test_yaml_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(UsageError, match="is not a file"):
+        load_config(str(tmp_path / "none.yaml"))
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00optim")
+    with pytest.raises(UsageError, match=r"b\.yaml"):
+        load_config(str(tmp_path / "b.yaml"))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UsageError, match="unknown configuration 'retinanet_tyni'; the nearest is 'retinanet_tiny'"):
+        load_config("retinanet_tyni")
+
+
+def test_every_key_has_a_rule_and_a_line_of_help():
+    config = Config()
+    for key in all_keys():
+        section, name = key.split(".")
+        rules = {f.name: f.metadata for f in dataclasses.fields(getattr(config, section))}[name]
+        assert rules["doc"]
+        config.set(key, getattr(getattr(config, section), name))
+    assert config == Config()
+
+
+def test_diff_names_what_matters_only():
+    new = Config()
+    new.set("optim.lr", 0.5)
+    new.set("data.workers", 7)
+    assert config_diff(Config().to_dict(), new.to_dict()) == ["optim.lr: 0.003 -> 0.5"]
+
+
+def test_nan_policy():
+    assert parse_nan_policy("stop") == 0
+    assert parse_nan_policy("skip:3") == 3
+    for bad in ("skip:0", "skip:-1", "skip:x", "ignore"):
+        with pytest.raises(UsageError, match="expected stop or skip:N"):
+            parse_nan_policy(bad)
