@@ -1,0 +1,173 @@
+"""Choosing a backend: automatic, by argument, by use_backend, by environment; absent ones; the one warning."""
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels import backends, ops, testing
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("IOUBAL_BACKEND", raising=False)
+    for name, value in (("_chosen", {}), ("_warned", set()), ("_pending", []), ("_process_choice", None)):
+        monkeypatch.setattr(backends, name, value)
+    yield
+
+
+@pytest.fixture
+def without_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "load_error", lambda: "the library file is missing")
+
+
+def chosen(backend: str | None = None, device: str = "cpu", float64: bool = False) -> str:
+    return backends.choose("op", backend, torch.device(device), float64).__name__.rpartition(".")[2]
+
+
+def call(**options) -> torch.Tensor:
+    c = testing.classification_inputs(0)
+    return ik.iou_balanced_sigmoid_focal_loss(c.logits, c.labels, c.iou, **options)
+
+
+def test_reference_is_always_available() -> None:
+    assert ik.available_backends()[-1] == "reference"
+    assert chosen("reference") == "reference"
+    assert backends.unavailable_reason("reference") is None
+
+
+def test_automatic_choice_falls_back_with_one_warning(without_cpu: None) -> None:
+    with pytest.warns(RuntimeWarning) as caught:
+        call()
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "the library file is missing" in message
+    assert message.count("pip install --no-build-isolation .") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+        call(backend="reference")
+    assert chosen() == "reference"
+    assert ik.available_backends() == ["reference"]
+
+
+def test_no_warning_where_nothing_is_absent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(device="meta") == "reference"
+        assert chosen("reference") == "reference"
+
+
+def test_absent_backend_by_name(without_cpu: None) -> None:
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: the library file is missing"):
+        call(backend="cpu")
+    with pytest.raises(RuntimeError, match="use_backend: backend 'cpu' is not available"):
+        ik.use_backend("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_unwritten_backends_say_why(name: str) -> None:
+    assert name not in ik.available_backends()
+    with pytest.raises(
+        RuntimeError, match=f"backend '{name}' is not available: this version has no {name} backend yet; use"
+    ):
+        backends.choose("op", name, torch.device("cuda"), False)
+    with pytest.raises(TypeError, match="has no float64"):
+        backends.choose("op", name, torch.device("cuda"), True)
+    assert chosen(device="cuda", float64=True) == "reference"
+
+
+def test_wrong_device_for_a_named_backend() -> None:
+    with pytest.raises(ValueError, match="backend 'cpu' takes cpu tensors, got tensors on meta"):
+        backends.choose("op", "cpu", torch.device("meta"), False)
+
+
+def test_argument_beats_context_beats_process_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOUBAL_BACKEND", "nonsense")
+    with pytest.raises(
+        ValueError, match=r"backend \(chosen by use_backend or IOUBAL_BACKEND\) must be one of .*'nonsense'"
+    ):
+        call()
+    ik.use_backend("reference")
+    assert chosen() == "reference"
+    monkeypatch.setenv("IOUBAL_BACKEND", "reference")
+    ik.use_backend(None)
+    assert chosen() == backends.choose("op", "auto", torch.device("cpu"), False).__name__.rpartition(".")[2]
+    with ik.use_backend("reference"):
+        assert chosen() == "reference"
+        assert chosen("reference") == "reference"
+
+
+def test_context_manager_restores_and_nests() -> None:
+    before = chosen("auto")
+    with ik.use_backend("reference"):
+        assert chosen() == "reference"
+        with ik.use_backend("auto"):
+            assert chosen() == before
+        assert chosen() == "reference"
+    assert backends._context_choice.get() is None
+    assert backends._process_choice is None
+    with pytest.raises(KeyError), ik.use_backend("reference"):
+        raise KeyError
+    assert backends._context_choice.get() is None
+
+
+def test_use_backend_as_a_function_holds_for_other_threads() -> None:
+    ik.use_backend("reference")
+    seen: list[str] = []
+    thread = threading.Thread(target=lambda: seen.append(chosen()))
+    thread.start()
+    thread.join()
+    assert seen == ["reference"]
+
+
+def test_context_manager_stays_in_its_thread_and_task() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def worker() -> None:
+        with ik.use_backend("reference"):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    assert inside.wait(10)
+    assert backends._override() is None
+    leave.set()
+    thread.join()
+
+    async def task(name: str) -> str | None:
+        with ik.use_backend(name):
+            await asyncio.sleep(0)
+            return backends._override()
+
+    async def both() -> list:
+        return await asyncio.gather(task("reference"), task("auto"))
+
+    assert asyncio.run(both()) == ["reference", "auto"]
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="use_backend: name must be one of .*did you mean 'triton'"):
+        ik.use_backend("tritn")
+    with pytest.raises(TypeError, match="use_backend: name must be a string"):
+        ik.use_backend(3)
+    with pytest.raises(ValueError, match="unavailable_reason"):
+        backends.unavailable_reason("gpu")
+
+
+@pytest.mark.parametrize("mode", ["0", "1", "auto"])
+def test_check_modes(mode: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """IOUBAL_CHECK=0: nothing is read out of bounds and the loss is NaN, also in the other rows' sum."""
+    monkeypatch.setenv("IOUBAL_CHECK", mode)
+    c = testing.classification_inputs(0)
+    c.labels[5] = 5
+    if mode == "0":
+        assert ik.iou_balanced_sigmoid_focal_loss(c.logits, c.labels, c.iou, backend=backend).isnan()
+        return
+    with pytest.raises(ValueError, match="got 5 at labels"):
+        ik.iou_balanced_sigmoid_focal_loss(c.logits, c.labels, c.iou, backend=backend)
