@@ -1,0 +1,88 @@
+"""Interleaved timing of several paths in one run, and a description of the machine they ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels.ops.library import limit_isa
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16"}
+
+
+def race(paths: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every path in every round; the round number lets a path rotate its inputs. Round 0 warms up, untold."""
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    for number in range(rounds + 1):
+        for name, call in paths.items():
+            start = time.perf_counter()
+            call(number)
+            elapsed = time.perf_counter() - start
+            if number:
+                times[name].append(elapsed)
+    return times
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Fastest, median and 80 % quantile in milliseconds."""
+    ordered = sorted(samples)
+    late = ordered[min(len(ordered) - 1, int(0.8 * len(ordered)))]
+    return {"min_ms": ordered[0] * 1e3, "median_ms": statistics.median(ordered) * 1e3, "q80_ms": late * 1e3}
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, '+' when it has changes; 'unknown' outside a checkout."""
+    root = RESULTS.parent.parent
+    try:
+        run = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+        dirty = run("status", "--porcelain", "--untracked-files=no", "--", "csrc", "ioubal_kernels", "bench/*.py")
+        return run("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "version": ik.__version__,
+        "torch": torch.__version__,
+        "device": cpu_model(),
+        "best_isa": ISA_NAMES[limit_isa(5)],
+        "threads": torch.get_num_threads(),
+        "heap": "warm" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
+    }
+
+
+def append_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Adds rows to bench/results/<name>.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    return path
