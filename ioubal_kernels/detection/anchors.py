@@ -80,10 +80,9 @@ def anchor_fit(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], sca
 
 
 def choose_anchor_scale(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...]) -> AnchorFit:
-    """The scale covering most boxes; among those within 1 % of the best coverage, the one with the largest mean IoU."""
+    """The scale covering most boxes; between scales that cover equally many, the one with the larger mean IoU."""
     fits = [anchor_fit(boxes, image_sizes, strides, scale) for scale in SCALE_CANDIDATES]
-    best_coverage = max(fit.covered for fit in fits)
-    return max((fit for fit in fits if fit.covered >= best_coverage - 0.01), key=lambda fit: fit.mean_best_iou)
+    return max(fits, key=lambda fit: (fit.covered, fit.mean_best_iou))
 
 
 @torch.no_grad()

@@ -42,6 +42,12 @@ def _label(ax: Any, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=9, color=_GREY)
 
 
+def _legend(ax: Any, **options: Any) -> None:
+    """A legend, unless nothing was drawn (a run without evaluations has no curve)."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=9, **options)
+
+
 def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
     """Running mean over `share` of the series; shorter windows at its ends."""
     data = np.asarray(values, dtype=float)
@@ -68,7 +74,7 @@ def plot_losses(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
                 ax.plot(steps, smooth(values), color=color, linewidth=1.8, label=name)
         ax.set_ylim(bottom=0)
         _label(ax, title, "step", "")
-        ax.legend(frameon=False, fontsize=9)
+        _legend(ax)
     _save(figure, path)
 
 
@@ -89,7 +95,7 @@ def plot_ap_curves(path: Path, evaluations: Mapping[str, Sequence[Mapping[str, A
         ax.set_ylim(bottom=0)
         ax.set_xlim(left=0)
         _label(ax, metric, "step", "%")
-    figure.axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    _legend(figure.axes[0], loc="lower right")
     _save(figure, path)
 
 
@@ -111,7 +117,7 @@ def plot_ap_by_threshold(path: Path, metrics: Mapping[str, Mapping[str, Any]]) -
             shift = (index - 1 - (len(curves) - 2) / 2) * width
             right.bar(np.array(THRESHOLDS) + shift, values - first, width=0.85 * width, color=color, label=name)
     left.set_ylim(bottom=0)
-    left.legend(frameon=False, fontsize=9)
+    _legend(left)
     _label(left, "AP by IoU threshold", "IoU threshold", "%")
     right.axhline(0, color=_GREY, linewidth=0.8)
     low, high = right.get_ylim()

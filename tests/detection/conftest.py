@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from ioubal_kernels.detection.config import Config, preset  # noqa: E402
-from ioubal_kernels.detection.data import make_synthetic  # noqa: E402
+from ioubal_kernels.detection.config import Config, preset
+from ioubal_kernels.detection.data import make_synthetic
 
 
 @pytest.fixture(scope="session")

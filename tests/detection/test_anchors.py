@@ -60,7 +60,7 @@ def test_a_map_of_a_size_that_the_stride_does_not_divide_keeps_the_stride():
 
 @pytest.mark.parametrize("scale", [1.5, 3.0, 5.0])
 def test_auto_scale_finds_the_scale_boxes_were_made_with(scale):
-    """Boxes that are anchors of a scale themselves: found up to a third of an octave, where two of three octaves recur."""
+    """Boxes made from a scale's anchors: found up to a third of an octave, where two of three octaves recur."""
     generator = make_anchor_generator(STRIDES, scale)
     generator.set_cell_anchors(torch.float32, torch.device("cpu"))
     boxes = torch.cat([cell + 128 for cell in generator.cell_anchors])
