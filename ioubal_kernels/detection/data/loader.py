@@ -28,6 +28,7 @@ class Batch:
 
     Attributes:
         images: float32 (N, 3, H, W), normalised, zero-padded right and below to a common multiple of `size_divisor`.
+            N may be 0 in evaluation, when every image of a batch was left out as bad.
         targets: N dicts: `boxes` float32 (G, 4) x1 y1 x2 y2 in pixels of `images` (boxes to train on only), `labels`
             int64 (G,), `image_id` int, `orig_size` (height, width) of the file, `size` (height, width) before
             padding, `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).

@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from .records import DataError
 from .shapes import SHAPES, background, colour, paint, sprite_mask, texture
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same parameters would give other pictures."""
 
 PARAMETER_FILE = "synthetic.json"
@@ -71,8 +71,8 @@ def render(seed: int, split: str, index: int, size: int, classes: int) -> tuple[
 
 
 def _appearance(rng: np.random.Generator, label: int, classes: int, side: int) -> np.ndarray:
-    """The sprite's texture: its hue is the class's in about half of the sprites, and anything in the others."""
-    hue = label / classes + rng.normal(0, 0.06) if rng.random() < 0.5 else rng.uniform(0, 1)
+    """The sprite's texture: its hue is the class's in seven of ten sprites, and anything in the others."""
+    hue = label / classes + rng.normal(0, 0.06) if rng.random() < 0.7 else rng.uniform(0, 1)
     first = colour(hue, rng.uniform(0.3, 0.9), rng.uniform(0.35, 1.0))
     second = first * rng.uniform(0.45, 0.9) + rng.normal(0, 14, 3)
     return paint(texture(rng, side, side), first, second.astype(np.float32))
@@ -109,7 +109,7 @@ def _finish(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     if rng.random() < 0.6:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.1))))
     result = np.asarray(image, dtype=np.float32) * np.float32(rng.uniform(0.8, 1.15))
-    result += rng.standard_normal((size, size, 3), dtype=np.float32) * np.float32(rng.uniform(2, 14))
+    result += rng.standard_normal((size, size, 3), dtype=np.float32) * np.float32(rng.uniform(2, 12))
     return result.clip(0, 255).astype(np.uint8)
 
 
