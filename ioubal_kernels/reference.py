@@ -310,8 +310,11 @@ def detection_loss(
     localization = scaled(loc, w_loc * power)
 
     cls_avg, loc_avg = avg_factor
-    classification = _batch_mean(classification.reshape(images, -1), cls_avg, positives, process_group) * cls_weight
-    localization = _batch_mean(localization.reshape(images, -1), loc_avg, positives, process_group)
+    classification = (
+        _batch_mean(classification.reshape(images, anchors_per_image * num_classes), cls_avg, positives, process_group)
+        * cls_weight
+    )
+    localization = _batch_mean(localization.reshape(images, anchors_per_image), loc_avg, positives, process_group)
     mean_iou = (iou_sum / positives.clamp(min=1)).to(torch.float32)
     return classification, localization, positives.to(torch.int64), mean_iou
 

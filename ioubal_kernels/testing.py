@@ -253,7 +253,8 @@ def detection_inputs(
     counts = torch.randint(1, max_boxes + 1, (images,), generator=g).tolist()
     gt_boxes = [draw_boxes(count) for count in counts]
     gt_labels = [torch.randint(0, classes, (count,), generator=g) for count in counts]
-    anchors = draw_boxes(rows * (1 if shared_anchors else images)).reshape(-1, rows, 4)
+    anchor_sets = 1 if shared_anchors else images
+    anchors = draw_boxes(rows * anchor_sets).reshape(anchor_sets, rows, 4)
 
     kind = torch.rand(images, rows, generator=g)
     choice = torch.rand(images, rows, generator=g)
@@ -266,7 +267,7 @@ def detection_inputs(
     deltas = torch.randn(images, rows, 4, generator=g) * 0.2
     for image in range(images):
         at = (matched[image] >= 0).nonzero().squeeze(1)
-        own = anchors[image if anchors.shape[0] > 1 else 0][at]
+        own = anchors[0 if shared_anchors else image][at]
         deltas[image, at] += _boxes.encode(gt_boxes[image][matched[image, at]], own, box_coder=box_coder)
     inputs = DetectionInputs(
         logits.to(device, dtype),
@@ -299,6 +300,21 @@ def from_levels(maps: Sequence[Tensor], per_location: int) -> Tensor:
     """The inverse of ``to_levels``."""
     parts = [m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, m.shape[1] // per_location) for m in maps]
     return torch.cat(parts, 1)
+
+
+def loss_and_gradient(function: Any, inputs: Any, **options: Any) -> tuple[Any, Any]:
+    """One forward and backward: (loss, gradient) with fresh leaves.
+
+    A classification loss on ClassificationInputs gives the gradient of the logits; the fused loss on DetectionInputs
+    the list of gradients of the heads' tensors, for the sum of both losses.
+    """
+    if isinstance(inputs, DetectionInputs):
+        leaves = inputs.requiring_grad()
+        loss = function(*leaves.arguments(), **options)
+        return loss, list(torch.autograd.grad(loss[0] + loss[1], leaves.heads()))
+    logits = inputs.logits.detach().clone().requires_grad_()
+    loss = function(logits, inputs.labels, inputs.iou, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
 # ---------------------------------------------------------------------------------------------- edge cases
