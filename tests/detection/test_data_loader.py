@@ -276,7 +276,11 @@ def test_evaluation_leaves_bad_images_out(tmp_path):
     batches = list(eval_loader(source, TransformConfig(size=(48, 64)), 2, on_bad_image="skip", workers=1))
     assert [[t["image_id"] for t in b.targets] for b in batches] == [[100], [102, 103]]
     assert batches[0].bad[0][0].endswith("1.png") and batches[1].bad == ()
-    with pytest.raises(BadImageError, match="1.png: the file does not exist"):
+    (tmp_path / "0.png").unlink()
+    loader = eval_loader(source, TransformConfig(size=(48, 64)), 2, on_bad_image="skip")
+    assert [[t["image_id"] for t in b.targets] for b in loader] == [[102, 103]]
+    assert sorted(loader.bad_images) == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    with pytest.raises(BadImageError, match="0.png: the file does not exist"):
         list(eval_loader(source, TransformConfig(size=(48, 64)), 2))
 
 

@@ -28,7 +28,6 @@ class Batch:
 
     Attributes:
         images: float32 (N, 3, H, W), normalised, zero-padded right and below to a common multiple of `size_divisor`.
-            N may be 0 in evaluation, when every image of a batch was left out as bad.
         targets: N dicts: `boxes` float32 (G, 4) x1 y1 x2 y2 in pixels of `images` (boxes to train on only), `labels`
             int64 (G,), `image_id` int, `orig_size` (height, width) of the file, `size` (height, width) before
             padding, `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).
@@ -325,12 +324,18 @@ class _EvalLoader:
         self.batches = batches
         self.workers = workers
         self.timeout = timeout
+        self.bad_images: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(_data_loader(self.images, self.batches, self.workers, self.timeout), self.workers)
+        loader = _data_loader(self.images, self.batches, self.workers, self.timeout)
+        for batch in _batches(loader, self.workers):
+            self.bad_images.update(batch.bad)
+            # A batch of bad images alone has nothing to evaluate.
+            if batch.targets:
+                yield batch
 
 
 def eval_loader(
@@ -349,7 +354,7 @@ def eval_loader(
     """Every image once, in order, without augmentation: an iterable of `Batch` with `len()`, any number of times.
 
     Each rank gets every world_size-th image, nothing is padded or repeated. With `on_bad_image="skip"` a bad image is
-    left out.
+    left out and kept in the result's `bad_images` (path -> message); a batch of bad images alone is not yielded.
 
     Raises:
         DataError: an argument out of range.
