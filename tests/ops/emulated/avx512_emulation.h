@@ -1,0 +1,142 @@
+// The AVX-512 intrinsics that csrc/cpu/simd.inc uses, in portable C++: so that the wide kernels are tested on any machine.
+// Approximations are emulated at their documented worst error.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+typedef float __m512 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t __m512i __attribute__((vector_size(64), aligned(4)));
+typedef int32_t __m256i __attribute__((vector_size(32), aligned(4)));
+typedef int32_t __m128i __attribute__((vector_size(16), aligned(4)));
+typedef uint16_t half_bits __attribute__((vector_size(32)));
+typedef uint16_t line_bits __attribute__((vector_size(64)));
+typedef uint16_t __mmask16;
+typedef __m256i __m256bh;
+typedef __m512i __m512bh;
+#define _MM_FROUND_TO_NEAREST_INT 0
+#define _MM_FROUND_NO_EXC 8
+#define EMULATE static inline
+
+template <class F>
+EMULATE __m512 lanes(const F& f) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r[i] = f(i);
+  return r;
+}
+
+EMULATE __m512 _mm512_set1_ps(float a) { return lanes([&](int) { return a; }); }
+EMULATE __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+EMULATE __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
+EMULATE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
+EMULATE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], c[i]); }); }
+EMULATE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(-a[i], b[i], c[i]); }); }
+EMULATE __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
+EMULATE __m512 _mm512_min_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] < b[i] ? a[i] : b[i]; }); }
+// Relative error up to 2^-14, of either sign.
+EMULATE __m512 _mm512_rcp14_ps(__m512 a) {
+  return lanes([&](int i) { return static_cast<float>(1.0 / a[i] * (i % 2 ? 1 + 0x1p-14 : 1 - 0x1p-14)); });
+}
+// a minus its nearest integer (imm8 8: no fraction bits, nearest even, exceptions suppressed).
+EMULATE __m512 _mm512_reduce_ps(__m512 a, int) {
+  return lanes([&](int i) { return std::isinf(a[i]) ? 0.f : a[i] - std::nearbyint(a[i]); });
+}
+EMULATE __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
+  return lanes([&](int i) {
+    if (std::isnan(b[i])) return b[i];
+    if (std::isinf(b[i])) return b[i] > 0 ? a[i] * b[i] : 0.f;
+    return std::ldexp(a[i], static_cast<int>(std::fmax(std::floor(b[i]), -1000.f)));
+  });
+}
+EMULATE __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
+EMULATE __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
+EMULATE __m512i _mm512_set1_epi32(int a) { return __m512i{} + a; }
+EMULATE __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+EMULATE __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+EMULATE __m512i _mm512_add_epi32(__m512i a, __m512i b) { return a + b; }
+EMULATE __m512i _mm512_slli_epi32(__m512i a, int n) { return a << n; }
+EMULATE __m512i _mm512_srli_epi32(__m512i a, int n) {
+  typedef uint32_t unsigned_lanes __attribute__((vector_size(64)));
+  return (__m512i)((unsigned_lanes)a >> n);
+}
+EMULATE __mmask16 _mm512_movepi32_mask(__m512i a) {
+  int m = 0;
+  for (int i = 0; i < 16; ++i) m |= (a[i] < 0) << i;
+  return static_cast<__mmask16>(m);
+}
+EMULATE __mmask16 _mm_movepi8_mask(__m128i a) {
+  int8_t bytes[16];
+  std::memcpy(bytes, &a, 16);
+  int m = 0;
+  for (int i = 0; i < 16; ++i) m |= (bytes[i] < 0) << i;
+  return static_cast<__mmask16>(m);
+}
+EMULATE __m512 _mm512_mask_blend_ps(__mmask16 m, __m512 a, __m512 b) { return lanes([&](int i) { return m >> i & 1 ? b[i] : a[i]; }); }
+EMULATE __m512 _mm512_maskz_mov_ps(__mmask16 m, __m512 a) { return lanes([&](int i) { return m >> i & 1 ? a[i] : 0.f; }); }
+EMULATE float _mm512_reduce_add_ps(__m512 a) {
+  for (int step = 8; step; step /= 2) {
+    for (int i = 0; i < step; ++i) a[i] += a[i + step];
+  }
+  return a[0];
+}
+EMULATE float _mm512_reduce_max_ps(__m512 a) {
+  for (int i = 1; i < 16; ++i) a[0] = a[i] > a[0] ? a[i] : a[0];
+  return a[0];
+}
+
+template <class V>
+EMULATE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+EMULATE __m512 _mm512_loadu_ps(const void* p) { return load<__m512>(p); }
+EMULATE __m256i _mm256_loadu_si256(const __m256i* p) { return load<__m256i>(p); }
+EMULATE __m128i _mm_loadu_si128(const __m128i* p) { return load<__m128i>(p); }
+EMULATE void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, 64); }
+EMULATE void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, 64); }
+EMULATE void _mm256_storeu_si256(__m256i* p, __m256i a) { std::memcpy(p, &a, 32); }
+
+EMULATE __m512 _mm512_cvtph_ps(__m256i a) {
+  const half_bits bits = (half_bits)a;
+  return lanes([&](int i) { return static_cast<float>(c10::Half(bits[i], c10::Half::from_bits())); });
+}
+EMULATE __m512i _mm512_cvtepu16_epi32(__m256i a) {
+  const half_bits bits = (half_bits)a;
+  __m512i r;
+  for (int i = 0; i < 16; ++i) r[i] = bits[i];
+  return r;
+}
+EMULATE __m256i _mm512_cvtps_ph(__m512 a, int) {
+  half_bits bits;
+  for (int i = 0; i < 16; ++i) bits[i] = c10::Half(a[i]).x;
+  return (__m256i)bits;
+}
+EMULATE __m256i _mm512_cvtepi32_epi16(__m512i a) {
+  half_bits bits;
+  for (int i = 0; i < 16; ++i) bits[i] = static_cast<uint16_t>(a[i]);
+  return (__m256i)bits;
+}
+EMULATE __m256bh _mm512_cvtneps_pbh(__m512 a) {
+  half_bits bits;
+  for (int i = 0; i < 16; ++i) bits[i] = c10::BFloat16(a[i]).x;
+  return (__m256bh)bits;
+}
+EMULATE __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  line_bits bits;
+  for (int i = 0; i < 16; ++i) bits[i] = c10::BFloat16(low[i]).x, bits[i + 16] = c10::BFloat16(high[i]).x;
+  return (__m512bh)bits;
+}
+EMULATE __m512i _mm512_castsi256_si512(__m256i a) {
+  __m512i r = {};
+  std::memcpy(&r, &a, 32);
+  return r;
+}
+EMULATE __m512i _mm512_inserti64x4(__m512i a, __m256i b, int upper) {
+  std::memcpy(reinterpret_cast<char*>(&a) + 32 * upper, &b, 32);
+  return a;
+}

@@ -1,0 +1,119 @@
+"""The AVX-512 kernels on any machine: their source compiled over emulated intrinsics, against float64."""
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ioubal_kernels import testing
+from ioubal_kernels.reference_terms import focal_term
+
+HERE = Path(__file__).resolve().parent
+COMPILER = os.environ.get("CXX", "g++")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VARIANTS = ((4, torch.float32), (4, torch.bfloat16), (4, torch.float16), (5, torch.bfloat16))
+GRADIENT, LOSS = 1, 2
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is absent")]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    include = [HERE.parents[1] / "csrc", HERE / "emulated", Path(torch.__file__).parent / "include"]
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", *(f"-I{path}" for path in include)]
+    source = HERE / "emulated" / "emulated_kernels.cpp"
+    built = subprocess.run([COMPILER, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    loaded = ctypes.CDLL(str(library))
+    loaded.focal.restype = loaded.softmax.restype = ctypes.c_double
+    return loaded
+
+
+def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, output=GRADIENT):
+    out = torch.full_like(x, float("nan"))
+    i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    total = kernels.focal(
+        *(isa, DTYPES.index(x.dtype), pointer(x.data_ptr()), pointer(out.data_ptr()), i64(x.numel()), f64(scale), f64(gamma)),
+        *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period), output),
+    )
+    return total, out
+
+
+def oracle(x, gamma):
+    """Loss and derivative of every logit as a negative entry, in float64."""
+    x = x.double().requires_grad_()
+    loss = focal_term(x, gamma)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+@pytest.mark.parametrize("gamma", (0.0, 1.0, 2.0, 0.5, 3.3))
+@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+def test_dense_pass(kernels, isa, dtype, gamma):
+    g = torch.Generator().manual_seed(0)
+    for n, shift in itertools.product((1, 15, 16, 17, 64, 333, 9000), (0, 1, 5)):
+        x = (torch.randn(n + shift, generator=g) * 8 - 2).to(dtype)[shift:]
+        loss, grad = oracle(x, gamma)
+        total, out = call_focal(kernels, isa, x, gamma)
+        # A few entries have an element's budget (their errors do not average out), a sum of many its own.
+        assert abs(total - float(loss.sum())) <= (1e-6 if n >= 64 else 8e-6) * float(loss.sum())
+        testing.assert_close_budget(out, 0.3 * grad, dtype, what=f"{n} entries, gradient")
+        _, each = call_focal(kernels, isa, x, gamma, output=LOSS)
+        testing.assert_close_budget(each, 0.3 * loss, dtype, what=f"{n} entries, loss")
+
+
+@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+def test_masked_pass(kernels, isa, dtype):
+    g = torch.Generator().manual_seed(1)
+    for n, period, start in itertools.product((100, 1000), (1, 3, 77, 640), (0, 2)):
+        start %= period
+        x = torch.randn(n, generator=g).to(dtype)
+        keep = torch.rand(period, generator=g) > 0.3
+        bytes_ = (keep.to(torch.uint8) * 255)[(torch.arange(period + 64)) % period].contiguous()
+        counted = keep[(torch.arange(n) + start) % period]
+        x[~counted] = float("nan")  # must not be felt
+        loss, grad = oracle(torch.where(counted, x, 0), 2.0)
+        total, out = call_focal(kernels, isa, x, 2.0, mask=bytes_, start=start, period=period)
+        want = float((loss * counted).sum())
+        assert abs(total - want) <= 1e-6 * want
+        testing.assert_close_budget(out, torch.where(counted, 0.3 * grad, 0.0), dtype, what=f"period {period}")
+
+
+@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+def test_extremes(kernels, isa, dtype):
+    x = testing.extreme_logits(dtype)
+    x = x[x.isfinite()]
+    for gamma in (0.0, 2.0, 0.5):
+        _, grad = oracle(x, gamma)
+        _, out = call_focal(kernels, isa, x, gamma)
+        testing.assert_close_budget(out, 0.3 * grad, dtype, what=f"gamma {gamma}")
+        for special, want in ((float("inf"), 0.3), (float("-inf"), 0.0)):
+            total, out = call_focal(kernels, isa, torch.full((20,), special, dtype=dtype), gamma)
+            assert torch.allclose(out.double(), torch.tensor(want, dtype=torch.float64), rtol=2**-8, atol=1e-30)
+            assert total == float("inf") if special > 0 else total < 1e-30
+    total, out = call_focal(kernels, isa, torch.tensor([1.0, float("nan"), 2.0] * 30, dtype=dtype), 2.0)
+    assert total != total and out.isnan().sum() == 30
+
+
+@pytest.mark.parametrize("columns", (2, 15, 16, 17, 81, 1204))
+@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+def test_softmax(kernels, isa, dtype, columns):
+    g = torch.Generator().manual_seed(2)
+    i64, pointer = ctypes.c_int64, ctypes.c_void_p
+    for target in (0, columns // 2, columns - 1):
+        x = (torch.randn(columns, generator=g) * 3).to(dtype)
+        out = torch.full_like(x, float("nan"))
+        memory = (pointer(x.data_ptr()), pointer(out.data_ptr()))
+        loss = kernels.softmax(isa, DTYPES.index(dtype), *memory, i64(columns), i64(target), ctypes.c_double(0.7))
+        wide = x.double().requires_grad_()
+        want = F.cross_entropy(wide, torch.tensor(target))
+        want.backward()
+        assert abs(loss - float(want)) <= 1e-6 * max(float(want), 0.1)
+        floor = testing.FLOOR + F.one_hot(torch.tensor(target), columns).double() * 0.7
+        testing.assert_close_budget(out, 0.7 * wide.grad, dtype, floor=floor, what=f"target {target}")
