@@ -68,7 +68,7 @@ def assert_close_budget(
         beyond = want64.abs() >= limits.max * (1.0 - relative)
         good = good | (beyond & value.isinf() & (value.sign() == want64.sign()))
     error = (value - want64).abs()
-    good = good | (error <= allowed)  # false for NaN
+    good = good | (want64.isfinite() & (error <= allowed))  # false for NaN
     if bool(good.all()):
         return
     excess = torch.where(good, -1.0, (error / allowed).nan_to_num(nan=math.inf)).reshape(-1)
