@@ -330,9 +330,10 @@ def test_a_killed_worker_is_reported_at_once(data):
     stream = iter(TrainLoader(data, ALL, 2, workers=1))
     next(stream)
     started = time.monotonic()
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(RuntimeError, match="loader: workers=1: a worker process died"):
+    # torch raises its own message from a signal handler, also in code outside of the loader.
+    with pytest.raises(RuntimeError, match="a worker process died|worker .* is killed by signal"):
+        for child in multiprocessing.active_children():
+            child.kill()
         for _ in range(50):
             next(stream)
     assert time.monotonic() - started < 20
