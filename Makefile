@@ -62,7 +62,7 @@ clean:  ## remove what was built; .venv and runs stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The package in place (-e). Again only when its packaging changes; what the library needs, `build` above compiles.
-$(STATE)/.installed-$(PACKAGING): $(READY)
+$(STATE)/.installed-$(PACKAGING): | $(READY)
 	@mkdir -p $(STATE)
 	@rm -f $(STATE)/.installed-*
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
