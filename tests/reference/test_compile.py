@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
