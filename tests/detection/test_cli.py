@@ -31,6 +31,15 @@ def test_help(ioubal, arguments):
     assert err == ""
 
 
+def test_help_needs_no_torch():
+    """torch alone takes most of the three seconds that help may take."""
+    code = (
+        "import sys; from ioubal_kernels.cli import main; code = main(['train', '--help']); "
+        "sys.exit(code or 10 * ('torch' in sys.modules or 'torchvision' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
 def test_version(ioubal):
     from ioubal_kernels import __version__
 
