@@ -1,1 +1,1 @@
-"""Benchmarks: every figure is a ratio, in one run, to a copy of the logits; parity is checked before anything is timed."""
+"""Benchmarks: figures are ratios, in one run, to a copy of the logits; parity is checked before anything is timed."""

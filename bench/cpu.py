@@ -1,7 +1,8 @@
 """Time and memory of the fused loss on the CPU: ``make bench-cpu``, or ``python -m ioubal_kernels.bench.cpu --help``.
 
-The case is RetinaNet at 800 x 1333: 200,700 anchors, 80 classes, one image, forward and backward. The floor is a copy of the
-logits: one read of them and one write of their gradient. Memory is the peak above the inputs, each path in a process of its own.
+The case is RetinaNet at 800 x 1333: 200,700 anchors, 80 classes, one image, forward and backward. The floor is a copy
+of the logits: one read of them and one write of their gradient. Memory is the peak above the inputs, each path in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MEMORY_PATHS = ("fused", "fused in place", "eager", "eager, authors' style")
 
 
 def retinanet_inputs(dtype: torch.dtype, layout: str, seed: int, small: bool = False) -> testing.DetectionInputs:
-    """One image: about 300 positives and 1,000 ignored anchors, logits around -4.6 as after the usual initialisation."""
+    """One image: about 300 positives and 1,000 ignored anchors, logits around -4.6 as usual at the start."""
     flat = testing.detection_inputs(
         seed=seed,
         images=1,
@@ -76,7 +77,9 @@ def authors_step(inputs: testing.DetectionInputs) -> Tensor:
 def check_parity(isa: int) -> None:
     """Raises AssertionError unless the timed calls equal the float64 oracle, gradient by element."""
     limit_isa(isa)
-    flat = testing.detection_inputs(seed=9, images=2, classes=CLASSES, per_location=PER_LOCATION, levels=((20, 21), (3, 3)))
+    flat = testing.detection_inputs(
+        seed=9, images=2, classes=CLASSES, per_location=PER_LOCATION, levels=((20, 21), (3, 3))
+    )
     wide = flat.double().requiring_grad()
     want = fused_step(wide, backend="reference")
     for layout in testing.LAYOUTS:
@@ -105,6 +108,7 @@ def paths_for(dtype: torch.dtype, with_eager: bool) -> dict[str, tuple[Callable[
 
         return run
 
+    flat = sets["flat"]
     for isa in reversed(isa_levels()):
         name = timing.ISA_NAMES[isa]
         if isa == 4 and dtype != torch.bfloat16 and 5 in isa_levels():
@@ -112,7 +116,6 @@ def paths_for(dtype: torch.dtype, with_eager: bool) -> dict[str, tuple[Callable[
         for layout, pair in sets.items():
             call = with_isa(isa, lambda r, pair=pair: fused_step(pair[r % 2]))
             paths[f"fused, {layout}, {name}"] = (call, {"path": "fused", "layout": layout, "isa": name})
-        flat = sets["flat"]
         call = with_isa(isa, lambda r: fused_step(flat[r % 2], gamma=1.5))
         paths[f"fused, flat, gamma 1.5, {name}"] = (call, {"path": "fused gamma 1.5", "layout": "flat", "isa": name})
 
@@ -129,7 +132,10 @@ def paths_for(dtype: torch.dtype, with_eager: bool) -> dict[str, tuple[Callable[
         def inplace(r: int, scratch: list[testing.DetectionInputs] = scratch) -> None:
             fused_step(scratch[r % 2], inplace=True)
 
-        paths[f"fused, flat, in place, {name}"] = (with_isa(isa, inplace), {"path": "fused in place", "layout": "flat", "isa": name})
+        paths[f"fused, flat, in place, {name}"] = (
+            with_isa(isa, inplace),
+            {"path": "fused in place", "layout": "flat", "isa": name},
+        )
     if with_eager:
         flat = sets["flat"]
         paths["eager PyTorch (README)"] = (lambda r: eager_step(flat[r % 2]), {"path": "eager", "layout": "flat"})

@@ -1,4 +1,4 @@
-"""The IoU-balanced loss as one writes it in eager PyTorch: what the README shows beside the fused call, timed as it stands."""
+"""The IoU-balanced loss as one writes it in eager PyTorch: what the README shows beside the fused call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def eager_loss(logits, deltas, anchors, matched, gt_boxes, gt_labels, eta=1.5, l
         box, label = gt_boxes[i][matched[i][at]], gt_labels[i][matched[i][at]]
         d, w, h, x, y = deltas[i][at], wa[at], ha[at], xa[at], ya[at]
         bw, bh = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
-        goal = torch.stack([(box[:, 0] + bw / 2 - x) / w, (box[:, 1] + bh / 2 - y) / h, (bw / w).log(), (bh / h).log()], 1)
+        goal = torch.stack(
+            [(box[:, 0] + bw / 2 - x) / w, (box[:, 1] + bh / 2 - y) / h, (bw / w).log(), (bh / h).log()], 1
+        )
         px, py = d[:, 0] * w + x, d[:, 1] * h + y
         pw, ph = d[:, 2].clamp(max=4.135).exp() * w, d[:, 3].clamp(max=4.135).exp() * h
         pred = torch.stack([px - pw / 2, py - ph / 2, px + pw / 2, py + ph / 2], 1)

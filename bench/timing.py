@@ -23,7 +23,7 @@ ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16"}
 
 
 def race(paths: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every path in every round; the round number lets a path rotate its inputs. Round 0 warms up, untold."""
+    """Seconds of every path in every round; its number lets a path rotate its inputs. Round 0 warms up, untold."""
     times: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(rounds + 1):
         for name, call in paths.items():
@@ -56,8 +56,12 @@ def cpu_model() -> str:
 def commit() -> str:
     """The checkout's commit, '+' when it has changes; 'unknown' outside a checkout."""
     root = RESULTS.parent.parent
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        run = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
         dirty = run("status", "--porcelain", "--untracked-files=no", "--", "csrc", "ioubal_kernels", "bench/*.py")
         return run("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The compiled kernels as differentiable functions: the same names and arguments as ``reference``, already validated."""
+"""The compiled kernels as differentiable functions: names and arguments of ``reference``, already validated."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def check_labels(labels: Tensor, num_classes: int, min_label: int) -> int:
 
 
 def check_matched_idxs(matched_idxs: Tensor, gt_labels: Tensor | Sequence[Tensor], num_classes: int) -> int:
-    """Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class; or -1."""
+    """Flat index of the first matched index below -2, past its image's boxes, or whose box has no class; or -1."""
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     return op("check_matched_idxs", "cpu")(matched_idxs.contiguous(), [t.contiguous() for t in labels], num_classes)

@@ -1,8 +1,8 @@
 """What the losses' autograd Functions share.
 
-The gradient is written in the forward, for the expected grad_output. The context hands its buffer out once: the first backward
-takes it (and corrects it if grad_output is not the expected one), any later backward computes a fresh one. Under torch.compile
-the forward only reads and the backward computes.
+The gradient is written in the forward, for the expected grad_output. The context hands its buffer out once: the first
+backward takes it (and corrects it if grad_output is not the expected one), any later backward computes a fresh one.
+Under torch.compile the forward only reads and the backward computes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Te
 
 
 def refuse_forward_mode(name: str, *inputs: Tensor) -> None:
-    """Raises for an input that carries a tangent. (A ``jvp`` on the Function would do, but Dynamo refuses to trace one.)"""
+    """Raises for an input that carries a tangent. (A ``jvp`` on the Function would do; Dynamo refuses to trace it.)"""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -46,7 +46,7 @@ def refuse_forward_mode(name: str, *inputs: Tensor) -> None:
 
 
 def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
-    """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage itself, or none."""
+    """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none."""
     if not wanted:
         return []
     if inplace:
@@ -68,8 +68,8 @@ def rescale_inplace(name: str, ctx: Any, grad_output: Tensor) -> list[Tensor]:
     """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies."""
     if not ctx.buffers:
         raise RuntimeError(
-            f"{name}: inplace=True allows one backward only: the gradient was written over the logits' storage and has been"
-            " handed out; use inplace=False to call backward again"
+            f"{name}: inplace=True allows one backward only: the gradient was written over the logits' storage and has"
+            " been handed out; use inplace=False to call backward again"
         )
     buffers, ctx.buffers = ctx.buffers, []
     with torch.no_grad():

@@ -118,7 +118,17 @@ class _DetectionLoss(torch.autograd.Function):
                 if not compiling:
                     ctx.buffers = []
                 op("detection_backward", ctx.backend)(
-                    logits, deltas, *constants, *scaling, ctx.expected, filled, sums, grad_cls.detach(), None, buffers, []
+                    logits,
+                    deltas,
+                    *constants,
+                    *scaling,
+                    ctx.expected,
+                    filled,
+                    sums,
+                    grad_cls.detach(),
+                    None,
+                    buffers,
+                    [],
                 )
                 grad_logits = buffers
         if grad_loc is not None and ctx.wants[1]:
@@ -167,7 +177,7 @@ def detection_loss(
     grad_scale: float | Tensor,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Classification and localisation loss, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
+    """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
     if inplace and any(_dense(x) is not x for x in cls_logits):
         raise ValueError(f"{_NAME}: inplace=True needs cls_logits that are contiguous or channels_last")
     refuse_forward_mode(_NAME, *cls_logits, *bbox_deltas)

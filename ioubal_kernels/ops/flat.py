@@ -22,8 +22,11 @@ from .library import op
 
 
 class _FlatLoss(torch.autograd.Function):
-    """A loss over rows. ``inputs``: second and third tensor, weight, scope_ids, number of scopes; ``parameters``: the op's own
-    numbers for the sums and for the loss; ``divisor``: avg_factor tensor, number (0: the default)."""
+    """A loss over rows.
+
+    ``inputs``: second and third tensor, weight, scope_ids, number of scopes; ``parameters``: the op's own numbers for
+    the sums and for the loss; ``divisor``: avg_factor tensor, number (0: the default).
+    """
 
     @staticmethod
     def forward(
@@ -155,7 +158,9 @@ def _apply(
         return _ElementwiseLoss.apply(*common, process_group)
     avg_tensor, divisor = (None, 1.0) if reduction == "sum" else tensor_or_number(avg_factor)
     scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
-    return _FlatLoss.apply(*common, avg_tensor, divisor, process_group, scale_tensor, scale, inplace, torch.is_grad_enabled())
+    return _FlatLoss.apply(
+        *common, avg_tensor, divisor, process_group, scale_tensor, scale, inplace, torch.is_grad_enabled()
+    )
 
 
 def _rows(t: Tensor | None, *shape: int) -> Tensor | None:

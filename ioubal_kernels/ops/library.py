@@ -1,8 +1,8 @@
 """The op schemas, their fakes, and the compiled library that implements them.
 
-A schema is declared here once; a backend registers kernels for its overload of it (``.cpp`` for the C++ libraries). Ops are
-out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that imports and
-fake tensors work.
+A schema is declared here once; a backend registers kernels for its overload of it (``.cpp`` for the C++ libraries). Ops
+are out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that
+imports and fake tensors work.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ SCHEMAS = [
         "Tensor? grad_output",
     ),
     f"detection_sums.OVERLOAD({_DETECTION}, Tensor(a!) sums) -> ()",
-    f"detection_fill.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool compute_sums, Tensor(a!) sums, Tensor(b!)[] outputs,"
-    " Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas) -> ()",
+    f"detection_fill.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool compute_sums, Tensor(a!) sums,"
+    " Tensor(b!)[] outputs, Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas) -> ()",
     f"detection_backward.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool filled, Tensor sums, Tensor? grad_cls,"
     " Tensor? grad_loc, Tensor(a!)[] grad_logits, Tensor(b!)[] grad_deltas) -> ()",
     "decode_boxes.OVERLOAD(Tensor deltas, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
@@ -130,7 +130,7 @@ def op(name: str, backend: str) -> Any:
 
 
 def limit_isa(level: int) -> int:
-    """Caps the CPU kernels' instruction set (0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16); returns the one in use.
+    """Caps the CPU kernels' instruction set (0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 BF16); returns the one in use.
 
     For tests and benchmarks: the choice is the process's, and the best one is the default.
     """

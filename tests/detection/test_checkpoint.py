@@ -1,4 +1,4 @@
-"""Checkpoints under faults: whatever happens while one is written, an intact one is found and nothing corrupt loaded."""
+"""Checkpoints under faults: whatever happens while one is written, an intact one is found, nothing corrupt loaded."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ def runs(tiny_data, tmp_path):
     summaries = []
     for name, shift in (("baseline", 6.0), ("<balanced>", 1.0)):
         found = [
-            ImageDetections(r.id, torch.from_numpy(r.boxes) + shift, torch.full((len(r.labels),), 0.8), torch.from_numpy(r.labels))
+            ImageDetections(
+                r.id, torch.from_numpy(r.boxes) + shift, torch.full((len(r.labels),), 0.8), torch.from_numpy(r.labels)
+            )
             for r in dataset.records
         ]  # fmt: skip
         metrics = evaluate_detections(dataset, found)

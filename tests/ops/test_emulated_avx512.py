@@ -40,7 +40,15 @@ def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, 
     out = torch.full_like(x, float("nan"))
     i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     total = kernels.focal(
-        *(isa, DTYPES.index(x.dtype), pointer(x.data_ptr()), pointer(out.data_ptr()), i64(x.numel()), f64(scale), f64(gamma)),
+        *(
+            isa,
+            DTYPES.index(x.dtype),
+            pointer(x.data_ptr()),
+            pointer(out.data_ptr()),
+            i64(x.numel()),
+            f64(scale),
+            f64(gamma),
+        ),
         *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period), output),
     )
     return total, out

@@ -57,7 +57,19 @@ def detection_samples():
             *(inputs.level_sizes, scope, 1.5, 0.25, 2.0, 1.5, 0.11, i % 2, W),
         )
         wide = torch.float64 if DTYPES[i % 4] == torch.float64 else torch.float32
-        loss = (0.0, 3.0, i % 2 == 0, 1.0, torch.tensor([2.0, 3.0]) if i % 4 == 0 else None, 0.0, None, 4.0, 1.0, None, 1.0)
+        loss = (
+            0.0,
+            3.0,
+            i % 2 == 0,
+            1.0,
+            torch.tensor([2.0, 3.0]) if i % 4 == 0 else None,
+            0.0,
+            None,
+            4.0,
+            1.0,
+            None,
+            1.0,
+        )
         outputs = [
             torch.empty((), dtype=wide),
             torch.empty((), dtype=wide),

@@ -126,7 +126,13 @@ def test_parameters(dtype, layout, options):
 def test_retinanet_size():
     """More than one block per run: 9 anchors of 80 classes over 50 x 84 and 13 x 21 locations."""
     flat = testing.detection_inputs(
-        seed=1, images=1, classes=80, per_location=9, levels=((50, 84), (13, 21)), positive_share=0.002, ignored_share=0.006
+        seed=1,
+        images=1,
+        classes=80,
+        per_location=9,
+        levels=((50, 84), (13, 21)),
+        positive_share=0.002,
+        ignored_share=0.006,
     )
     for layout in testing.LAYOUTS:
         compare(flat, layout)

@@ -16,7 +16,13 @@ from ioubal_kernels.ops.library import isa_levels, limit_isa
 def everything(layout):
     """Losses and gradients of every op on inputs of several blocks, as one list of tensors."""
     inputs = testing.detection_inputs(
-        images=2, classes=80, per_location=9, levels=((40, 50), (9, 7)), positive_share=0.01, ignored_share=0.01, layout=layout
+        images=2,
+        classes=80,
+        per_location=9,
+        levels=((40, 50), (9, 7)),
+        positive_share=0.01,
+        ignored_share=0.01,
+        layout=layout,
     ).requiring_grad()
     out = ik.iou_balanced_detection_loss(*inputs.arguments(), normalize_loc=True)
     (out.classification + out.localization).backward()
@@ -134,7 +140,8 @@ def op_everywhere(at_end):
     for layout in testing.LAYOUTS:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for levels in (((3, 5), (1, 1)), ((7, 11),)):
-                inputs = testing.detection_inputs(classes=7, per_location=3, levels=levels, layout=layout, dtype=dtype).padded()
+                shape = dict(classes=7, per_location=3, levels=levels)
+                inputs = testing.detection_inputs(**shape, layout=layout, dtype=dtype).padded()
                 place = lambda v: [guarded(t, at_end) for t in v] if isinstance(v, list) else guarded(v, at_end)
                 arguments = [place(v) for v in inputs.arguments()]
                 for t in (*arguments[0], *arguments[1]) if layout != "flat" else arguments[:2]:
@@ -150,7 +157,8 @@ def op_everywhere(at_end):
                     loss(guarded(i.logits, at_end).requires_grad_(), *fixed, reduction=reduction).sum().backward()
     pred, target = (guarded(t, at_end) for t in testing.delta_inputs(rows=9))
     ik.iou_balanced_smooth_l1_loss(pred.requires_grad_(), target).backward()
-    ik.encode_boxes(pred.detach(), target), ik.decode_boxes(pred.detach(), target), ik.paired_box_iou(pred.detach(), target)
+    for boxes_op in (ik.encode_boxes, ik.decode_boxes, ik.paired_box_iou):
+        boxes_op(pred.detach(), target)
 
 if sys.argv[1] == "probe":  # the guard itself: one element past the end must crash
     t = guarded(torch.ones(8), True)
@@ -196,5 +204,3 @@ def test_unchecked_bad_labels_poison_the_loss_and_nothing_else(bad, monkeypatch)
     det.matched_idxs[1, 3] = bad
     out = ik.iou_balanced_detection_loss(*det.arguments())
     assert out.classification.isnan() and out.localization.isnan()
-
-
