@@ -70,6 +70,9 @@ def _check_single(key: str, value: Any, rules: Any) -> Any:
         value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    # YAML 1.1 reads off as false.
+    if value is False and rules["choices"] is not None and "off" in rules["choices"]:
+        value = "off"
     # A bool is an int to Python, never to a reader of a configuration.
     right_type = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if not right_type or (kind is float and not math.isfinite(value)):

@@ -19,7 +19,7 @@ from .resources import resolve_amp, resolve_device
 from .rundir import RunLock, prepare_run_folder
 from .train import TrainResult, train
 
-TRAIN_IMAGES, VAL_IMAGES, IMAGE_SIZE, CLASSES = 1500, 200, 128, 4
+TRAIN_IMAGES, VAL_IMAGES, IMAGE_SIZE, CLASSES = 1500, 200, 128, 3
 ARMS = (("baseline", "baseline"), ("IoU-balanced", "both"))
 NOTE = (
     "One training each of a 1 M parameter detector from scratch, with the same initialisation and the same images in "

@@ -83,8 +83,10 @@ def test_bad_value_names_key_expected_and_got(key, value, message):
     assert config == Config()
 
 
-def test_numbers_that_yaml_takes_for_text_are_numbers():
+def test_what_yaml_takes_for_something_else():
     config = Config()
+    config.set(*parse_assignment("train.amp=off"))
+    assert config.train.amp == "off"
     config.set(*parse_assignment("optim.lr=3e-4"))
     config.set(*parse_assignment("optim.clip=1"))
     assert config.optim.lr == 3e-4
