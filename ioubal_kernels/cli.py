@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _keep_waiting_threads_short() -> None:
     """Let OpenMP threads spin for a few microseconds at most before they sleep.
 
-    By default they spin for as long as their turn lasts, and when anything else runs on the same cores (a loader process
-    is enough) each of a step's thousand barriers then waits for the scheduler: a training step took 6 times as long.
-    libgomp reads this once, when torch is loaded.
+    By default they spin for as long as their turn lasts, and when anything else runs on the same cores (a loader
+    process is enough) each of a step's thousand barriers then waits for the scheduler: a training step took 6 times as
+    long. libgomp reads this once, when torch is loaded.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
