@@ -91,8 +91,7 @@ def predict_batch(
     model: RetinaNet, batch: Batch, inference: InferenceConfig, device: torch.device, amp: torch.dtype | None
 ) -> list[ImageDetections]:
     """Detections of one batch of `eval_loader`."""
-    memory_format = torch.channels_last if next(model.parameters()).device.type == "cpu" else torch.preserve_format
-    images = batch.images.to(device, memory_format=memory_format)
+    images = batch.images.to(device, memory_format=torch.channels_last)
     with torch.inference_mode(), autocast(device, amp):
         outputs = model.detect(
             images,

@@ -82,20 +82,43 @@ def train(
         allow_symlinks=config.data.allow_symlinks,
     )
     reporter.info(describe(pair.training, pair.evaluation))
+    loader = _make_train_loader(config, pair.training, device)
     rundir.prepare_run_folder(run)
     with rundir.RunLock(run), StopSignal() as stop:
-        return _Trainer(config, run, pair, device, reporter, stop).run_to_end(resume, allow_config_change)
+        return _Trainer(config, run, pair, loader, device, reporter, stop).run_to_end(resume, allow_config_change)
+
+
+def _make_train_loader(config: Config, dataset: Dataset, device: torch.device) -> TrainLoader:
+    return TrainLoader(
+        dataset,
+        transform_config(config),
+        config.train.batch_size,
+        seed=config.train.seed,
+        workers=choose_workers(config.data.workers, device),
+        on_bad_image=config.data.on_bad_image,
+        bad_image_limit=config.data.bad_image_limit,
+        cache=choose_cache(config.data.cache, dataset, config),
+        timeout=config.data.timeout,
+    )
 
 
 class _Trainer:
     """One run's objects. `step` counts the batches used so far, skipped ones included."""
 
     def __init__(
-        self, config: Config, run: Path, pair: DatasetPair, device: torch.device, reporter: Reporter, stop: StopSignal
+        self,
+        config: Config,
+        run: Path,
+        pair: DatasetPair,
+        loader: TrainLoader,
+        device: torch.device,
+        reporter: Reporter,
+        stop: StopSignal,
     ) -> None:
-        self.config, self.run, self.pair, self.device = config, run, pair, device
+        self.config, self.run, self.pair, self.loader, self.device = config, run, pair, loader, device
         self.reporter, self.stop = reporter, stop
         self.log = rundir.RunLog(run)
+        self.log_warned = False
         self.amp = resolve_amp(config.train.amp, device)
         self.workers = choose_workers(config.data.workers, device)
         self.step, self.skipped, self.w_loc = 0, 0, math.nan
@@ -169,17 +192,6 @@ class _Trainer:
         self.model = model.to(self.device, memory_format=memory_format).train()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.ema = ModelEma(self.model, config.train.ema)
-        self.loader = TrainLoader(
-            dataset,
-            transform_config(config),
-            config.train.batch_size,
-            seed=config.train.seed,
-            workers=self.workers,
-            on_bad_image=config.data.on_bad_image,
-            bad_image_limit=config.data.bad_image_limit,
-            cache=choose_cache(config.data.cache, dataset, config),
-            timeout=config.data.timeout,
-        )
         parameters = sum(p.numel() for p in self.model.parameters())
         self.reporter.info(
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, loss {config.loss.label()}, {self.device}, "
@@ -344,8 +356,9 @@ class _Trainer:
 
     def _log_step(self, record: dict[str, Any]) -> None:
         self.log.write("step", **record, seconds=round(self._seconds(), 3))
-        if self.log.failed:
+        if self.log.failed and not self.log_warned:
             self.reporter.warn(self.log.failed)
+            self.log_warned = True
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began

@@ -97,8 +97,7 @@ def test_bad_input_is_refused_before_anything_is_written(ioubal, tiny_data, tmp_
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in out + err
-    assert list(tmp_path.rglob("*.pt")) == []
-    assert list(tmp_path.rglob("*.jsonl")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["train", "--lr", "3"], ["eval"], ["train", "--seed", "x"], ["data"]])
