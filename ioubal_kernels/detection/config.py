@@ -240,7 +240,7 @@ PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "what `ioubal demo` trains on the synthetic set",
         {
             "data": {"image_size": [128, 128], "vflip": 0.0, "zoom": 0.0, "jitter": 0.0},
-            "train": {"iterations": 500, "batch_size": 16, "eval_every": 125, "checkpoint_every": 250},
+            "train": {"iterations": 400, "batch_size": 16, "eval_every": 100, "checkpoint_every": 200},
             "inference": {"batch_size": 25},
         },
     ),
