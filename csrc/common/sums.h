@@ -21,6 +21,12 @@ struct Sums {
   double loc_normalizer(int64_t index, double eps) const {
     return normalizer(scope(index, kLocPlain), scope(index, kLocWeighted), eps);
   }
+  // A positive's part of the two sums that start at column `plain`.
+  void add(int64_t index, PerScope plain, double loss, double balance) const {
+    const BalanceShare<double> share = balance_share(loss, balance);
+    data[4 * (1 + index) + plain] += share.plain;
+    data[4 * (1 + index) + plain + 1] += share.weighted;
+  }
   // The default divisor. Ranks average their losses, so each divides by its share of the global count.
   double positives_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
 };

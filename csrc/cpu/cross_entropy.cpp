@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/classification.h"
+#include "math/softmax.h"
 
 namespace ioubal {
 namespace {
@@ -32,6 +33,17 @@ struct SoftmaxLoss {
     });
   }
 
+  // A row whose loss is not finite, by the rules for infinite logits and NaN.
+  double not_finite(int64_t r, int64_t y, double scale, const Tensor* out) const {
+    const FloatReader x(logits);
+    const int64_t first = r * columns();
+    std::optional<FloatWriter> gradient;
+    if (out) gradient.emplace(*out);
+    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns(), y, [&](int64_t k, double slope) {
+      if (gradient) gradient->set(first + k, slope != slope ? slope : scale * slope);
+    });
+  }
+
   // Row 0 of the sums counts the rows that are not ignored: the default divisor of a softmax loss.
   void add_up(const Tensor& sums_tensor) const {
     const int64_t per_block = 4 * (1 + num_scopes);
@@ -54,9 +66,9 @@ struct SoftmaxLoss {
           sums.shared(Sums::kBad) += 1;
           continue;
         }
-        const double plain = weight_of(r) * row(x + r * stride, nullptr, columns(), y, 1.0, scratch.data());
-        sums.scope(scope, Sums::kClsPlain) += plain;
-        sums.scope(scope, Sums::kClsWeighted) += plain * iou_power(overlap[r], eta);
+        const double plain = row(x + r * stride, nullptr, columns(), y, 1.0, scratch.data());
+        const double limit = plain - plain == 0 ? plain : not_finite(r, y, 1.0, nullptr);
+        sums.add(scope, Sums::kClsPlain, weight_of(r) * limit, iou_power(overlap[r], eta));
       }
     });
     double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
@@ -100,7 +112,9 @@ struct SoftmaxLoss {
           double w = weight_of(r);
           if (y != background) w *= normalizers[scope] * iou_power(overlap[r], eta);
           const double scale = w * (grad_row ? (*grad_row)[r] : out_scale);
-          loss = w * row(x + r * stride, g ? g + r * stride : nullptr, columns(), y, scale, scratch.data());
+          double plain = row(x + r * stride, g ? g + r * stride : nullptr, columns(), y, scale, scratch.data());
+          if (plain - plain != 0) plain = not_finite(r, y, scale, out);
+          loss = weighted_loss(w, plain);
         }
         if (each_row) each_row->set(r, loss);
         sum += loss;

@@ -146,10 +146,8 @@ class DetectionLoss {
     sums.shared(Sums::kIou) = iou_sum_;
     sums.shared(Sums::kBad) = bad_;
     for (const DetectionPositive& p : positives_) {
-      sums.scope(p.cls.scope, Sums::kClsPlain) += p.cls.term.loss;
-      sums.scope(p.cls.scope, Sums::kClsWeighted) += p.cls.term.loss * p.cls.balance;
-      sums.scope(p.cls.scope, Sums::kLocPlain) += p.loc_loss;
-      sums.scope(p.cls.scope, Sums::kLocWeighted) += p.loc_loss * p.loc_balance;
+      sums.add(p.cls.scope, Sums::kClsPlain, p.cls.term.loss, p.cls.balance);
+      sums.add(p.cls.scope, Sums::kLocPlain, p.loc_loss, p.loc_balance);
     }
   }
 
@@ -175,7 +173,7 @@ class DetectionLoss {
     std::vector<FloatWriter> writers(grads.begin(), grads.end());
     for (const DetectionPositive& p : positives_) {
       const double w = factor(p.cls.image) * sums.cls_normalizer(p.cls.scope, focal_.eps) * p.cls.balance;
-      total += w * p.cls.term.loss;
+      total += weighted_loss(w, p.cls.term.loss);
       if (grads.empty()) continue;
       const Level& level = levels_[p.place.level];
       const int64_t group = p.cls.run - level.first_run;  // runs of a level follow each other in memory
@@ -198,7 +196,7 @@ class DetectionLoss {
     for (const DetectionPositive& p : positives_) {
       const double normalizer = loc_.normalize ? sums.loc_normalizer(p.cls.scope, loc_.eps) : 1.0;
       const double w = loc_.w_loc * factor(p.cls.image) * normalizer * p.loc_balance;
-      total += w * p.loc_loss;
+      total += weighted_loss(w, p.loc_loss);
       if (grads.empty()) continue;
       const DeltaAddress at = delta_address(grads[p.place.level], levels_[p.place.level], p.place);
       for (int j = 0; j < 4; ++j) {

@@ -46,8 +46,7 @@ struct FlatFocal {
     sums.shared(Sums::kCount) = static_cast<double>(positives.size());
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
     for (const PositiveEntry& p : positives) {
-      sums.scope(p.scope, Sums::kClsPlain) += p.term.loss;
-      sums.scope(p.scope, Sums::kClsWeighted) += p.term.loss * p.balance;
+      sums.add(p.scope, Sums::kClsPlain, p.term.loss, p.balance);
     }
   }
 
@@ -92,8 +91,9 @@ struct FlatFocal {
     double total = pass(kernels().focal[dtype_index(logits)], logits.element_size(), focal.gamma, output);
     for (const PositiveEntry& p : positives) {
       const double w = sums.cls_normalizer(p.scope, focal.eps) * p.balance;
-      total += loss_scale * w * p.term.loss;
-      if (out) FloatWriter(*out).set(p.entry, out_scale * w * (output == Output::kLoss ? p.term.loss : p.term.grad));
+      const double loss = weighted_loss(w, p.term.loss);
+      if (loss_scale != 0) total += loss_scale * loss;
+      if (out) FloatWriter(*out).set(p.entry, out_scale * (output == Output::kLoss ? loss : w * p.term.grad));
     }
     if (output == Output::kLoss) {
       const int64_t columns = logits.size(1);

@@ -18,4 +18,23 @@ IOUBAL_HD T normalizer(T plain_sum, T weighted_sum, T eps) {
   return denominator == T(0) ? T(0) : plain_sum / denominator;
 }
 
+// What a positive adds to S and D. An infinite loss enters bounded, so that S / D tends to its limit instead of NaN; a NaN
+// one is left out: it makes its own term NaN, not the other rows' gradients.
+template <class T>
+struct BalanceShare {
+  T plain, weighted;
+};
+template <class T>
+IOUBAL_HD BalanceShare<T> balance_share(T loss, T balance) {
+  if (loss != loss || balance != balance) return {T(0), T(0)};
+  const T bounded = loss < T(1e30) ? loss : T(1e30);
+  return {bounded, bounded * balance};
+}
+
+// weight * loss, where a weight of 0 silences an infinite loss too (but never a NaN).
+template <class T>
+IOUBAL_HD T weighted_loss(T weight, T loss) {
+  return weight == T(0) && loss - loss != T(0) && loss == loss ? T(0) : weight * loss;
+}
+
 }  // namespace ioubal
