@@ -58,8 +58,8 @@ def main() -> int:
     right.set_title("extra memory, in units of the logits", fontsize=10, loc="left")
     facts = rows[-1]
     figure.suptitle(
-        f"RetinaNet 800 x 1333: 200,700 anchors x 80 classes, float32, one image, {facts['threads']} thread, {facts['device']}"
-        f" ({facts['best_isa']})",
+        f"RetinaNet 800 x 1333: 200,700 anchors x 80 classes, float32, one image, {facts['threads']} thread,"
+        f" {facts['device']} ({facts['best_isa']})",
         fontsize=10,
         x=0.01,
         ha="left",
