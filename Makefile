@@ -12,6 +12,9 @@ RUN ?= runs/demo
 export IOUBAL_BUILD_CPU ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# The packaged program: its module cannot be run with -m, and an existing environment need not be on PATH.
+CLANG_FORMAT = $(PY) -c 'import sys, clang_format; sys.exit(clang_format.clang_format())'
+
 VENV := .venv
 DEPENDENCIES := $(shell cat constraints.txt pyproject.toml | cksum | tr ' ' '-')
 PACKAGING := $(shell cat setup.py pyproject.toml ioubal_kernels/_version.py | cksum | tr ' ' '-')
@@ -47,12 +50,12 @@ lint: $(READY)  ## ruff, clang-format: check only
 	$(PY) -m ruff format --check .
 	@set -e; files=$$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc'); \
 	    echo "clang-format --dry-run -Werror ($$(echo "$$files" | wc -l) files)"; \
-	    $(PY) -m clang_format --dry-run -Werror $$files
+	    $(CLANG_FORMAT) --dry-run -Werror $$files
 
 format: $(READY)  ## ruff, clang-format: rewrite
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+	$(CLANG_FORMAT) -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu

@@ -1,4 +1,5 @@
-// Reading and writing single elements of stable-ABI tensors of any supported dtype. For the few positives, not for dense work.
+// Reading and writing single elements of stable-ABI tensors of any supported dtype. For the few positives, not for
+// dense work.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -30,8 +30,8 @@ void decode_boxes(Tensor deltas, Tensor anchors, std::vector<double> weights, in
   });
 }
 
-void decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, std::vector<double> weights, int64_t coder,
-                           Tensor grad) {
+void decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, std::vector<double> weights,
+                           int64_t coder, Tensor grad) {
   const FloatReader g(grad_output), d(deltas), a(anchors);
   const FloatWriter out(grad);
   const Quad<double> w = to_quad(weights);

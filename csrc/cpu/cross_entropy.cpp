@@ -39,9 +39,10 @@ struct SoftmaxLoss {
     const int64_t first = r * columns();
     std::optional<FloatWriter> gradient;
     if (out) gradient.emplace(*out);
-    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns(), y, [&](int64_t k, double slope) {
-      if (gradient) gradient->set(first + k, slope != slope ? slope : scale * slope);
-    });
+    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns(), y,
+                                 [&](int64_t k, double slope) {
+                                   if (gradient) gradient->set(first + k, slope != slope ? slope : scale * slope);
+                                 });
   }
 
   // Row 0 of the sums counts the rows that are not ignored: the default divisor of a softmax loss.
@@ -80,7 +81,8 @@ struct SoftmaxLoss {
 
   // Every row's weight times loss, in order: returns their sum. each: the rows' losses; out: out_scale (or the row's
   // element of grad_rows) times the gradient. Rows with an unusable label give NaN.
-  double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale, const Tensor* grad_rows) const {
+  double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
+             const Tensor* grad_rows) const {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
     const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
     const int64_t stride = columns() * logits.element_size();
@@ -161,9 +163,9 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
 }
 
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.
-void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
-                               int64_t num_scopes, int64_t background, double eta, double eps, OptionalTensor grad_output,
-                               bool compute_sums, Tensor sums, Tensor out) {
+void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
+                               OptionalTensor scope_ids, int64_t num_scopes, int64_t background, double eta, double eps,
+                               OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
   const SoftmaxLoss op{logits, labels, iou, weight, scope_ids, num_scopes, background, eta, eps};
   if (compute_sums) op.add_up(sums);
   if (grad_output) {

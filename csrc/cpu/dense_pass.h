@@ -13,9 +13,9 @@ struct Skip {
   int64_t first, count;
 };
 
-// Logits that lie together in memory and share their scales: a level's rows of one image (flat and channels_last), or the K
-// planes of one anchor of one image (NCHW). Positives are skipped entries, and so are whole ignored rows; ignored anchors of
-// planes are a mask of period H * W.
+// Logits that lie together in memory and share their scales: a level's rows of one image (flat and channels_last), or
+// the K planes of one anchor of one image (NCHW). Positives are skipped entries, and so are whole ignored rows; ignored
+// anchors of planes are a mask of period H * W.
 struct Run {
   const char* x = nullptr;
   char* out = nullptr;
@@ -44,7 +44,8 @@ class DensePass {
     Skip skip;
   };
   void prepare();
-  double block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma, Output output) const;
+  double block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma,
+               Output output) const;
 
   std::vector<Added> added_;
   std::vector<Skip> skips_;

@@ -1,4 +1,5 @@
-// The fused IoU-balanced detection loss: sigmoid focal over the logits of all levels, smooth L1 over the positives' deltas.
+// The fused IoU-balanced detection loss: sigmoid focal over the logits of all levels, smooth L1 over the positives'
+// deltas.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -39,8 +40,8 @@ struct Place {
 struct DetectionPositive {
   PositiveEntry cls;
   Place place;
-  double loc_balance;      // iou^lambda
-  double loc_loss;         // plain, summed over the coordinates
+  double loc_balance;  // iou^lambda
+  double loc_loss;     // plain, summed over the coordinates
   Quad<double> loc_grad;
 };
 
@@ -78,7 +79,8 @@ struct DeltaAddress {
 DeltaAddress delta_address(const Tensor& t, const Level& level, const Place& place) {
   if (t.dim() == 3) return {place.image * t.stride(0) + place.location * t.stride(1), t.stride(2)};
   const int64_t row = place.location / level.width, column = place.location % level.width;
-  return {place.image * t.stride(0) + place.anchor * 4 * t.stride(1) + row * t.stride(2) + column * t.stride(3), t.stride(1)};
+  return {place.image * t.stride(0) + place.anchor * 4 * t.stride(1) + row * t.stride(2) + column * t.stride(3),
+          t.stride(1)};
 }
 
 class DetectionLoss {
@@ -86,8 +88,15 @@ class DetectionLoss {
   DetectionLoss(const TensorList& logits, const TensorList& deltas, const Tensor& anchors, const Tensor& matched_idxs,
                 const TensorList& gt_boxes, const TensorList& gt_labels, const std::vector<int64_t>& level_sizes,
                 int64_t scope, const FocalParameters& focal, const LocParameters& loc)
-      : anchors_(anchors), matched_(matched_idxs), truth_(gt_boxes, gt_labels), images_(matched_idxs.size(0)),
-        anchors_per_image_(matched_idxs.size(1)), scope_(scope), level_sizes_(level_sizes), focal_(focal), loc_(loc) {
+      : anchors_(anchors),
+        matched_(matched_idxs),
+        truth_(gt_boxes, gt_labels),
+        images_(matched_idxs.size(0)),
+        anchors_per_image_(matched_idxs.size(1)),
+        scope_(scope),
+        level_sizes_(level_sizes),
+        focal_(focal),
+        loc_(loc) {
     int64_t first_anchor = 0, first_run = 0;
     for (size_t l = 0; l < logits.size(); ++l) {
       const Tensor& x = logits[l];
@@ -151,12 +160,14 @@ class DetectionLoss {
     }
   }
 
-  // The classification loss, and its gradient times grad_scale when there are buffers. factor: cls_weight / divisor by image.
+  // The classification loss, and its gradient times grad_scale when there are buffers. factor: cls_weight / divisor by
+  // image.
   template <class Factor>
   double classification(const Sums& sums, const TensorList& grads, const Factor& factor, double grad_scale) const {
     if (levels_.empty()) return 0;
     DensePass pass;
-    for (size_t l = 0; l < levels_.size(); ++l) add_runs(levels_[l], grads.empty() ? nullptr : &grads[l], factor, grad_scale, pass);
+    for (size_t l = 0; l < levels_.size(); ++l)
+      add_runs(levels_[l], grads.empty() ? nullptr : &grads[l], factor, grad_scale, pass);
     for (const DetectionPositive& p : positives_) pass.skip(p.cls.run, p.cls.entry, 1);
     for (const Place& place : ignored_) {
       const Level& level = levels_[place.level];
@@ -255,7 +266,8 @@ class DetectionLoss {
   }
 
   template <class Factor>
-  void add_runs(const Level& level, const Tensor* grad, const Factor& factor, double grad_scale, DensePass& pass) const {
+  void add_runs(const Level& level, const Tensor* grad, const Factor& factor, double grad_scale,
+                DensePass& pass) const {
     const int64_t per_image = level.planes ? level.anchors : 1, size = level.logits->element_size();
     const int64_t entries = level.classes * level.locations * (level.planes ? 1 : level.anchors);
     const char* x = static_cast<const char*>(level.logits->const_data_ptr());
@@ -304,30 +316,34 @@ struct LossFactor {
   bool given;
   double weight, default_divisor;
   LossFactor(const OptionalTensor& tensor, double number, double weight_, const Sums& sums, double world_size)
-      : divisor(tensor, number), given(divisor.is_tensor() || number > 0), weight(weight_),
+      : divisor(tensor, number),
+        given(divisor.is_tensor() || number > 0),
+        weight(weight_),
         default_divisor(sums.positives_divisor(world_size)) {}
   double operator()(int64_t image) const { return weight / (given ? divisor.get(image) : default_divisor); }
 };
 
 void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
                     TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
-                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights, Tensor sums) {
-  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope, {eta, alpha, gamma, 0},
-                   loc_parameters(lambda, 1.0, beta, 0, true, coder, box_weights));
+                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
+                    Tensor sums) {
+  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
+                   {eta, alpha, gamma, 0}, loc_parameters(lambda, 1.0, beta, 0, true, coder, box_weights));
   op.collect();
   op.add_up(sums);
 }
 
-// outputs: classification, localisation, number of positives (int64), mean IoU. compute_sums false: `sums` holds those of
-// all ranks already. Lists of gradients may be empty: not wanted.
+// outputs: classification, localisation, number of positives (int64), mean IoU. compute_sums false: `sums` holds those
+// of all ranks already. Lists of gradients may be empty: not wanted.
 void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
                     TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
-                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights, double eps,
-                    double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor, double cls_divisor,
-                    OptionalTensor loc_avg_factor, double loc_divisor, double world_size, OptionalTensor grad_scale_tensor,
-                    double grad_scale, bool compute_sums, Tensor sums_tensor, TensorList outputs, TensorList grad_logits,
-                    TensorList grad_deltas) {
-  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope, {eta, alpha, gamma, eps},
+                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
+                    double eps, double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
+                    double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
+                    OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums_tensor,
+                    TensorList outputs, TensorList grad_logits, TensorList grad_deltas) {
+  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
+                   {eta, alpha, gamma, eps},
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
   op.collect();
   if (compute_sums) op.add_up(sums_tensor);
@@ -342,20 +358,23 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   FloatWriter(outputs[3]).set(0, count > 0 ? sums.shared(Sums::kIou) / count : 0.0);
 }
 
-// Leaves gradients filled for the expected grad_output as they are, computes the others anew. An empty list: not wanted.
+// Leaves gradients filled for the expected grad_output as they are, computes the others anew. An empty list: not
+// wanted.
 void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
                         TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
-                        double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights, double eps,
-                        double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
+                        double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
+                        double eps, double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
                         double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
                         OptionalTensor grad_scale_tensor, double grad_scale, bool filled, Tensor sums_tensor,
-                        OptionalTensor grad_cls, OptionalTensor grad_loc, TensorList grad_logits, TensorList grad_deltas) {
+                        OptionalTensor grad_cls, OptionalTensor grad_loc, TensorList grad_logits,
+                        TensorList grad_deltas) {
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const double cls_scale = Number(grad_cls, 0.0).get(), loc_scale = Number(grad_loc, 0.0).get();
   const bool redo_cls = !grad_logits.empty() && !(filled && cls_scale == expected);
   const bool redo_loc = !grad_deltas.empty() && !(filled && loc_scale == expected);
   if (!redo_cls && !redo_loc) return;
-  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope, {eta, alpha, gamma, eps},
+  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
+                   {eta, alpha, gamma, eps},
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
   op.collect();
   const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};

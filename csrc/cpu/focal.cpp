@@ -84,7 +84,8 @@ struct FlatFocal {
     return pass;
   }
 
-  // Writes the gradient (kGradient) or the element-wise loss (kLoss), both times out_scale; returns the loss times loss_scale.
+  // Writes the gradient (kGradient) or the element-wise loss (kLoss), both times out_scale; returns the loss times
+  // loss_scale.
   double run(const Tensor& sums_tensor, const Tensor* out, double loss_scale, double out_scale, Output output) const {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
     DensePass pass = dense(out, loss_scale, out_scale);
@@ -115,8 +116,8 @@ void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
 // Loss and, with a buffer in grads, its gradient. compute_sums false: `sums` holds the positives' sums of all ranks.
 void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                 int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
-                double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums,
-                Tensor sums, Tensor loss, TensorList grads) {
+                double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
+                bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
   FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);
@@ -125,7 +126,8 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
   const double divide_by = average.is_tensor() || divisor > 0 ? average.get() : s.positives_divisor(world_size);
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
-  FloatWriter(loss).set(0, op.run(sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
+  FloatWriter(loss).set(
+      0, op.run(sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
 }
 
 // Leaves a gradient filled for the expected grad_output as it is, else computes it anew.

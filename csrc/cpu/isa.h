@@ -8,8 +8,8 @@ namespace ioubal {
 // What a dense pass writes.
 enum class Output : int { kNone, kGradient, kLoss };
 
-// Entry i of a run is counted when bytes[(start + i) % period] is 0xff; period 0: all are. 64 bytes past the period repeat
-// its beginning, so that a line can be read at any phase.
+// Entry i of a run is counted when bytes[(start + i) % period] is 0xff; period 0: all are. 64 bytes past the period
+// repeat its beginning, so that a line can be read at any phase.
 struct PeriodicMask {
   const uint8_t* bytes = nullptr;
   int64_t start = 0, period = 0;
@@ -22,7 +22,8 @@ enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 
 // Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out.
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
                               Output output);
-// logsumexp(x) - x[target]; with out also scale * (softmax - onehot). buffer holds columns + 16 floats (doubles for float64).
+// logsumexp(x) - x[target]; with out also scale * (softmax - onehot). buffer holds columns + 16 floats (doubles for
+// float64).
 using SoftmaxRow = double (*)(const void* x, void* out, int64_t columns, int64_t target, double scale, float* buffer);
 
 struct KernelTable {

@@ -16,12 +16,11 @@ IOUBAL_TARGET_END
 }  // namespace
 
 const KernelTable& avx512_bf16_kernels() {
-  static const KernelTable table = {
-      {avx512_kernels().focal[kFloat32], focal_dense<BFloat16>, avx512_kernels().focal[kFloat16],
-       portable_kernels().focal[kFloat64]},
-      {avx512_kernels().softmax[kFloat32], softmax_row<BFloat16>, avx512_kernels().softmax[kFloat16],
-       portable_kernels().softmax[kFloat64]},
-      5};
+  static const KernelTable table = {{avx512_kernels().focal[kFloat32], focal_dense<BFloat16>,
+                                     avx512_kernels().focal[kFloat16], portable_kernels().focal[kFloat64]},
+                                    {avx512_kernels().softmax[kFloat32], softmax_row<BFloat16>,
+                                     avx512_kernels().softmax[kFloat16], portable_kernels().softmax[kFloat64]},
+                                    5};
   return table;
 }
 

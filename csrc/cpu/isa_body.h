@@ -1,5 +1,5 @@
-// What every isa_<name>.cpp includes before it opens its target region: an inline function parsed inside that region would be
-// compiled for it, so all headers come first.
+// What every isa_<name>.cpp includes before it opens its target region: an inline function parsed inside that region
+// would be compiled for it, so all headers come first.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -46,10 +46,9 @@ double softmax_row_f64(const void* x_, void* out_, int64_t columns, int64_t targ
 }  // namespace
 
 const KernelTable& portable_kernels() {
-  static const KernelTable table = {
-      {focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, focal_dense_f64},
-      {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, softmax_row_f64},
-      0};
+  static const KernelTable table = {{focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, focal_dense_f64},
+                                    {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, softmax_row_f64},
+                                    0};
   return table;
 }
 

@@ -85,8 +85,10 @@ struct SmoothL1Loss {
     return given.is_tensor() || divisor > 0 ? given.get() : sums.positives_divisor(world_size);
   }
 
-  // Sum of the weighted losses; each: the rows' losses; out: out_scale (or the row's element of grad_rows) times the gradient.
-  double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale, const Tensor* grad_rows) const {
+  // Sum of the weighted losses; each: the rows' losses; out: out_scale (or the row's element of grad_rows) times the
+  // gradient.
+  double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
+             const Tensor* grad_rows) const {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
     std::vector<double> parts(blocks());
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
@@ -115,8 +117,9 @@ struct SmoothL1Loss {
 void smooth_l1_sums(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                     Tensor sums) {
-  SmoothL1Loss{pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, 1.0, 0.0, normalize, to_quad(box_weights)}.add_up(
-      sums);
+  SmoothL1Loss{pred,   target, iou, weight, scope_ids, num_scopes,
+               lambda, beta,   1.0, 0.0,    normalize, to_quad(box_weights)}
+      .add_up(sums);
 }
 
 void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
@@ -124,9 +127,11 @@ void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTens
                     double w_loc, double eps, OptionalTensor avg_factor, double divisor, double world_size,
                     OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums, Tensor loss,
                     TensorList grads) {
-  const SmoothL1Loss op{pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize, to_quad(box_weights)};
+  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
+                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
   if (compute_sums) op.add_up(sums);
-  const double divide_by = op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
+  const double divide_by =
+      op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
@@ -135,20 +140,24 @@ void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTens
 void smooth_l1_backward(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                         double w_loc, double eps, OptionalTensor avg_factor, double divisor, double world_size,
-                        OptionalTensor grad_scale_tensor, double grad_scale, bool filled, Tensor sums, Tensor grad_output,
-                        Tensor grad) {
+                        OptionalTensor grad_scale_tensor, double grad_scale, bool filled, Tensor sums,
+                        Tensor grad_output, Tensor grad) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
-  const SmoothL1Loss op{pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize, to_quad(box_weights)};
-  const double divide_by = op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
+  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
+                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
+  const double divide_by =
+      op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
   op.run(sums, nullptr, &grad, scale / divide_by, nullptr);
 }
 
 // reduction = "none": the rows' losses (P,), or with grad_output (P,) the gradient.
-void smooth_l1_elementwise(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
-                           int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
-                           double w_loc, double eps, OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
-  const SmoothL1Loss op{pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize, to_quad(box_weights)};
+void smooth_l1_elementwise(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight,
+                           OptionalTensor scope_ids, int64_t num_scopes, double lambda, double beta,
+                           std::vector<double> box_weights, bool normalize, double w_loc, double eps,
+                           OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
+  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
+                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
   if (compute_sums) op.add_up(sums);
   if (grad_output) {
     op.run(sums, nullptr, &out, 0.0, &*grad_output);

@@ -18,8 +18,8 @@ IOUBAL_HD T normalizer(T plain_sum, T weighted_sum, T eps) {
   return denominator == T(0) ? T(0) : plain_sum / denominator;
 }
 
-// What a positive adds to S and D. An infinite loss enters bounded, so that S / D tends to its limit instead of NaN; a NaN
-// one is left out: it makes its own term NaN, not the other rows' gradients.
+// What a positive adds to S and D. An infinite loss enters bounded, so that S / D tends to its limit instead of NaN; a
+// NaN one is left out: it makes its own term NaN, not the other rows' gradients.
 template <class T>
 struct BalanceShare {
   T plain, weighted;

@@ -79,8 +79,8 @@ IOUBAL_HD Quad<T> encode_box(const Quad<T>& box, const Quad<T>& anchor, const Qu
   }
   const T box_w = box.v[2] - box.v[0], box_h = box.v[3] - box.v[1];
   return {{weights.v[0] * (box.v[0] + T(0.5) * box_w - center_x) / width,
-           weights.v[1] * (box.v[1] + T(0.5) * box_h - center_y) / height,
-           weights.v[2] * std::log(box_w / width), weights.v[3] * std::log(box_h / height)}};
+           weights.v[1] * (box.v[1] + T(0.5) * box_h - center_y) / height, weights.v[2] * std::log(box_w / width),
+           weights.v[3] * std::log(box_h / height)}};
 }
 
 // True when a side is not positive. NaN is not degenerate: it must reach the loss.

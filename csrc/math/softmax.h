@@ -20,8 +20,8 @@ IOUBAL_HD RowSum<T> row_sum(const Load& logit, int64_t columns) {
   return {top, sum};
 }
 
-// Loss and slopes (slope(k, d loss / d x_k)) of a row with an infinite or NaN logit, as limits: a single +inf takes all the
-// probability, several share it, a NaN makes the row NaN.
+// Loss and slopes (slope(k, d loss / d x_k)) of a row with an infinite or NaN logit, as limits: a single +inf takes all
+// the probability, several share it, a NaN makes the row NaN.
 template <class T, class Load, class Slope>
 IOUBAL_HD T softmax_limit(const Load& logit, int64_t columns, int64_t target, const Slope& slope) {
   int64_t infinite = 0;
@@ -35,8 +35,9 @@ IOUBAL_HD T softmax_limit(const Load& logit, int64_t columns, int64_t target, co
   // Without a limit: a NaN, nothing but -inf, or the target among several +inf.
   const bool undefined = nan || (certain ? infinite > 1 : infinite == 0 && row.sum != row.sum);
   for (int64_t k = 0; k < columns; ++k) {
-    const T p = infinite == 0 ? std::exp(logit(k) - row.top) / row.sum
-                              : logit(k) == row.top ? T(1) / static_cast<T>(infinite) : T(0);
+    const T p = infinite == 0         ? std::exp(logit(k) - row.top) / row.sum
+                : logit(k) == row.top ? T(1) / static_cast<T>(infinite)
+                                      : T(0);
     slope(k, undefined ? T(NAN) : p - (k == target ? T(1) : T(0)));
   }
   if (undefined) return T(NAN);
