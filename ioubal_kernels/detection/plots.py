@@ -148,18 +148,20 @@ def plot_detections(
     columns = 1 + len(detections)
     first = records[image_ids[0]]
     edge = 2.7
-    height = edge * first.height / first.width * len(image_ids) + 0.9
+    height = edge * first.height / first.width * len(image_ids) + 0.7
     figure = Figure(figsize=(edge * columns, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
     axes = figure.subplots(len(image_ids), columns, squeeze=False)
-    for row, image_id in zip(axes, image_ids):
+    for number, (row, image_id) in enumerate(zip(axes, image_ids)):
         record = records[image_id]
         with Image.open(record.path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        titles = ["ground truth", *detections] if row is axes[0] else [""] * columns
+        titles = ["ground truth", *detections] if number == 0 else [""] * columns
         for ax, title in zip(row, titles):
             ax.imshow(pixels, interpolation="nearest")
             ax.set_axis_off()
-            ax.set_title(title, fontsize=11, color="#1F2A33")
+            if title:
+                ax.set_title(title, fontsize=11, color="#1F2A33")
         _draw_truth(row[0], record)
         for ax, found in zip(row[1:], detections.values()):
             _draw_detections(ax, found.get(image_id), score_threshold, record.width)

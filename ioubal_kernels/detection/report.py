@@ -15,7 +15,7 @@ from .data import Dataset
 from .evaluate import MAIN_METRICS, ImageDetections, percent
 from .rundir import read_log
 
-SHOWN_SCORE = 0.3  # detections below are not drawn
+SHOWN_SCORE = 0.4  # detections below are not drawn
 
 
 @dataclass
