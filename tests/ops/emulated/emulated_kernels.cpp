@@ -4,6 +4,7 @@
 
 #define INLINE static inline
 #define NOINLINE __attribute__((noinline))
+#define IOUBAL_PRAGMA(x) _Pragma(#x)
 
 using c10::BFloat16;
 using c10::Half;
