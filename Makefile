@@ -57,8 +57,8 @@ format: $(READY)  ## ruff, clang-format: rewrite
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu
+bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap; SAVE=1 stores the rows
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu $(if $(SAVE),--save)
 
 clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*

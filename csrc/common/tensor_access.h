@@ -22,6 +22,7 @@ using TensorList = std::vector<Tensor>;
 // A float tensor's memory: elements in, double out. Offsets are in elements.
 class FloatReader {
  public:
+  FloatReader() = default;
   explicit FloatReader(const Tensor& t) : data_(t.const_data_ptr()), type_(t.scalar_type()) {}
   double operator[](int64_t offset) const {
     switch (type_) {
@@ -36,8 +37,8 @@ class FloatReader {
   }
 
  private:
-  const void* data_;
-  ScalarType type_;
+  const void* data_ = nullptr;
+  ScalarType type_ = ScalarType::Double;
 };
 
 class FloatWriter {

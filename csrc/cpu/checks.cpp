@@ -8,21 +8,27 @@
 namespace ioubal {
 namespace {
 
-// Flat index of the first label outside [min_label, num_classes), or -1.
-int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
-  const IntReader label(labels);
-  const int64_t count = labels.numel();
+template <class Int>
+int64_t first_outside(const Int* values, int64_t count, int64_t low, int64_t high) {
   constexpr int64_t kStride = 64;
   for (int64_t i = 0; i < count; i += kStride) {
     const int64_t end = i + kStride < count ? i + kStride : count;
     bool bad = false;
-    for (int64_t j = i; j < end; ++j) bad |= label[j] < min_label || label[j] >= num_classes;
+    for (int64_t j = i; j < end; ++j) bad |= values[j] < low || values[j] >= high;
     if (!bad) continue;
     for (int64_t j = i; j < end; ++j) {
-      if (label[j] < min_label || label[j] >= num_classes) return j;
+      if (values[j] < low || values[j] >= high) return j;
     }
   }
   return -1;
+}
+
+// Flat index of the first label outside [min_label, num_classes), or -1.
+int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
+  const IntReader label(labels);
+  const int64_t count = labels.numel();
+  return label.wide() ? first_outside(static_cast<const int64_t*>(label.data()), count, min_label, num_classes)
+                      : first_outside(static_cast<const int32_t*>(label.data()), count, min_label, num_classes);
 }
 
 // Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class in

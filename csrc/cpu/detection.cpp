@@ -23,18 +23,42 @@ struct LocParameters {
   Quad<double> weights;
 };
 
+// Where the coordinates of an anchor's deltas lie, whatever the strides: flat (N, R, 4) or maps (N, A * 4, H, W).
+struct DeltaStrides {
+  int64_t image = 0, anchor = 0, row = 0, column = 0, coordinate = 0;
+  DeltaStrides() = default;
+  explicit DeltaStrides(const Tensor& t) : image(t.stride(0)) {
+    if (t.dim() == 3) {
+      row = t.stride(1);
+      coordinate = t.stride(2);
+    } else {
+      coordinate = t.stride(1);
+      anchor = 4 * coordinate;
+      row = t.stride(2);
+      column = t.stride(3);
+    }
+  }
+};
+
+struct Place {
+  int64_t level, image, location, anchor;
+};
+
 // One level of the heads' outputs: rows of K logits (flat, channels_last) or planes of H * W (NCHW).
 struct Level {
-  const Tensor *logits, *deltas;
+  const Tensor* logits;
+  FloatReader logit_at, delta_at;  // kept: every question to a stable-ABI tensor is a call
+  DeltaStrides delta_strides;
   int64_t anchors, locations, width, classes, first_anchor, first_run;
   bool planes;
 
   int64_t size() const { return anchors * locations; }
   int64_t run(int64_t image, int64_t a) const { return first_run + (planes ? image * anchors + a : image); }
-};
-
-struct Place {
-  int64_t level, image, location, anchor;
+  int64_t run_entries() const { return classes * locations * (planes ? 1 : anchors); }
+  // Offset of the first coordinate of an anchor's deltas.
+  int64_t delta_offset(const DeltaStrides& s, const Place& p) const {
+    return p.image * s.image + p.anchor * s.anchor + p.location / width * s.row + p.location % width * s.column;
+  }
 };
 
 struct DetectionPositive {
@@ -71,18 +95,6 @@ class GroundTruth {
   std::vector<int64_t> counts_;
 };
 
-// Offset of coordinate 0 and distance of the coordinates of an anchor's deltas, whatever the strides.
-struct DeltaAddress {
-  int64_t offset, stride;
-};
-
-DeltaAddress delta_address(const Tensor& t, const Level& level, const Place& place) {
-  if (t.dim() == 3) return {place.image * t.stride(0) + place.location * t.stride(1), t.stride(2)};
-  const int64_t row = place.location / level.width, column = place.location % level.width;
-  return {place.image * t.stride(0) + place.anchor * 4 * t.stride(1) + row * t.stride(2) + column * t.stride(3),
-          t.stride(1)};
-}
-
 class DetectionLoss {
  public:
   DetectionLoss(const TensorList& logits, const TensorList& deltas, const Tensor& anchors, const Tensor& matched_idxs,
@@ -102,7 +114,9 @@ class DetectionLoss {
       const Tensor& x = logits[l];
       Level level;
       level.logits = &x;
-      level.deltas = &deltas[l];
+      level.logit_at = FloatReader(x);
+      level.delta_at = FloatReader(deltas[l]);
+      level.delta_strides = DeltaStrides(deltas[l]);
       if (x.dim() == 3) {
         level.anchors = 1;
         level.locations = x.size(1);
@@ -188,8 +202,7 @@ class DetectionLoss {
       if (grads.empty()) continue;
       const Level& level = levels_[p.place.level];
       const int64_t group = p.cls.run - level.first_run;  // runs of a level follow each other in memory
-      const int64_t run_entries = level.classes * level.locations * (level.planes ? 1 : level.anchors);
-      writers[p.place.level].set(group * run_entries + p.cls.entry, w * grad_scale * p.cls.term.grad);
+      writers[p.place.level].set(group * level.run_entries() + p.cls.entry, w * grad_scale * p.cls.term.grad);
     }
     return sums.shared(Sums::kBad) != 0 ? NAN : total;
   }
@@ -199,9 +212,11 @@ class DetectionLoss {
   double localization(const Sums& sums, const TensorList& grads, const Factor& factor, double grad_scale,
                       bool zero_fill) const {
     std::vector<FloatWriter> writers;
+    std::vector<DeltaStrides> strides;
     for (const Tensor& grad : grads) {
       if (zero_fill) fill_zero(grad);
       writers.emplace_back(grad);
+      strides.emplace_back(grad);
     }
     double total = 0;
     for (const DetectionPositive& p : positives_) {
@@ -209,9 +224,10 @@ class DetectionLoss {
       const double w = loc_.w_loc * factor(p.cls.image) * normalizer * p.loc_balance;
       total += weighted_loss(w, p.loc_loss);
       if (grads.empty()) continue;
-      const DeltaAddress at = delta_address(grads[p.place.level], levels_[p.place.level], p.place);
+      const DeltaStrides& at = strides[p.place.level];
+      const int64_t offset = levels_[p.place.level].delta_offset(at, p.place);
       for (int j = 0; j < 4; ++j) {
-        writers[p.place.level].set(at.offset + j * at.stride, w * grad_scale * p.loc_grad.v[j]);
+        writers[p.place.level].set(offset + j * at.coordinate, w * grad_scale * p.loc_grad.v[j]);
       }
     }
     return sums.shared(Sums::kBad) != 0 ? NAN : total;
@@ -239,8 +255,8 @@ class DetectionLoss {
     const int64_t entry = level.planes ? label * level.locations + place.location
                                        : (place.location * level.anchors + place.anchor) * level.classes + label;
     const int64_t scope = scope_of(place, level.first_anchor + place.location * level.anchors + place.anchor);
-    const DeltaAddress at = delta_address(*level.deltas, level, place);
-    const Quad<double> pred = FloatReader(*level.deltas).quad(at.offset, at.stride);
+    const DeltaStrides& at = level.delta_strides;
+    const Quad<double> pred = level.delta_at.quad(level.delta_offset(at, place), at.coordinate);
     const bool degenerate = is_degenerate(anchor) || is_degenerate(gt);
     DetectionPositive p;
     p.place = place;
@@ -257,8 +273,7 @@ class DetectionLoss {
       }
     }
     const int64_t run = level.run(place.image, place.anchor);
-    const int64_t run_entries = level.classes * level.locations * (level.planes ? 1 : level.anchors);
-    const double logit = FloatReader(*level.logits)[(run - level.first_run) * run_entries + entry];
+    const double logit = level.logit_at[(run - level.first_run) * level.run_entries() + entry];
     p.cls = make_positive(run, entry, scope, place.image, logit, iou, 1.0, focal_);
     p.loc_balance = iou_power(iou, loc_.lambda);
     iou_sum_ += iou;
@@ -269,7 +284,7 @@ class DetectionLoss {
   void add_runs(const Level& level, const Tensor* grad, const Factor& factor, double grad_scale,
                 DensePass& pass) const {
     const int64_t per_image = level.planes ? level.anchors : 1, size = level.logits->element_size();
-    const int64_t entries = level.classes * level.locations * (level.planes ? 1 : level.anchors);
+    const int64_t entries = level.run_entries();
     const char* x = static_cast<const char*>(level.logits->const_data_ptr());
     char* out = grad ? static_cast<char*>(grad->mutable_data_ptr()) : nullptr;
     for (int64_t i = 0; i < images_ * per_image; ++i) {
