@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
+_NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
+# Private in torch, so allowed to disappear: torch's own error takes over then.
+_in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
@@ -37,11 +40,16 @@ def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Te
     return [None if g is None else _RefuseDoubleBackward.apply(name, g, x) for g, x in zip(grads, inputs, strict=True)]
 
 
-def refuse_forward_mode(name: str, *inputs: Tensor) -> None:
-    """Raises for an input that carries a tangent. (A ``jvp`` on the Function would do; Dynamo refuses to trace it.)"""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(name: str, *inputs: Tensor) -> None:
+    """Raises NotImplementedError for an input that carries a tangent or belongs to a torch.func transform.
+
+    (A ``jvp`` on the Function would do for the first, but Dynamo refuses to trace one.)
+    """
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    if _in_functorch is not None and any(map(_in_functorch, inputs)):
+        raise NotImplementedError(f"{name}: {_NO_TRANSFORM}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import compute_dtype, guard_double_backward, refuse_forward_mode
+from .autograd import compute_dtype, guard_double_backward, refuse_transforms
 from .library import op
 
 CODERS = {"delta": 0, "fovea": 1}
@@ -36,7 +36,7 @@ class _DecodeBoxes(torch.autograd.Function):
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
     """Boxes (..., 4); see ``functional.decode_boxes``."""
-    refuse_forward_mode("decode_boxes", deltas)
+    refuse_transforms("decode_boxes", deltas)
     anchors = anchors.detach().contiguous()
     return _DecodeBoxes.apply("cpu", deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
 

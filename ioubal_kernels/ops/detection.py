@@ -13,7 +13,7 @@ from .autograd import (
     compute_dtype,
     gradient_buffers,
     guard_double_backward,
-    refuse_forward_mode,
+    refuse_transforms,
     rescale_inplace,
     tensor_or_number,
 )
@@ -180,7 +180,7 @@ def detection_loss(
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
     if inplace and any(_dense(x) is not x for x in cls_logits):
         raise ValueError(f"{_NAME}: inplace=True needs cls_logits that are contiguous or channels_last")
-    refuse_forward_mode(_NAME, *cls_logits, *bbox_deltas)
+    refuse_transforms(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     images = matched_idxs.shape[0]

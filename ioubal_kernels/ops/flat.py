@@ -13,7 +13,7 @@ from .autograd import (
     compute_dtype,
     gradient_buffers,
     guard_double_backward,
-    refuse_forward_mode,
+    refuse_transforms,
     rescale_inplace,
     take_buffers,
     tensor_or_number,
@@ -152,7 +152,7 @@ def _apply(
     inplace: bool = False,
     backend: str = "cpu",
 ) -> Tensor:
-    refuse_forward_mode(f"iou_balanced_{name} loss", x)
+    refuse_transforms(f"iou_balanced_{name}_loss", x)
     common = (name, backend, x, second, third, weight, scope_ids, num_scopes or 1, sum_parameters, loss_parameters)
     if reduction == "none":
         return _ElementwiseLoss.apply(*common, process_group)

@@ -140,6 +140,28 @@ def test_forward_mode_is_refused():
             ik.iou_balanced_detection_loss(*inputs.arguments())
 
 
+def test_torch_func_transforms_are_refused():
+    loss, x = flat_case("focal")
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.grad(loss)(x)
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.jvp(loss, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.vmap(lambda v: loss(v))(x.expand(3, *x.shape))
+
+
+def test_an_exported_program_keeps_the_op():
+    loss, x = flat_case("focal")
+
+    class Head(torch.nn.Module):
+        def forward(self, x):
+            return loss(x)
+
+    program = torch.export.export(Head(), (x,))
+    assert any("focal_fill" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x), loss(x))
+
+
 def test_an_input_changed_after_the_forward_is_noticed():
     loss, x = flat_case("focal")
     leaf = x.clone().requires_grad_()
