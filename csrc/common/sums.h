@@ -27,8 +27,9 @@ struct Sums {
     data[4 * (1 + index) + plain] += share.plain;
     data[4 * (1 + index) + plain + 1] += share.weighted;
   }
-  // The default divisor. Ranks average their losses, so each divides by its share of the global count.
-  double positives_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
+  // The default divisor: the count of row 0. Ranks average their losses, so each divides by its share of the global
+  // count.
+  double default_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
 };
 
 }  // namespace ioubal

@@ -77,7 +77,40 @@ class IntReader {
   bool wide_;
 };
 
-// A number that is either known to Python or still in a tensor: a tensor wins. One value, or one per image.
+// A tensor that may be absent: then every element is `otherwise`.
+class OptionalFloats {
+ public:
+  OptionalFloats(const OptionalTensor& tensor) {
+    if (tensor) reader_.emplace(*tensor);
+  }
+  explicit operator bool() const { return reader_.has_value(); }
+  double get(int64_t offset, double otherwise) const { return reader_ ? (*reader_)[offset] : otherwise; }
+  const FloatReader& reader() const { return *reader_; }
+
+ private:
+  std::optional<FloatReader> reader_;
+};
+
+// The scope of each row's sums; without ids all rows share scope 0.
+class Scopes {
+ public:
+  Scopes(const OptionalTensor& ids, int64_t count) : count_(count) {
+    if (ids) reader_.emplace(*ids);
+  }
+  explicit operator bool() const { return reader_.has_value(); }
+  int64_t count() const { return count_; }
+  // -1 for an id outside [0, count).
+  int64_t get(int64_t row) const {
+    const int64_t scope = reader_ ? (*reader_)[row] : 0;
+    return scope >= 0 && scope < count_ ? scope : -1;
+  }
+
+ private:
+  std::optional<IntReader> reader_;
+  int64_t count_;
+};
+
+// A number that is either known to Python or still in a float tensor: a tensor wins. One value, or one per image.
 class Number {
  public:
   Number(const OptionalTensor& tensor, double value) : value_(value) {
@@ -94,6 +127,12 @@ class Number {
   bool per_image_ = false;
   double value_;
 };
+
+// What a sum is divided by: avg_factor (a tensor, or a number > 0), else the default.
+inline double divisor_of(const OptionalTensor& avg_factor, double number, double default_divisor) {
+  const Number given(avg_factor, number);
+  return given.is_tensor() || number > 0 ? given.get() : default_divisor;
+}
 
 inline Quad<double> to_quad(const std::vector<double>& values) {
   return {{values[0], values[1], values[2], values[3]}};

@@ -38,8 +38,8 @@ int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t nu
   const bool padded = gt_labels.size() == 1 && gt_labels[0].dim() == 2;
   std::vector<IntReader> labels(gt_labels.begin(), gt_labels.end());
   const IntReader matched(matched_idxs);
-  for (const Exceptional& e : find_exceptional(matched.data(), matched.wide(), images * anchors, -1)) {
-    if (e.value == -2) continue;
+  for (const Exceptional& e : find_exceptional(matched.data(), matched.wide(), images * anchors, kBackground)) {
+    if (e.value == kIgnore) continue;
     const int64_t image = e.index / anchors;
     const int64_t boxes = padded ? gt_labels[0].size(1) : gt_labels[image].size(0);
     if (e.value < 0 || e.value >= boxes) return e.index;

@@ -12,16 +12,15 @@ namespace {
 
 struct SoftmaxLoss {
   const Tensor &logits, &labels, &iou;
-  const OptionalTensor &weight, &scope_ids;
-  int64_t num_scopes, background;
+  OptionalFloats weight;
+  Scopes scopes;
+  int64_t background;
   double eta, eps;
 
   int64_t rows() const { return logits.size(0); }
   int64_t columns() const { return logits.size(1); }
   int64_t rows_per_block() const { return std::max<int64_t>(1, kBlockEntries / columns()); }
   int64_t blocks() const { return (rows() + rows_per_block() - 1) / rows_per_block(); }
-  int64_t scope_of(int64_t row) const { return scope_ids ? IntReader(*scope_ids)[row] : 0; }
-  double weight_of(int64_t row) const { return weight ? FloatReader(*weight)[row] : 1.0; }
   std::vector<float> buffer() const { return std::vector<float>(columns() + 16); }
 
   // f(block, first row, last row) for fixed blocks of rows.
@@ -47,7 +46,7 @@ struct SoftmaxLoss {
 
   // Row 0 of the sums counts the rows that are not ignored: the default divisor of a softmax loss.
   void add_up(const Tensor& sums_tensor) const {
-    const int64_t per_block = 4 * (1 + num_scopes);
+    const int64_t per_block = 4 * (1 + scopes.count());
     std::vector<double> parts(blocks() * per_block);
     const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
     const char* x = static_cast<const char*>(logits.const_data_ptr());
@@ -58,18 +57,16 @@ struct SoftmaxLoss {
       const Sums sums{parts.data() + b * per_block};
       std::vector<float> scratch = buffer();
       for (int64_t r = first; r < last; ++r) {
-        const int64_t y = label[r];
-        if (y < 0) continue;
-        sums.shared(Sums::kCount) += 1;
-        if (y == background) continue;
-        const int64_t scope = scope_of(r);
-        if (y >= columns() || scope < 0 || scope >= num_scopes) {
-          sums.shared(Sums::kBad) += 1;
+        const int64_t y = label[r], scope = scopes.get(r);
+        if (y >= 0) sums.shared(Sums::kCount) += 1;
+        if (y >= columns() || scope < 0) {
+          sums.shared(Sums::kBad) += 1;  // never used as an index; poisons the loss
           continue;
         }
+        if (y < 0 || y == background) continue;
         const double plain = row(x + r * stride, nullptr, columns(), y, 1.0, scratch.data());
         const double limit = plain - plain == 0 ? plain : not_finite(r, y, 1.0, nullptr);
-        sums.add(scope, Sums::kClsPlain, weight_of(r) * limit, iou_power(overlap[r], eta));
+        sums.add(scope, Sums::kClsPlain, weight.get(r, 1.0) * limit, iou_power(overlap[r], eta));
       }
     });
     double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
@@ -95,28 +92,28 @@ struct SoftmaxLoss {
     if (each) each_row.emplace(*each);
     if (grad_rows) grad_row.emplace(*grad_rows);
     std::vector<double> normalizers;
-    for (int64_t s = 0; s < num_scopes; ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
+    for (int64_t s = 0; s < scopes.count(); ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
     std::vector<double> parts(blocks());
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       std::vector<float> scratch = buffer();
       double sum = 0;
       for (int64_t r = first; r < last; ++r) {
-        const int64_t y = label[r], scope = scope_of(r);
+        const int64_t y = label[r], scope = scopes.get(r);
         for (int64_t o = 0; o < stride; o += 64) {
           __builtin_prefetch(x + r * stride + 2048 + o, 0, 3);
           if (g) __builtin_prefetch(g + r * stride + 2048 + o, 1, 3);
         }
         double loss = 0;
-        if (y < 0 || y >= columns() || (y != background && (scope < 0 || scope >= num_scopes))) {
+        if (y < 0 || y >= columns() || scope < 0) {
           if (g) std::fill(g + r * stride, g + (r + 1) * stride, 0);
-          if (y >= 0) loss = NAN;
+          if (y >= columns() || scope < 0) loss = NAN;
         } else {
-          double w = weight_of(r);
-          if (y != background) w *= normalizers[scope] * iou_power(overlap[r], eta);
-          const double scale = w * (grad_row ? (*grad_row)[r] : out_scale);
+          const double balance = y == background ? 1.0 : normalizers[scope] * iou_power(overlap[r], eta);
+          const double sample = weight.get(r, 1.0);
+          const double scale = sample * balance * (grad_row ? (*grad_row)[r] : out_scale);
           double plain = row(x + r * stride, g ? g + r * stride : nullptr, columns(), y, scale, scratch.data());
           if (plain - plain != 0) plain = not_finite(r, y, scale, out);
-          loss = weighted_loss(w, plain);
+          loss = weighted_loss(balance, sample * plain);
         }
         if (each_row) each_row->set(r, loss);
         sum += loss;
@@ -129,24 +126,22 @@ struct SoftmaxLoss {
   }
 };
 
-double divisor_of(const OptionalTensor& avg_factor, double divisor, const Tensor& sums_tensor, double world_size) {
-  const Number given(avg_factor, divisor);
-  if (given.is_tensor() || divisor > 0) return given.get();
-  return Sums{static_cast<double*>(sums_tensor.mutable_data_ptr())}.positives_divisor(world_size);
+double default_divisor(const Tensor& sums_tensor, double world_size) {
+  return Sums{static_cast<double*>(sums_tensor.mutable_data_ptr())}.default_divisor(world_size);
 }
 
 void cross_entropy_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, Tensor sums) {
-  SoftmaxLoss{logits, labels, iou, weight, scope_ids, num_scopes, background, eta, 0.0}.add_up(sums);
+  SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums);
 }
 
 void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, double eps, OptionalTensor avg_factor,
                         double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
                         bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
-  const SoftmaxLoss op{logits, labels, iou, weight, scope_ids, num_scopes, background, eta, eps};
+  const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   if (compute_sums) op.add_up(sums);
-  const double divide_by = divisor_of(avg_factor, divisor, sums, world_size);
+  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
@@ -158,15 +153,15 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
                             bool filled, Tensor sums, Tensor grad_output, Tensor grad) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
-  const SoftmaxLoss op{logits, labels, iou, weight, scope_ids, num_scopes, background, eta, eps};
-  op.run(sums, nullptr, &grad, scale / divisor_of(avg_factor, divisor, sums, world_size), nullptr);
+  const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
+  op.run(sums, nullptr, &grad, scale / divisor_of(avg_factor, divisor, default_divisor(sums, world_size)), nullptr);
 }
 
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.
 void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
                                OptionalTensor scope_ids, int64_t num_scopes, int64_t background, double eta, double eps,
                                OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
-  const SoftmaxLoss op{logits, labels, iou, weight, scope_ids, num_scopes, background, eta, eps};
+  const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   if (compute_sums) op.add_up(sums);
   if (grad_output) {
     op.run(sums, nullptr, &out, 0.0, &*grad_output);

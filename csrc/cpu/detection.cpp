@@ -14,8 +14,6 @@
 namespace ioubal {
 namespace {
 
-constexpr int64_t kBackground = -1, kIgnore = -2;
-
 struct LocParameters {
   double lambda, w_loc, beta, eps;
   bool normalize;  // Eq. 7
@@ -334,7 +332,7 @@ struct LossFactor {
       : divisor(tensor, number),
         given(divisor.is_tensor() || number > 0),
         weight(weight_),
-        default_divisor(sums.positives_divisor(world_size)) {}
+        default_divisor(sums.default_divisor(world_size)) {}
   double operator()(int64_t image) const { return weight / (given ? divisor.get(image) : default_divisor); }
 };
 

@@ -7,12 +7,10 @@
 namespace ioubal {
 namespace {
 
-constexpr int64_t kBackground = -1, kIgnore = -2;
-
 struct FlatFocal {
   const Tensor &logits, &labels, &iou;
-  const OptionalTensor &weight, &scope_ids;
-  int64_t num_scopes;
+  OptionalFloats weight;
+  Scopes scopes;
   FocalParameters focal;
 
   std::vector<PositiveEntry> positives;
@@ -22,27 +20,28 @@ struct FlatFocal {
     const int64_t rows = logits.size(0), columns = logits.size(1);
     const IntReader label(labels);
     const FloatReader x(logits), overlap(iou);
-    std::optional<FloatReader> sample_weight;
-    std::optional<IntReader> scope;
-    if (weight) sample_weight.emplace(*weight);
-    if (scope_ids) scope.emplace(*scope_ids);
+    if (scopes) {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (scopes.get(r) < 0) bad.push_back(r);
+      }
+    }
     for (const Exceptional& e : find_exceptional(label.data(), label.wide(), rows, kBackground)) {
-      const int64_t scope_index = scope ? (*scope)[e.index] : 0;
+      const int64_t scope = scopes.get(e.index);
       if (e.value == kIgnore) {
         ignored.push_back(e.index);
-      } else if (e.value < 0 || e.value >= columns || scope_index < 0 || scope_index >= num_scopes) {
+      } else if (e.value < 0 || e.value >= columns) {
         bad.push_back(e.index);  // never used as an index; poisons the loss
-      } else {
+      } else if (scope >= 0) {
         const int64_t entry = e.index * columns + e.value;
-        positives.push_back(make_positive(0, entry, scope_index, 0, x[entry], overlap[e.index],
-                                          sample_weight ? (*sample_weight)[e.index] : 1.0, focal));
+        positives.push_back(
+            make_positive(0, entry, scope, 0, x[entry], overlap[e.index], weight.get(e.index, 1.0), focal));
       }
     }
   }
 
   void add_up(const Tensor& sums_tensor) const {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
-    std::fill(sums.data, sums.data + 4 * (1 + num_scopes), 0.0);
+    std::fill(sums.data, sums.data + 4 * (1 + scopes.count()), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives.size());
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
     for (const PositiveEntry& p : positives) {
@@ -65,7 +64,7 @@ struct FlatFocal {
     };
     std::vector<int64_t> starts = {0};
     if (weight) {
-      const FloatReader w(*weight);
+      const FloatReader& w = weight.reader();
       for (int64_t r = 1; r < rows; ++r) {
         if (w[r] != w[r - 1]) starts.push_back(r);
       }
@@ -90,16 +89,18 @@ struct FlatFocal {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
     DensePass pass = dense(out, loss_scale, out_scale);
     double total = pass(kernels().focal[dtype_index(logits)], logits.element_size(), focal.gamma, output);
+    std::optional<FloatWriter> writer;
+    if (out) writer.emplace(*out);
     for (const PositiveEntry& p : positives) {
       const double w = sums.cls_normalizer(p.scope, focal.eps) * p.balance;
       const double loss = weighted_loss(w, p.term.loss);
       if (loss_scale != 0) total += loss_scale * loss;
-      if (out) FloatWriter(*out).set(p.entry, out_scale * (output == Output::kLoss ? loss : w * p.term.grad));
+      if (out) writer->set(p.entry, out_scale * (output == Output::kLoss ? loss : w * p.term.grad));
     }
     if (output == Output::kLoss) {
       const int64_t columns = logits.size(1);
       for (int64_t row : bad) {
-        for (int64_t k = 0; k < columns; ++k) FloatWriter(*out).set(row * columns + k, NAN);
+        for (int64_t k = 0; k < columns; ++k) writer->set(row * columns + k, NAN);
       }
     }
     return sums.shared(Sums::kBad) != 0 ? NAN : total;
@@ -108,7 +109,7 @@ struct FlatFocal {
 
 void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                 int64_t num_scopes, double eta, double alpha, double gamma, Tensor sums) {
-  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, 0.0}, {}, {}, {}};
+  FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, 0.0}, {}, {}, {}};
   op.collect();
   op.add_up(sums);
 }
@@ -118,12 +119,11 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
                 int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
                 double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
                 bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
-  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);
   const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
-  const Number average(avg_factor, divisor);
-  const double divide_by = average.is_tensor() || divisor > 0 ? average.get() : s.positives_divisor(world_size);
+  const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(
@@ -137,11 +137,10 @@ void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor wei
                     Tensor sums, Tensor grad_output, Tensor grad) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
-  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
-  const Number average(avg_factor, divisor);
-  const double divide_by = average.is_tensor() || divisor > 0 ? average.get() : s.positives_divisor(world_size);
+  const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   op.run(sums, &grad, 0.0, scale / divide_by, Output::kGradient);
 }
 
@@ -149,7 +148,7 @@ void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor wei
 void focal_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                        int64_t num_scopes, double eta, double alpha, double gamma, double eps, bool gradient,
                        bool compute_sums, Tensor sums, Tensor out) {
-  FlatFocal op{logits, labels, iou, weight, scope_ids, num_scopes, {eta, alpha, gamma, eps}, {}, {}, {}};
+  FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);
   op.run(sums, &out, 0.0, 1.0, gradient ? Output::kGradient : Output::kLoss);

@@ -6,6 +6,8 @@
 
 namespace ioubal {
 
+constexpr int64_t kBackground = -1, kIgnore = -2;
+
 struct Exceptional {
   int64_t index;
   int64_t value;

@@ -14,62 +14,38 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 1 << 12;  // fixed: the same sums for any number of threads
 
-struct SmoothL1Loss {
-  const Tensor &pred, &target;
-  const OptionalTensor &iou, &weight, &scope_ids;
-  int64_t num_scopes;
-  double lambda, beta, w_loc, eps;
-  bool normalize;  // Eq. 7
-  Quad<double> box_weights;
-
-  int64_t rows() const { return pred.size(0); }
-  int64_t blocks() const { return (rows() + kRowsPerBlock - 1) / kRowsPerBlock; }
-
-  struct Row {
-    double loss, balance;
-    Quad<double> grad;
-  };
-
-  Row row(int64_t r) const {
-    const Quad<double> p = FloatReader(pred).quad(4 * r, 1), t = FloatReader(target).quad(4 * r, 1);
-    Quad<double> w = {{1, 1, 1, 1}};
-    if (weight && weight->dim() == 2) w = FloatReader(*weight).quad(4 * r, 1);
-    if (weight && weight->dim() == 1) w.v[0] = w.v[1] = w.v[2] = w.v[3] = FloatReader(*weight)[r];
-    Row out;
-    out.loss = 0;
-    for (int j = 0; j < 4; ++j) {
-      const Term<double> term = smooth_l1(p.v[j] - t.v[j], beta);
-      out.loss += w.v[j] * term.loss;
-      out.grad.v[j] = w.v[j] * term.grad;
-    }
-    const double overlap = iou ? FloatReader(*iou)[r] : delta_iou(p, t, box_weights, BoxCoder::kDelta);
-    out.balance = iou_power(overlap, lambda);
-    return out;
-  }
-
-  int64_t scope_of(int64_t r) const { return scope_ids ? IntReader(*scope_ids)[r] : 0; }
-
-  template <class F>
-  void for_blocks(const F& f) const {
-    torch::stable::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) f(b, b * kRowsPerBlock, std::min(rows(), (b + 1) * kRowsPerBlock));
-    });
-  }
+class SmoothL1Loss {
+ public:
+  SmoothL1Loss(const Tensor& pred, const Tensor& target, const OptionalTensor& iou, const OptionalTensor& weight,
+               const OptionalTensor& scope_ids, int64_t num_scopes, double lambda, double beta, double w_loc,
+               double eps, bool normalize, const std::vector<double>& box_weights)
+      : pred_(pred),
+        target_(target),
+        iou_(iou),
+        weight_(weight),
+        weight_columns_(weight ? weight->dim() : 0),
+        scopes_(scope_ids, num_scopes),
+        rows_(pred.size(0)),
+        lambda_(lambda),
+        beta_(beta),
+        w_loc_(w_loc),
+        eps_(eps),
+        normalize_(normalize),
+        box_weights_(to_quad(box_weights)) {}
 
   void add_up(const Tensor& sums_tensor) const {
-    const int64_t per_block = 4 * (1 + num_scopes);
+    const int64_t per_block = 4 * (1 + scopes_.count());
     std::vector<double> parts(blocks() * per_block);
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       const Sums sums{parts.data() + b * per_block};
       sums.shared(Sums::kCount) = static_cast<double>(last - first);
       for (int64_t r = first; r < last; ++r) {
-        const int64_t scope = scope_of(r);
-        if (scope < 0 || scope >= num_scopes) {
+        const int64_t scope = scopes_.get(r);
+        if (scope < 0) {
           sums.shared(Sums::kBad) += 1;
-        } else if (normalize) {
+        } else if (normalize_) {
           const Row terms = row(r);
-          sums.scope(scope, Sums::kLocPlain) += terms.loss;
-          sums.scope(scope, Sums::kLocWeighted) += terms.loss * terms.balance;
+          sums.add(scope, Sums::kLocPlain, terms.loss, terms.balance);
         }
       }
     });
@@ -80,31 +56,31 @@ struct SmoothL1Loss {
     }
   }
 
-  double divisor_of(const Sums& sums, const OptionalTensor& avg_factor, double divisor, double world_size) const {
-    const Number given(avg_factor, divisor);
-    return given.is_tensor() || divisor > 0 ? given.get() : sums.positives_divisor(world_size);
-  }
-
   // Sum of the weighted losses; each: the rows' losses; out: out_scale (or the row's element of grad_rows) times the
   // gradient.
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
     const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    std::optional<FloatWriter> each_row, gradient;
+    std::optional<FloatReader> grad_row;
+    if (each) each_row.emplace(*each);
+    if (out) gradient.emplace(*out);
+    if (grad_rows) grad_row.emplace(*grad_rows);
     std::vector<double> parts(blocks());
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       double sum = 0;
       for (int64_t r = first; r < last; ++r) {
-        const int64_t scope = scope_of(r);
-        const bool usable = scope >= 0 && scope < num_scopes;
+        const int64_t scope = scopes_.get(r);
         const Row terms = row(r);
-        double w = usable ? w_loc * terms.balance : NAN;
-        if (normalize && usable) w *= sums.loc_normalizer(scope, eps);
-        if (each) FloatWriter(*each).set(r, w * terms.loss);
-        if (out) {
-          const double scale = w * (grad_rows ? FloatReader(*grad_rows)[r] : out_scale);
-          for (int j = 0; j < 4; ++j) FloatWriter(*out).set(4 * r + j, scale * terms.grad.v[j]);
+        double w = scope < 0 ? NAN : w_loc_ * terms.balance;
+        if (normalize_ && scope >= 0) w *= sums.loc_normalizer(scope, eps_);
+        const double loss = weighted_loss(w, terms.loss);
+        if (each_row) each_row->set(r, loss);
+        if (gradient) {
+          const double scale = w * (grad_row ? (*grad_row)[r] : out_scale);
+          for (int j = 0; j < 4; ++j) gradient->set(4 * r + j, scale * terms.grad.v[j]);
         }
-        sum += w * terms.loss;
+        sum += loss;
       }
       parts[b] = sum;
     });
@@ -112,13 +88,57 @@ struct SmoothL1Loss {
     for (double part : parts) total += part;
     return total;
   }
+
+ private:
+  struct Row {
+    double loss, balance;
+    Quad<double> grad;
+  };
+
+  Row row(int64_t r) const {
+    const Quad<double> p = pred_.quad(4 * r, 1), t = target_.quad(4 * r, 1);
+    Row out;
+    out.loss = 0;
+    for (int j = 0; j < 4; ++j) {
+      const Term<double> term = smooth_l1(p.v[j] - t.v[j], beta_);
+      const double w = weight_.get(weight_columns_ == 2 ? 4 * r + j : r, 1.0);
+      out.loss += w * term.loss;
+      out.grad.v[j] = w * term.grad;
+    }
+    out.balance = 1.0;
+    if (lambda_ != 0) {
+      out.balance = iou_power(iou_ ? iou_.reader()[r] : delta_iou(p, t, box_weights_, BoxCoder::kDelta), lambda_);
+    }
+    return out;
+  }
+
+  int64_t blocks() const { return (rows_ + kRowsPerBlock - 1) / kRowsPerBlock; }
+
+  template <class F>
+  void for_blocks(const F& f) const {
+    torch::stable::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) f(b, b * kRowsPerBlock, std::min(rows_, (b + 1) * kRowsPerBlock));
+    });
+  }
+
+  FloatReader pred_, target_;
+  OptionalFloats iou_, weight_;
+  int64_t weight_columns_;
+  Scopes scopes_;
+  int64_t rows_;
+  double lambda_, beta_, w_loc_, eps_;
+  bool normalize_;  // Eq. 7
+  Quad<double> box_weights_;
 };
+
+double default_divisor(const Tensor& sums_tensor, double world_size) {
+  return Sums{static_cast<double*>(sums_tensor.mutable_data_ptr())}.default_divisor(world_size);
+}
 
 void smooth_l1_sums(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                     Tensor sums) {
-  SmoothL1Loss{pred,   target, iou, weight, scope_ids, num_scopes,
-               lambda, beta,   1.0, 0.0,    normalize, to_quad(box_weights)}
+  SmoothL1Loss(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, 1.0, 0.0, normalize, box_weights)
       .add_up(sums);
 }
 
@@ -127,11 +147,10 @@ void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTens
                     double w_loc, double eps, OptionalTensor avg_factor, double divisor, double world_size,
                     OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums, Tensor loss,
                     TensorList grads) {
-  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
-                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
+  const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
+                        box_weights);
   if (compute_sums) op.add_up(sums);
-  const double divide_by =
-      op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
+  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
@@ -144,10 +163,9 @@ void smooth_l1_backward(Tensor pred, Tensor target, OptionalTensor iou, Optional
                         Tensor grad_output, Tensor grad) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
-  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
-                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
-  const double divide_by =
-      op.divisor_of({static_cast<double*>(sums.mutable_data_ptr())}, avg_factor, divisor, world_size);
+  const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
+                        box_weights);
+  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
   op.run(sums, nullptr, &grad, scale / divide_by, nullptr);
 }
 
@@ -156,8 +174,8 @@ void smooth_l1_elementwise(Tensor pred, Tensor target, OptionalTensor iou, Optio
                            OptionalTensor scope_ids, int64_t num_scopes, double lambda, double beta,
                            std::vector<double> box_weights, bool normalize, double w_loc, double eps,
                            OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
-  const SmoothL1Loss op{pred,   target, iou,   weight, scope_ids, num_scopes,
-                        lambda, beta,   w_loc, eps,    normalize, to_quad(box_weights)};
+  const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
+                        box_weights);
   if (compute_sums) op.add_up(sums);
   if (grad_output) {
     op.run(sums, nullptr, &out, 0.0, &*grad_output);

@@ -72,29 +72,49 @@ def take_buffers(ctx: Any, inputs: list[Tensor]) -> tuple[list[Tensor], bool]:
     return buffers, True
 
 
-def rescale_inplace(name: str, ctx: Any, grad_output: Tensor) -> list[Tensor]:
+def rescale_inplace(name: str, ctx: Any, grad_output: Tensor, grad_scale: float | Tensor) -> list[Tensor]:
     """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies."""
+    if torch.is_grad_enabled():  # create_graph: the buffer has no path to the logits that a guard could sit on
+        raise NotImplementedError(f"{name}: {_NO_DOUBLE_BACKWARD}, without inplace=True")
     if not ctx.buffers:
         raise RuntimeError(
             f"{name}: inplace=True allows one backward only: the gradient was written over the logits' storage and has"
             " been handed out; use inplace=False to call backward again"
         )
     buffers, ctx.buffers = ctx.buffers, []
-    with torch.no_grad():
-        factor = grad_output.detach() / ctx.grad_scale
-        if not (factor.device.type == "cpu" and float(factor) == 1.0):
-            for buffer in buffers:
-                buffer.mul_(factor)
+    factor = grad_output.detach() / grad_scale
+    if not (factor.device.type == "cpu" and float(factor) == 1.0):
+        for buffer in buffers:
+            buffer.data.mul_(factor)  # .data: the version was already raised when the logits were overwritten
     return buffers
 
 
 def tensor_or_number(value: Any, default: float = 0.0) -> tuple[Tensor | None, float]:
-    """A scalar argument as an op takes it: (tensor, unused number) or (None, number)."""
+    """A scalar argument as an op takes it: (contiguous float64 tensor, unused number) or (None, number)."""
     if value is None:
         return None, default
     if isinstance(value, Tensor):
-        return value.detach(), default
+        return value.detach().to(torch.float64).contiguous(), default
     return None, float(value)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the kernels can read x as it lies in memory: contiguous, or a channels_last map."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def check_inplace(name: str, logits: list[Tensor], grad_scale: float | Tensor) -> None:
+    """ValueError for what in-place gradients cannot serve: logits that are not dense, a grad_scale of 0."""
+    for x in logits:
+        if not is_dense(x):
+            raise ValueError(
+                f"{name}: inplace=True needs logits that are contiguous (or channels_last maps),"
+                f" got shape {tuple(x.shape)} with strides {x.stride()}"
+            )
+    if not isinstance(grad_scale, Tensor) and grad_scale == 0:
+        raise ValueError(
+            f"{name}: inplace=True needs grad_scale != 0, got {grad_scale}: the gradient could not be scaled back"
+        )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

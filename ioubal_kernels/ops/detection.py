@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .. import distributed
 from .autograd import (
+    check_inplace,
     compute_dtype,
     gradient_buffers,
     guard_double_backward,
+    is_dense,
     refuse_transforms,
     rescale_inplace,
     tensor_or_number,
@@ -84,12 +86,8 @@ class _DetectionLoss(torch.autograd.Function):
             ctx.backend, ctx.levels, ctx.num_gt = backend, levels, num_gt
             ctx.parameters, ctx.loss_parameters, ctx.divisors = parameters, loss_parameters, divisors
             ctx.world_size, ctx.expected = world_size, grad_scale
-            ctx.grad_scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
             ctx.wants = (want_logits, want_deltas)
             ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
-            # In place the logits are gone; only their shapes and strides still serve, so their version does not matter.
-            ctx.consumed = [x.detach() for x in logits] if ctx.inplace else []
-            tensors = tensors[levels:] if ctx.inplace else tensors
             constants = (cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums)
             ctx.save_for_backward(*constants, *tensors)
         return outputs
@@ -97,7 +95,6 @@ class _DetectionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
         cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums, *tensors = ctx.saved_tensors
-        tensors = [*ctx.consumed, *tensors]
         levels, num_gt = ctx.levels, ctx.num_gt
         logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
         gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
@@ -111,7 +108,8 @@ class _DetectionLoss(torch.autograd.Function):
         grad_deltas: list[Tensor | None] = [None] * levels
         if grad_cls is not None and ctx.wants[0]:
             if ctx.inplace:
-                grad_logits = rescale_inplace(_NAME, ctx, grad_cls)
+                scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
+                grad_logits = rescale_inplace(_NAME, ctx, grad_cls, scale)
             else:
                 filled = not compiling and bool(ctx.buffers)
                 buffers = ctx.buffers if filled else [torch.empty_like(x) for x in logits]
@@ -145,10 +143,7 @@ class _DetectionLoss(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Maps are read as they lie in memory, NCHW or channels_last; anything else is copied."""
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def detection_loss(
@@ -178,8 +173,8 @@ def detection_loss(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
-    if inplace and any(_dense(x) is not x for x in cls_logits):
-        raise ValueError(f"{_NAME}: inplace=True needs cls_logits that are contiguous or channels_last")
+    if inplace:
+        check_inplace(_NAME, list(cls_logits), grad_scale)
     refuse_transforms(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)

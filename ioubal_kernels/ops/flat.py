@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from .autograd import (
+    check_inplace,
     compute_dtype,
     gradient_buffers,
     guard_double_backward,
@@ -19,6 +20,13 @@ from .autograd import (
     tensor_or_number,
 )
 from .library import op
+
+# The function a user called, for messages.
+_PUBLIC = {
+    "focal": "iou_balanced_sigmoid_focal_loss",
+    "cross_entropy": "iou_balanced_cross_entropy",
+    "smooth_l1": "iou_balanced_smooth_l1_loss",
+}
 
 
 class _FlatLoss(torch.autograd.Function):
@@ -66,25 +74,27 @@ class _FlatLoss(torch.autograd.Function):
         op(f"{name}_fill", backend)(*inputs, *loss_parameters, *scaling, process_group is None, sums, loss, buffers)
         if wanted:
             ctx.name, ctx.backend, ctx.buffers = name, backend, buffers
-            ctx.grad_scale = grad_scale if grad_scale_tensor is None else grad_scale_tensor
             ctx.num_scopes, ctx.parameters = num_scopes, (*sum_parameters, *loss_parameters)
             ctx.divisor, ctx.world_size, ctx.expected = divisor, world_size, grad_scale
-            if not ctx.inplace:
+            if ctx.inplace:
+                ctx.save_for_backward(grad_scale_tensor)
+            else:
                 ctx.save_for_backward(x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if ctx.inplace:
-            grad = rescale_inplace(ctx.name, ctx, grad_output)[0]
-            x = grad
+            (grad_scale_tensor,) = ctx.saved_tensors
+            scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
+            (grad,) = rescale_inplace(_PUBLIC[ctx.name], ctx, grad_output, scale)
         else:
             x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums = ctx.saved_tensors
             (grad,), filled = take_buffers(ctx, [x])
             scaling = (avg_factor, ctx.divisor, ctx.world_size, grad_scale_tensor, ctx.expected)
             inputs = (x, second, third, weight, scope_ids, ctx.num_scopes, *ctx.parameters)
             op(f"{ctx.name}_backward", ctx.backend)(*inputs, *scaling, filled, sums, grad_output.detach(), grad)
-        (grad,) = guard_double_backward(ctx.name, [grad], [x])
+            (grad,) = guard_double_backward(_PUBLIC[ctx.name], [grad], [x])
         return (None, None, grad, *[None] * 14)
 
 
@@ -129,8 +139,9 @@ class _ElementwiseLoss(torch.autograd.Function):
         inputs = (x, second, third, weight, scope_ids, ctx.num_scopes, *ctx.parameters)
         op(f"{ctx.name}_elementwise", ctx.backend)(*inputs, request, False, sums, grad)
         if by_entry:
-            grad = grad * grad_output.detach()
-        (grad,) = guard_double_backward(ctx.name, [grad], [x])
+            # An ignored row has no gradient whatever grad_output is: 0, not 0 * inf.
+            grad = torch.where(grad == 0, grad, grad * grad_output.detach())
+        (grad,) = guard_double_backward(_PUBLIC[ctx.name], [grad], [x])
         return (None, None, grad, *[None] * 9)
 
 
@@ -152,7 +163,7 @@ def _apply(
     inplace: bool = False,
     backend: str = "cpu",
 ) -> Tensor:
-    refuse_transforms(f"iou_balanced_{name}_loss", x)
+    refuse_transforms(_PUBLIC[name], x)
     common = (name, backend, x, second, third, weight, scope_ids, num_scopes or 1, sum_parameters, loss_parameters)
     if reduction == "none":
         return _ElementwiseLoss.apply(*common, process_group)
@@ -188,11 +199,10 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """Eq. 3 and 4 with the focal loss; see ``functional.iou_balanced_sigmoid_focal_loss``."""
     columns = logits.shape[-1]
-    if inplace and not logits.is_contiguous():
-        raise ValueError(
-            "iou_balanced_sigmoid_focal_loss: inplace=True needs contiguous logits,"
-            f" got shape {tuple(logits.shape)} with strides {logits.stride()}"
-        )
+    if inplace:
+        if reduction == "none":
+            raise ValueError(f"{_PUBLIC['focal']}: inplace=True goes with reduction 'mean' or 'sum', got 'none'")
+        check_inplace(_PUBLIC["focal"], [logits], grad_scale)
     if reduction == "none":
         logits = logits.to(compute_dtype(logits))  # the losses themselves are float32: nothing is rounded to 16 bits
     x = logits.reshape(-1, columns).contiguous()

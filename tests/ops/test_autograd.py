@@ -262,6 +262,37 @@ def test_inplace_writes_the_gradient_over_the_logits(layout, factor):
         out.classification.backward()
 
 
+def test_inplace_refuses_what_it_cannot_serve():
+    loss, x = flat_case("focal")
+    logits = x.clone().requires_grad_()
+    inner = logits * 1
+    grad = torch.autograd.grad(loss(inner, inplace=True), inner, create_graph=False)[0]
+    assert bool(grad.isfinite().all())
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(loss(logits * 1, inplace=True), logits, create_graph=True)
+    inputs = testing.detection_inputs(layout="nchw").requiring_grad()
+    out = ik.iou_balanced_detection_loss(*inputs.arguments(), inplace=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(out.classification, inputs.cls_logits, create_graph=True)
+    with pytest.raises(ValueError, match="grad_scale != 0"):
+        loss(logits * 1, inplace=True, grad_scale=0.0)
+    with pytest.raises(ValueError, match="reduction"):
+        loss(logits * 1, inplace=True, reduction="none")
+    with pytest.raises(ValueError, match="contiguous"):
+        loss((logits * 1).t().contiguous().t(), inplace=True)
+
+
+def test_inplace_with_a_grad_scale_tensor_that_changes_later():
+    loss, x = flat_case("focal")
+    leaf = x.detach().clone().requires_grad_()
+    want = torch.autograd.grad(loss(leaf) * 3, leaf)[0]
+    scale = torch.tensor(2.0)
+    value = loss(leaf * 1, inplace=True, grad_scale=scale)
+    scale.fill_(8.0)
+    got = torch.autograd.grad(value * 3, leaf)[0]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 def test_inplace_is_noticed_by_others_that_saved_the_logits():
     loss, x = flat_case("focal")
     leaf = x.clone().requires_grad_()

@@ -168,6 +168,67 @@ def test_smooth_l1(dtype, beta, weight, normalize, given_iou):
         )
 
 
+DIVISORS = {
+    "int64": torch.tensor(7),
+    "int32": torch.tensor(7, dtype=torch.int32),
+    "float16": torch.tensor(7.0, dtype=torch.float16),
+    "strided": torch.tensor([7.0, 1.0])[0],
+}
+
+
+@pytest.mark.parametrize("divisor", DIVISORS.values(), ids=DIVISORS)
+def test_divisors_in_tensors_of_any_kind(divisor):
+    rows = testing.classification_inputs(seed=3, rows=40, classes=5, softmax=True)
+    for loss in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
+        compare(loss, rows.logits, rows.labels, rows.iou, what="divisor", floor=1e-3, avg_factor=divisor)
+    pred, target = testing.delta_inputs(rows=30)
+    compare(ik.iou_balanced_smooth_l1_loss, pred, target, what="divisor", avg_factor=divisor)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("normalize", (True, False))
+def test_smooth_l1_keeps_a_bad_row_to_itself(normalize, value):
+    pred, target = testing.delta_inputs(rows=9)
+    pred[4, 1] = value
+    iou, others = torch.linspace(0, 1, 9), torch.arange(9) != 4
+    options = {"normalize": normalize, "reduction": "none"}
+    want, want_grad = run(ik.iou_balanced_smooth_l1_loss, pred.double(), target, iou, backend="reference", **options)
+    loss, grad = run(ik.iou_balanced_smooth_l1_loss, pred, target, iou, backend="cpu", **options)
+    testing.assert_close_budget(loss, want, torch.float32, what="losses")
+    testing.assert_close_budget(grad[others], want_grad[others], torch.float32, what="gradients of the other rows")
+    assert not loss[4].isfinite()
+
+
+@pytest.mark.parametrize("label", (-2, -1, 2))
+def test_unchecked_bad_scopes_poison_the_loss(label, monkeypatch):
+    monkeypatch.setenv("IOUBAL_CHECK", "0")
+    inputs = testing.classification_inputs(rows=12, classes=4, softmax=True)
+    labels, scopes = inputs.labels.clamp(min=0), inputs.scope_ids.clone()
+    labels[5], scopes[5] = label, 99
+    for loss in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
+        for backend in ("cpu", "reference"):
+            given = {"scope_ids": scopes, "num_scopes": 3, "backend": backend}
+            assert loss(inputs.logits, labels, inputs.iou, **given).isnan()
+
+
+def test_a_weight_of_zero_does_not_hide_an_infinite_loss():
+    inputs = testing.classification_inputs(rows=6, classes=3, softmax=True)
+    logits, labels, weight = inputs.logits.clone(), torch.tensor([1, 2, 0, 1, 2, 0]), torch.ones(6)
+    logits[1], weight[1] = torch.tensor([float("inf"), 0.0, 0.0]), 0.0
+    for backend in ("cpu", "reference"):
+        assert ik.iou_balanced_cross_entropy(logits, labels, inputs.iou, weight=weight, backend=backend).isnan()
+
+
+def test_an_infinite_grad_output_leaves_ignored_rows_at_zero():
+    inputs = testing.classification_inputs(rows=4, classes=3)
+    labels = torch.tensor([0, -2, -1, 2])
+    for backend in ("cpu", "reference"):
+        x = inputs.logits.clone().requires_grad_()
+        loss = ik.iou_balanced_sigmoid_focal_loss(x, labels, inputs.iou, reduction="none", backend=backend)
+        loss.backward(torch.full_like(loss, float("inf")))
+        assert torch.equal(x.grad[1], torch.zeros(3)) and bool(x.grad[0].isinf().all())
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=ids)
 @pytest.mark.parametrize("gamma", (0.0, 2.0, 0.5))
 def test_every_16_bit_logit(gamma, dtype):
