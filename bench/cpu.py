@@ -93,55 +93,48 @@ def check_parity(isa: int) -> None:
     torch.testing.assert_close(loss, want.float(), rtol=1e-4, atol=0)
 
 
-def paths_for(dtype: torch.dtype, with_eager: bool) -> dict[str, tuple[Callable[[int], Any], dict[str, Any]]]:
-    """Name -> (call, what the row says about it). Two sets of inputs each, together past the cache."""
+def paths_for(dtype: torch.dtype, with_eager: bool) -> dict[str, timing.TimedPath]:
+    """Every path by name. Two sets of inputs each, together past the cache."""
     sets = {layout: [retinanet_inputs(dtype, layout, seed) for seed in (0, 1)] for layout in testing.LAYOUTS}
-    source = [s.cls_logits.detach() for s in sets["flat"]]
+    flat = sets["flat"]
+    source = [s.cls_logits.detach() for s in flat]
     target = torch.empty_like(source[0])
-    paths: dict[str, tuple[Callable[[int], Any], dict[str, Any]]] = {}
-    paths["copy of the logits"] = (lambda r: target.copy_(source[r % 2]), {"path": "copy"})
+    # In place the logits are consumed: each round starts from fresh ones, copied before the clock starts.
+    scratch = [replace(s, cls_logits=s.cls_logits.detach().clone().requires_grad_()) for s in flat]
 
-    def with_isa(isa: int, call: Callable[[int], Any]) -> Callable[[int], Any]:
+    def refill(r: int) -> None:
+        scratch[r % 2].cls_logits.grad = None
+        scratch[r % 2].cls_logits.data.copy_(source[r % 2])
+
+    def no_grad(r: int) -> None:
+        with torch.no_grad():
+            ik.iou_balanced_detection_loss(*flat[r % 2].arguments())
+
+    paths = {"copy of the logits": timing.TimedPath(lambda r: target.copy_(source[r % 2]), {"path": "copy"})}
+
+    def add(isa: int, name: str, path: str, layout: str, call: Callable[[int], Any], prepare: Any = None) -> None:
         def run(r: int) -> None:
             limit_isa(isa)
             call(r)
 
-        return run
+        facts = {"path": path, "layout": layout, "isa": timing.ISA_NAMES[isa]}
+        paths[f"fused, {name}, {timing.ISA_NAMES[isa]}"] = timing.TimedPath(run, facts, prepare)
 
-    flat = sets["flat"]
     for isa in reversed(isa_levels()):
-        name = timing.ISA_NAMES[isa]
         if isa == 4 and dtype != torch.bfloat16 and 5 in isa_levels():
             continue  # the BF16 level differs from it in bfloat16 only
         for layout, pair in sets.items():
-            call = with_isa(isa, lambda r, pair=pair: fused_step(pair[r % 2]))
-            paths[f"fused, {layout}, {name}"] = (call, {"path": "fused", "layout": layout, "isa": name})
-        call = with_isa(isa, lambda r: fused_step(flat[r % 2], gamma=1.5))
-        paths[f"fused, flat, gamma 1.5, {name}"] = (call, {"path": "fused gamma 1.5", "layout": "flat", "isa": name})
-
-        def no_grad(r: int) -> None:
-            with torch.no_grad():
-                ik.iou_balanced_detection_loss(*flat[r % 2].arguments())
-
-        paths[f"fused, flat, forward only, {name}"] = (
-            with_isa(isa, no_grad),
-            {"path": "fused forward", "layout": "flat", "isa": name},
-        )
-        scratch = [replace(s, cls_logits=s.cls_logits.detach().clone().requires_grad_()) for s in flat]
-
-        def inplace(r: int, scratch: list[testing.DetectionInputs] = scratch) -> None:
-            fused_step(scratch[r % 2], inplace=True)
-
-        paths[f"fused, flat, in place, {name}"] = (
-            with_isa(isa, inplace),
-            {"path": "fused in place", "layout": "flat", "isa": name},
-        )
+            add(isa, layout, "fused", layout, lambda r, pair=pair: fused_step(pair[r % 2]))
+        add(isa, "flat, gamma 1.5", "fused gamma 1.5", "flat", lambda r: fused_step(flat[r % 2], gamma=1.5))
+        add(isa, "flat, forward only", "fused forward", "flat", no_grad)
+        in_place = lambda r: fused_step(scratch[r % 2], inplace=True)  # noqa: E731
+        add(isa, "flat, in place", "fused in place", "flat", in_place, refill)
     if with_eager:
-        flat = sets["flat"]
-        paths["eager PyTorch (README)"] = (lambda r: eager_step(flat[r % 2]), {"path": "eager", "layout": "flat"})
-        paths["eager, authors' style, classification only"] = (
-            lambda r: authors_step(flat[r % 2]),
-            {"path": "eager authors", "layout": "flat"},
+        paths["eager PyTorch (README)"] = timing.TimedPath(
+            lambda r: eager_step(flat[r % 2]), {"path": "eager", "layout": "flat"}
+        )
+        paths["eager, authors' style, classification only"] = timing.TimedPath(
+            lambda r: authors_step(flat[r % 2]), {"path": "eager authors", "layout": "flat"}
         )
     return paths
 
@@ -183,14 +176,20 @@ def memory_rows() -> list[dict[str, Any]]:
 
 def timing_rows(dtype: torch.dtype, rounds: int, with_eager: bool) -> list[dict[str, Any]]:
     paths = paths_for(dtype, with_eager)
-    times = timing.race({name: call for name, (call, _) in paths.items()}, rounds)
+    times = timing.race(paths, rounds)
     limit_isa(5)
     base = timing.quantiles(times["copy of the logits"])
     logits = 200700 * CLASSES
     rows = []
-    for name, (_, facts) in paths.items():
+    for name, path in paths.items():
         q = timing.quantiles(times[name])
-        row = {"case": "retinanet", "name": name, **facts, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds}
+        row = {
+            "case": "retinanet",
+            "name": name,
+            **path.facts,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rounds": rounds,
+        }
         row |= {k: round(v, 4) for k, v in q.items()}
         row |= {
             "ns_per_logit": round(q["median_ms"] * 1e6 / logits, 4),

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,24 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16"}
 
 
-def race(paths: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every path in every round; its number lets a path rotate its inputs. Round 0 warms up, untold."""
+@dataclass
+class TimedPath:
+    """One path: `prepare` runs before `call` in every round, untimed; both get the round's number, to rotate inputs."""
+
+    call: Callable[[int], Any]
+    facts: dict[str, Any]
+    prepare: Callable[[int], Any] | None = None
+
+
+def race(paths: dict[str, TimedPath], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every path in every round, interleaved. Round 0 warms up, untold."""
     times: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(rounds + 1):
-        for name, call in paths.items():
+        for name, path in paths.items():
+            if path.prepare is not None:
+                path.prepare(number)
             start = time.perf_counter()
-            call(number)
+            path.call(number)
             elapsed = time.perf_counter() - start
             if number:
                 times[name].append(elapsed)
@@ -71,7 +83,7 @@ def commit() -> str:
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "run": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "version": ik.__version__,
         "torch": torch.__version__,

@@ -97,8 +97,8 @@ class use_backend:
     """Choose the backend of every call that does not name one.
 
     ``use_backend("reference")`` holds for the whole process from now on; ``with use_backend("reference"):`` holds
-    inside the block, for the current thread or task, and then restores what was before. ``"auto"`` or None returns to
-    the automatic choice.
+    inside the block, for the current thread or task, and then restores what was before (for the moment between the
+    two, the whole process sees it). ``"auto"`` or None returns to the automatic choice.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is absent here (with the reason).
     """

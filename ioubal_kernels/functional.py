@@ -59,9 +59,11 @@ def iou_balanced_sigmoid_focal_loss(
         scope_ids: (...), int32 or int64 in [0, num_scopes): S and D are summed per scope. Default: one scope.
         num_scopes: number of scopes, required with scope_ids.
         process_group: None, a process group or "world": S, D and the default divisor's count are summed over it, so
-            that the mean over its processes of losses and gradients is that of one process with all rows.
+            that the mean over its processes of losses and gradients is that of one process with all rows. Every process
+            must use the same backend.
         grad_scale: the grad_output expected in backward; only speed depends on it.
-        inplace: write the gradient over the logits, which are destroyed; one backward only.
+        inplace: write the gradient over the logits, which are destroyed; one backward only. 16-bit logits then need the
+            right ``grad_scale``: what underflowed cannot be scaled up again. The reference and torch.compile ignore it.
         backend: None for the automatic choice, or a name of ``available_backends()``.
 
     Returns:
