@@ -240,7 +240,7 @@ PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "what `ioubal demo` trains on the synthetic set",
         {
             "data": {"image_size": [128, 128], "vflip": 0.0, "zoom": 0.0, "jitter": 0.0},
-            "train": {"iterations": 340, "batch_size": 16, "eval_every": 85, "checkpoint_every": 170},
+            "train": {"iterations": 440, "batch_size": 8, "eval_every": 220, "checkpoint_every": 220},
             "inference": {"batch_size": 25},
         },
     ),
