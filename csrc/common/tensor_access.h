@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/sums.h"
 #include "math/box.h"
 
 namespace ioubal {
@@ -133,6 +134,8 @@ inline double divisor_of(const OptionalTensor& avg_factor, double number, double
   const Number given(avg_factor, number);
   return given.is_tensor() || number > 0 ? given.get() : default_divisor;
 }
+
+inline Sums sums_of(const Tensor& tensor) { return {static_cast<double*>(tensor.mutable_data_ptr())}; }
 
 inline Quad<double> to_quad(const std::vector<double>& values) {
   return {{values[0], values[1], values[2], values[3]}};

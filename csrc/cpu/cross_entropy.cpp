@@ -80,7 +80,7 @@ struct SoftmaxLoss {
   // element of grad_rows) times the gradient. Rows with an unusable label give NaN.
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
-    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    const Sums sums = sums_of(sums_tensor);
     const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
     const int64_t stride = columns() * logits.element_size();
     const char* x = static_cast<const char*>(logits.const_data_ptr());
@@ -126,10 +126,6 @@ struct SoftmaxLoss {
   }
 };
 
-double default_divisor(const Tensor& sums_tensor, double world_size) {
-  return Sums{static_cast<double*>(sums_tensor.mutable_data_ptr())}.default_divisor(world_size);
-}
-
 void cross_entropy_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, Tensor sums) {
   SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums);
@@ -141,7 +137,7 @@ void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor
                         bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   if (compute_sums) op.add_up(sums);
-  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
+  const double divide_by = divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
@@ -154,7 +150,8 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
-  op.run(sums, nullptr, &grad, scale / divisor_of(avg_factor, divisor, default_divisor(sums, world_size)), nullptr);
+  op.run(sums, nullptr, &grad, scale / divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size)),
+         nullptr);
 }
 
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.

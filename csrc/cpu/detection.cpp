@@ -161,7 +161,7 @@ class DetectionLoss {
   }
 
   void add_up(const Tensor& sums_tensor) const {
-    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    const Sums sums = sums_of(sums_tensor);
     std::fill(sums.data, sums.data + sums_tensor.numel(), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives_.size());
     sums.shared(Sums::kIou) = iou_sum_;
@@ -360,7 +360,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
   op.collect();
   if (compute_sums) op.add_up(sums_tensor);
-  const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+  const Sums sums = sums_of(sums_tensor);
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const LossFactor cls(cls_avg_factor, cls_divisor, cls_weight, sums, world_size);
   const LossFactor loc(loc_avg_factor, loc_divisor, 1.0, sums, world_size);
@@ -390,7 +390,7 @@ void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Te
                    {eta, alpha, gamma, eps},
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
   op.collect();
-  const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+  const Sums sums = sums_of(sums_tensor);
   const LossFactor cls(cls_avg_factor, cls_divisor, cls_weight, sums, world_size);
   const LossFactor loc(loc_avg_factor, loc_divisor, 1.0, sums, world_size);
   if (redo_cls) op.classification(sums, grad_logits, cls, cls_scale);

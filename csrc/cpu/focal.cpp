@@ -40,7 +40,7 @@ struct FlatFocal {
   }
 
   void add_up(const Tensor& sums_tensor) const {
-    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    const Sums sums = sums_of(sums_tensor);
     std::fill(sums.data, sums.data + 4 * (1 + scopes.count()), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives.size());
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
@@ -86,7 +86,7 @@ struct FlatFocal {
   // Writes the gradient (kGradient) or the element-wise loss (kLoss), both times out_scale; returns the loss times
   // loss_scale.
   double run(const Tensor& sums_tensor, const Tensor* out, double loss_scale, double out_scale, Output output) const {
-    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    const Sums sums = sums_of(sums_tensor);
     DensePass pass = dense(out, loss_scale, out_scale);
     double total = pass(kernels().focal[dtype_index(logits)], logits.element_size(), focal.gamma, output);
     std::optional<FloatWriter> writer;
@@ -122,7 +122,7 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);
-  const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
+  const Sums s = sums_of(sums);
   const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
@@ -139,7 +139,7 @@ void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor wei
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
-  const Sums s{static_cast<double*>(sums.mutable_data_ptr())};
+  const Sums s = sums_of(sums);
   const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   op.run(sums, &grad, 0.0, scale / divide_by, Output::kGradient);
 }

@@ -60,7 +60,7 @@ class SmoothL1Loss {
   // gradient.
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
-    const Sums sums{static_cast<double*>(sums_tensor.mutable_data_ptr())};
+    const Sums sums = sums_of(sums_tensor);
     std::optional<FloatWriter> each_row, gradient;
     std::optional<FloatReader> grad_row;
     if (each) each_row.emplace(*each);
@@ -131,10 +131,6 @@ class SmoothL1Loss {
   Quad<double> box_weights_;
 };
 
-double default_divisor(const Tensor& sums_tensor, double world_size) {
-  return Sums{static_cast<double*>(sums_tensor.mutable_data_ptr())}.default_divisor(world_size);
-}
-
 void smooth_l1_sums(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                     Tensor sums) {
@@ -150,7 +146,7 @@ void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTens
   const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
                         box_weights);
   if (compute_sums) op.add_up(sums);
-  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
+  const double divide_by = divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
@@ -165,7 +161,7 @@ void smooth_l1_backward(Tensor pred, Tensor target, OptionalTensor iou, Optional
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
                         box_weights);
-  const double divide_by = divisor_of(avg_factor, divisor, default_divisor(sums, world_size));
+  const double divide_by = divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size));
   op.run(sums, nullptr, &grad, scale / divide_by, nullptr);
 }
 
