@@ -31,3 +31,7 @@ def test_the_complete_program_runs() -> None:
 def test_every_file_it_names_is_there() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"^[A-Z]+_[A-Z]+$", README, flags=re.MULTILINE), "a figure is missing"
