@@ -64,11 +64,12 @@ def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) 
     return [torch.empty_like(x) for x in inputs]
 
 
-def take_buffers(ctx: Any, inputs: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """The context's gradient buffers, forgotten by it, and whether they are filled; fresh ones after the first time."""
-    if torch.compiler.is_compiling() or not ctx.buffers:
+def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
+    """The context's gradient buffers `name`, forgotten by it, and whether they are filled; later, fresh ones."""
+    if torch.compiler.is_compiling() or not getattr(ctx, name):
         return [torch.empty_like(x) for x in inputs], False
-    buffers, ctx.buffers = ctx.buffers, []
+    buffers = getattr(ctx, name)
+    setattr(ctx, name, [])
     return buffers, True
 
 
@@ -115,8 +116,3 @@ def check_inplace(name: str, logits: list[Tensor], grad_scale: float | Tensor) -
         raise ValueError(
             f"{name}: inplace=True needs grad_scale != 0, got {grad_scale}: the gradient could not be scaled back"
         )
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """dtype of the losses: float64 when an input to be differentiated is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

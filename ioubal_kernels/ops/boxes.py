@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import compute_dtype, guard_double_backward, refuse_transforms
+from ..boxes import result_dtype
+from .autograd import guard_double_backward, refuse_transforms
 from .library import op
 
 CODERS = {"delta": 0, "fovea": 1}
@@ -17,7 +18,7 @@ CODERS = {"delta": 0, "fovea": 1}
 class _DecodeBoxes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, deltas: Tensor, anchors: Tensor, weights: list[float], coder: int) -> Tensor:
-        out = torch.empty(deltas.shape, dtype=compute_dtype(deltas, anchors), device=deltas.device)
+        out = torch.empty(deltas.shape, dtype=result_dtype(deltas, anchors), device=deltas.device)
         op("decode_boxes", backend)(deltas, anchors, weights, coder, out)
         ctx.backend, ctx.weights, ctx.coder = backend, weights, coder
         ctx.save_for_backward(deltas, anchors)
@@ -48,7 +49,7 @@ def _constant(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
     """Deltas (..., 4), without gradient; see ``functional.encode_boxes``."""
     boxes, anchors = _constant(boxes, anchors)
-    out = torch.empty(boxes.shape, dtype=compute_dtype(boxes, anchors), device=boxes.device)
+    out = torch.empty(boxes.shape, dtype=result_dtype(boxes, anchors), device=boxes.device)
     op("encode_boxes", "cpu")(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
     return out
 
@@ -56,7 +57,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float], bo
 def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU (...) of aligned boxes, without gradient."""
     boxes1, boxes2 = _constant(boxes1, boxes2)
-    out = torch.empty(boxes1.shape[:-1], dtype=compute_dtype(boxes1, boxes2), device=boxes1.device)
+    out = torch.empty(boxes1.shape[:-1], dtype=result_dtype(boxes1, boxes2), device=boxes1.device)
     op("paired_box_iou", "cpu")(boxes1, boxes2, out)
     return out
 
@@ -64,6 +65,6 @@ def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def delta_iou(pred_deltas: Tensor, target_deltas: Tensor, *, weights: Sequence[float], box_coder: str) -> Tensor:
     """IoU (...) of the boxes that two sets of deltas stand for, without gradient."""
     pred, target = _constant(pred_deltas, target_deltas)
-    out = torch.empty(pred.shape[:-1], dtype=compute_dtype(pred, target), device=pred.device)
+    out = torch.empty(pred.shape[:-1], dtype=result_dtype(pred, target), device=pred.device)
     op("delta_iou", "cpu")(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
     return out

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..boxes import result_dtype
 from .autograd import (
     check_inplace,
-    compute_dtype,
     gradient_buffers,
     guard_double_backward,
     is_dense,
     refuse_transforms,
     rescale_inplace,
+    take_buffers,
     tensor_or_number,
 )
 from .boxes import CODERS
@@ -62,7 +63,7 @@ class _DetectionLoss(torch.autograd.Function):
             # An image's sums are complete on its own process: only the counts of row 0 are shared.
             torch.distributed.all_reduce(sums[0] if parameters[1] == _SCOPES["image"] else sums, group=process_group)
             world_size = float(distributed.world_size(process_group))
-        dtype = compute_dtype(*logits, *deltas)
+        dtype = result_dtype(*logits, *deltas)
         outputs = (
             torch.empty((), dtype=dtype, device=device),
             torch.empty((), dtype=dtype, device=device),
@@ -98,7 +99,6 @@ class _DetectionLoss(torch.autograd.Function):
         levels, num_gt = ctx.levels, ctx.num_gt
         logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
         gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
-        compiling = torch.compiler.is_compiling()
         scaling = (cls_avg_factor, ctx.divisors[0], loc_avg_factor, ctx.divisors[1], ctx.world_size, grad_scale_tensor)
         constants = (anchors, matched_idxs, gt_boxes, gt_labels, *ctx.parameters, *ctx.loss_parameters)
 
@@ -111,10 +111,7 @@ class _DetectionLoss(torch.autograd.Function):
                 scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
                 grad_logits = rescale_inplace(_NAME, ctx, grad_cls, scale)
             else:
-                filled = not compiling and bool(ctx.buffers)
-                buffers = ctx.buffers if filled else [torch.empty_like(x) for x in logits]
-                if not compiling:
-                    ctx.buffers = []
+                buffers, filled = take_buffers(ctx, logits)
                 op("detection_backward", ctx.backend)(
                     logits,
                     deltas,
@@ -130,10 +127,7 @@ class _DetectionLoss(torch.autograd.Function):
                 )
                 grad_logits = buffers
         if grad_loc is not None and ctx.wants[1]:
-            filled = not compiling and bool(ctx.delta_buffers)
-            buffers = ctx.delta_buffers if filled else [torch.empty_like(x) for x in deltas]
-            if not compiling:
-                ctx.delta_buffers = []
+            buffers, filled = take_buffers(ctx, deltas, "delta_buffers")
             op("detection_backward", ctx.backend)(
                 logits, deltas, *constants, *scaling, ctx.expected, filled, sums, None, grad_loc.detach(), [], buffers
             )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..boxes import result_dtype
 from .autograd import (
     check_inplace,
-    compute_dtype,
     gradient_buffers,
     guard_double_backward,
     refuse_transforms,
@@ -66,7 +66,7 @@ class _FlatLoss(torch.autograd.Function):
             op(f"{name}_sums", backend)(*inputs, sums)
             torch.distributed.all_reduce(sums, group=process_group)
             world_size = float(distributed.world_size(process_group))
-        loss = torch.empty((), dtype=compute_dtype(x), device=x.device)
+        loss = torch.empty((), dtype=result_dtype(x), device=x.device)
         eager = not torch.compiler.is_compiling()
         ctx.inplace = inplace and eager and wanted
         buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
@@ -122,7 +122,7 @@ class _ElementwiseLoss(torch.autograd.Function):
             op(f"{name}_sums", backend)(*inputs, sums)
             torch.distributed.all_reduce(sums, group=process_group)
         by_entry = name == "focal"
-        loss = torch.empty_like(x) if by_entry else torch.empty(x.shape[0], dtype=compute_dtype(x), device=x.device)
+        loss = torch.empty_like(x) if by_entry else torch.empty(x.shape[0], dtype=result_dtype(x), device=x.device)
         request = False if by_entry else None
         op(f"{name}_elementwise", backend)(*inputs, *loss_parameters, request, process_group is None, sums, loss)
         ctx.name, ctx.backend, ctx.num_scopes = name, backend, num_scopes
@@ -204,7 +204,7 @@ def sigmoid_focal_loss(
             raise ValueError(f"{_PUBLIC['focal']}: inplace=True goes with reduction 'mean' or 'sum', got 'none'")
         check_inplace(_PUBLIC["focal"], [logits], grad_scale)
     if reduction == "none":
-        logits = logits.to(compute_dtype(logits))  # the losses themselves are float32: nothing is rounded to 16 bits
+        logits = logits.to(result_dtype(logits))  # the losses themselves are float32: nothing is rounded to 16 bits
     x = logits.reshape(-1, columns).contiguous()
     alpha = -1.0 if alpha is None else float(alpha)
     loss = _apply(
