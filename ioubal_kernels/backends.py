@@ -46,12 +46,30 @@ def _load_reference() -> ModuleType:
     return reference
 
 
-def _cpu_reason() -> str | None:
+def _library_reason(backend: str) -> str | None:
+    """Why a compiled library is absent, and what to do."""
     try:
-        reason = _load_ops().load_error()
+        reason = _load_ops().load_error(backend)
     except ImportError as error:
         reason = f"ioubal_kernels.ops cannot be imported ({error})"
     return None if reason is None else f"{reason}; build it with `{_BUILD_LINE}` in the source directory"
+
+
+def _cpu_reason() -> str | None:
+    return _library_reason("cpu")
+
+
+def _cuda_reason() -> str | None:
+    """The library loads without a GPU, which says that it is built; running it takes one."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build; install one that is, then `{_BUILD_LINE}`"
+    reason = _library_reason("cuda")
+    if reason is None and not torch.cuda.is_available():
+        return (
+            "built, but no GPU usable here: torch.cuda.is_available() is false (no NVIDIA GPU, or no driver for CUDA"
+            f" {torch.version.cuda}); use backend='cpu' on CPU tensors"
+        )
+    return reason
 
 
 def _absent_reason(name: str) -> Callable[[], str | None]:
@@ -64,7 +82,7 @@ _BACKENDS = {
     row.name: row
     for row in (
         Backend("cpu", _load_ops, "cpu", True, _cpu_reason),
-        Backend("cuda", _load_ops, "cuda", False, _absent_reason("cuda")),
+        Backend("cuda", _load_ops, "cuda", False, _cuda_reason),
         Backend("triton", _load_ops, "cuda", False, _absent_reason("triton")),
         Backend("reference", _load_reference, None, True, lambda: None),
     )

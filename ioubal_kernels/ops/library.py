@@ -1,4 +1,4 @@
-"""The op schemas, their fakes, and the compiled library that implements them.
+"""The op schemas, their fakes, and the compiled libraries that implement them.
 
 A schema is declared here once; a backend registers kernels for its overload of it (``.cpp`` for the C++ libraries). Ops
 are out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that
@@ -68,11 +68,11 @@ VALUE_SCHEMAS = [
     "check_labels.OVERLOAD(Tensor labels, int num_classes, int min_label) -> int",
     "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",
 ]
-OVERLOAD = {"cpu": "cpp"}  # backend -> overload
+OVERLOAD = {"cpu": "cpp", "cuda": "cpp"}  # backend -> overload; the dispatch key tells the two libraries apart
 
-_LIBRARY_FILE = Path(__file__).resolve().parent.parent / "_ioubal_cpu.so"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBRARY_FILES = {backend: _PACKAGE / f"_ioubal_{backend}.so" for backend in OVERLOAD}
 _library = torch.library.Library("ioubal", "DEF")
-_load_error: str | None = None
 
 
 def _no_output(*args: Any) -> None:
@@ -92,36 +92,39 @@ def _define() -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What the last build of this copy wrote about itself (setup.py); {} where none has run."""
+    """What the last build of this copy wrote about itself (setup.py), by backend; {} where none has run."""
     try:
-        return json.loads((_LIBRARY_FILE.parent / "_build_info.json").read_text(encoding="utf-8"))
+        return json.loads((_PACKAGE / "_build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _load() -> str | None:
-    if not _LIBRARY_FILE.is_file():
-        reason = build_info().get("cpu", {}).get("reason")
-        return f"the CPU library {_LIBRARY_FILE.name} was not built" + (f": {reason}" if reason else "")
+def _load(backend: str, file: Path) -> str | None:
+    """Load one library; returns why it cannot be. Never raises: what is absent must not break the import."""
+    if backend == "cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not file.is_file():
+        reason = build_info().get(backend, {}).get("reason")
+        return f"the {backend.upper()} library {file.name} was not built" + (f": {reason}" if reason else "")
     try:
-        torch.ops.load_library(str(_LIBRARY_FILE))
+        torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
-        return f"{_LIBRARY_FILE.name} does not load under torch {torch.__version__}: {error}"
+        return f"{file.name} does not load under torch {torch.__version__}: {error}"
     return None
 
 
 _define()
-_load_error = _load()
+_load_errors = {backend: _load(backend, file) for backend, file in _LIBRARY_FILES.items()}
 
 
-def load_error() -> str | None:
-    """Why the compiled CPU library is absent; None when it is loaded."""
-    return _load_error
+def load_error(backend: str) -> str | None:
+    """Why the backend's compiled library is absent; None when it is loaded."""
+    return _load_errors[backend]
 
 
 def available(backend: str) -> bool:
-    """Whether the backend's kernels are loaded."""
-    return backend == "cpu" and _load_error is None
+    """Whether the backend's kernels are loaded, which needs no GPU."""
+    return _load_errors.get(backend, "") is None
 
 
 def op(name: str, backend: str) -> Any:

@@ -5,7 +5,7 @@ import pytest
 from ioubal_kernels import ops
 from ioubal_kernels.ops.library import limit_isa
 
-NEEDED = ops.load_error()
+NEEDED = ops.load_error("cpu")
 
 
 def pytest_collection_modifyitems(items):

@@ -59,7 +59,7 @@ import hashlib, json, sys
 import torch
 import ioubal_kernels as ik
 from ioubal_kernels import ops
-assert ops.load_error() is None, ops.load_error()
+assert ops.available("cpu"), ops.load_error("cpu")
 generator = torch.Generator().manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

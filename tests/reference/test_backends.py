@@ -22,7 +22,8 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def without_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "load_error", lambda: "the library file is missing")
+    monkeypatch.setattr(ops, "load_error", lambda backend: f"the {backend} library file is missing")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def chosen(backend: str | None = None, device: str = "cpu", float64: bool = False) -> str:
@@ -45,7 +46,7 @@ def test_automatic_choice_falls_back_with_one_warning(without_cpu: None) -> None
         call()
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "the library file is missing" in message
+    assert "the cpu library file is missing" in message
     assert message.count("pip install --no-build-isolation .") == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -63,22 +64,51 @@ def test_no_warning_where_nothing_is_absent() -> None:
 
 
 def test_absent_backend_by_name(without_cpu: None) -> None:
-    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: the library file is missing"):
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: the cpu library file is missing"):
         call(backend="cpu")
     with pytest.raises(RuntimeError, match="use_backend: backend 'cpu' is not available"):
         ik.use_backend("cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_unwritten_backends_say_why(name: str) -> None:
-    assert name not in ik.available_backends()
-    with pytest.raises(
-        RuntimeError, match=f"backend '{name}' is not available: this version has no {name} backend yet; use"
-    ):
-        backends.choose("op", name, torch.device("cuda"), False)
+def test_no_float64_on_a_gpu_but_in_the_reference(name: str) -> None:
     with pytest.raises(TypeError, match="has no float64"):
         backends.choose("op", name, torch.device("cuda"), True)
     assert chosen(device="cuda", float64=True) == "reference"
+
+
+def test_unwritten_backend_says_so() -> None:
+    assert "triton" not in ik.available_backends()
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: this version has no triton backend yet"):
+        chosen("triton", "cuda")
+
+
+CUDA_CASES = {
+    "no CUDA build": (None, None, True, "is not a CUDA build; install one that is"),
+    "not built": ("13.0", "no nvcc found", True, "no nvcc found; build it with `pip install --no-build-isolation .`"),
+    "no GPU": ("13.0", None, False, "built, but no GPU usable here"),
+    "usable": ("13.0", None, True, None),
+}
+
+
+@pytest.mark.parametrize("case", CUDA_CASES)
+def test_cuda_backend_says_what_is_missing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name an error with the reason; automatically `reference` with one warning that has it, too."""
+    version, error, gpu, words = CUDA_CASES[case]
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(ops, "load_error", lambda backend: error)
+    assert ("cuda" in ik.available_backends()) == (words is None)
+    if words is None:
+        assert chosen(device="cuda") == chosen("cuda", "cuda") == "ops"
+        return
+    assert words in backends.unavailable_reason("cuda")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: ") as raised:
+        chosen("cuda", "cuda")
+    with pytest.warns(RuntimeWarning, match="reference backend on cuda tensors") as caught:
+        backends._warn_fallback("cuda", [f"cuda: {backends.unavailable_reason('cuda')}"])
+    assert words in str(raised.value) and words in str(caught[0].message)
+    assert chosen(device="cuda") == "reference"
 
 
 def test_wrong_device_for_a_named_backend() -> None:
