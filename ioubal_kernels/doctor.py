@@ -5,6 +5,7 @@ Needs only the base install. `collect` and `main` never raise: whatever cannot b
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -49,15 +50,21 @@ def collect() -> dict[str, Any]:
             "instruction sets used": attempt(instruction_set),
             "torch threads": attempt(lambda: importlib.import_module("torch").get_num_threads()),
         },
+        "cuda": {
+            "torch built for": attempt(lambda: importlib.import_module("torch").version.cuda or "no CUDA"),
+            "driver": attempt(driver),
+            "GPUs": attempt(gpus),
+        },
         "backends": attempt(backends),
-        "library": attempt(library),
+        "libraries": attempt(libraries),
         "tools": {"C++ compiler": attempt(compiler), "nvcc": attempt(nvcc)},
         "extras": {name: attempt(lambda name=name: extra(name)) for name in EXTRAS},
         "allocator": attempt(allocator),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("IOUBAL_", "OMP_", "MKL_", "KMP_", "TORCH_CUDA")) or name == "LD_PRELOAD"
+            if name.startswith(("IOUBAL_", "OMP_", "MKL_", "KMP_", "TORCH_CUDA", "CUDA_", "NVCC_"))
+            or name == "LD_PRELOAD"
         },
     }
 
@@ -72,15 +79,7 @@ def attempt(question: Callable[[], Any]) -> Any:
 
 def torch_version() -> str:
     torch = importlib.import_module("torch")
-    if torch.version.cuda is None:
-        built_for = "CPU only"
-    else:
-        built_for = f"CUDA {torch.version.cuda}, " + (
-            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-            if torch.cuda.is_available()
-            else "no GPU usable here"
-        )
-    return f"{torch.__version__} ({built_for})"
+    return f"{torch.__version__} ({torch.__file__})"
 
 
 def cpu_model() -> str:
@@ -106,10 +105,56 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS.get(level, f"level {level}")
 
 
-def library() -> dict[str, Any]:
-    """What the build of this copy says of itself."""
-    info = importlib.import_module("ioubal_kernels.ops.library").build_info().get("cpu")
-    return info or {"built": False, "reason": "no build of this copy has run"}
+def driver() -> str:
+    """The newest CUDA that the NVIDIA driver runs. Asking initialises nothing."""
+    try:
+        loaded = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "not found (no libcuda.so.1)"
+    number = ctypes.c_int()
+    status = loaded.cuDriverGetVersion(ctypes.byref(number))
+    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10}" if status == 0 else f"does not answer ({status})"
+
+
+def gpus() -> list[str] | str:
+    """Each with its architecture, and whether the library that was built here has code for it."""
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return "no GPU usable here"
+    built = importlib.import_module("ioubal_kernels.ops.library").build_info().get("cuda", {}).get("architectures", [])
+    shown = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        missing = "" if runs_on(built, capability) else f", but the CUDA library has code for {' '.join(built)} only"
+        shown.append(f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]}{missing})")
+    return shown
+
+
+def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these ("sm_80", "compute_90") runs there; True where it is not known what was built.
+
+    Machine code serves its major version from its minor version on, "a" variants their own version only, PTX
+    everything from its version on.
+    """
+    for name in architectures:
+        kind, number = name.split("_")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        newer = capability >= (major, minor) if kind == "compute" else capability[0] == major and capability[1] >= minor
+        if (capability == (major, minor)) if number.endswith("a") else newer:
+            return True
+    return not architectures
+
+
+def libraries() -> dict[str, Any]:
+    """What the build of this copy says of itself, and what loading said."""
+    library = importlib.import_module("ioubal_kernels.ops.library")
+    found = {}
+    for backend in library.OVERLOAD:
+        info = dict(library.build_info().get(backend) or {"built": False, "reason": "no build of this copy has run"})
+        if info["built"] or library.available(backend):
+            info["loaded"] = library.load_error(backend) or True
+        found[backend] = {name: value for name, value in info.items() if value is not None}
+    return found
 
 
 def backends() -> dict[str, str]:
@@ -131,11 +176,14 @@ def compiler() -> str:
 
 
 def nvcc() -> str:
+    """The one that setup.py would take."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which(str(Path(home, "bin", "nvcc"))) if home else None
-    path = path or shutil.which("nvcc")
+    if home:
+        path = shutil.which(str(Path(home, "bin", "nvcc")))
+    else:
+        path = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if path is None:
-        return "not found"
+        return f"not found ({f'CUDA_HOME or CUDA_PATH is {home}' if home else 'tried PATH and /usr/local/cuda'})"
     asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
     release = [line.strip() for line in asked.stdout.splitlines() if "release" in line]
     return f"{release[0] if release else 'unknown version'} ({path})"

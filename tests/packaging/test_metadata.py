@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["demo", "test", "test-slow", "build", "lint", "format", "bench-cpu", "clean", "help"]
+TARGETS = ["demo", "test", "test-slow", "build", "lint", "format", "bench-cpu", "cuda-code", "clean", "help"]
 
 
 def read(name: str) -> str:
