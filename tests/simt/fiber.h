@@ -32,7 +32,7 @@ extern "C" __attribute__((visibility("hidden"))) void simt_switch(void** save, v
 asm(SIMT_SWITCH_BEGIN
     "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
     "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
-    "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n" SIMT_SWITCH_END);
+    "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n pop %rcx\n jmp *%rcx\n" SIMT_SWITCH_END);
 #elif defined(__linux__) && defined(__aarch64__)
 asm(SIMT_SWITCH_BEGIN
     "sub sp, sp, #160\n"

@@ -30,7 +30,7 @@ namespace simt {
 
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
 // What uninitialised memory is filled with: NaN as half, bfloat16, float and double, and no plausible integer.
-constexpr uint16_t kPoison = 0xffc5;
+constexpr uint16_t kPoison = 0xfff5;
 constexpr uint64_t kPoison64 = 0x0001000100010001u * kPoison;
 
 // A call of a barrier or a collective, in the source.
@@ -50,10 +50,10 @@ struct Thread {
   // What it waits for:
   Site site{};
   unsigned mask = 0;   // lanes of its collective
-  int source = 0;      // the lane whose value it wants, or kBallot
+  int source = 0;      // the lane whose value it wants, or one of the two below
   uint64_t value = 0;  // what it gives; then what it gets
 };
-constexpr int kBallot = -1;
+constexpr int kBallot = -1, kNothing = -2;
 
 // Every lane is in one of four sets.
 struct Warp {
@@ -75,6 +75,10 @@ class Scheduler {
   void wait_for_block(Site site);
   uint64_t meet_warp(Site site, unsigned mask, uint64_t value, int source);
   unsigned lane() const { return running_ % kWarp; }
+  void check_aligned(const void* p, size_t bytes, const char* what) const {
+    if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+    fail("thread (%u,%u,%u): misaligned %s of %zu bytes at %p", threadIdx.x, threadIdx.y, threadIdx.z, what, bytes, p);
+  }
 
  private:
   void run();
@@ -100,8 +104,7 @@ class Scheduler {
   bool seeded_ = false;
   uint64_t random_ = 0;
   // The launch:
-  bool inside_ = false;
-  std::thread::id worker_{};
+  std::atomic<std::thread::id> worker_{std::thread::id()};  // the thread it runs on; none: no launch
   void (*call_)(void*) = nullptr;
   void* kernel_ = nullptr;
   char* shared_ = nullptr;
@@ -169,7 +172,7 @@ SIMT_UNSEEN inline void Scheduler::launch(dim3 grid, dim3 block, void (*call)(vo
     std::snprintf(message, sizeof message, "invalid launch: a block of (%u,%u,%u) threads", block.x, block.y, block.z);
     die(message);
   }
-  if (inside_ && std::this_thread::get_id() == worker_) die("a launch inside a kernel");
+  if (worker_ == std::this_thread::get_id()) die("a launch inside a kernel");
 
   const std::lock_guard<std::mutex> lock(launching_);
   if (!seeded_) {
@@ -189,10 +192,9 @@ SIMT_UNSEEN inline void Scheduler::launch(dim3 grid, dim3 block, void (*call)(vo
   bool done = false;
   std::thread worker([&] {
     worker_ = std::this_thread::get_id();
-    inside_ = true;
     find_shared(touch);
     run();
-    inside_ = false;
+    worker_ = std::thread::id();
     const std::lock_guard<std::mutex> hold(mutex);
     done = true;
     ended.notify_one();
@@ -238,7 +240,9 @@ inline void Scheduler::find_shared(char* (*touch)()) {
 SIMT_UNSEEN inline void Scheduler::run() {
 #if defined(__SANITIZE_THREAD__)
   self_.fiber = __tsan_get_current_fiber();
-  for (unsigned i = 0; i < threads_; ++i) thread_[i].context.fiber = __tsan_create_fiber(0);
+  for (unsigned i = 0; i < threads_; ++i) {
+    if (!thread_[i].context.fiber) thread_[i].context.fiber = __tsan_create_fiber(0);
+  }
 #endif
   const uint64_t count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
   const unsigned range = count < 0xffffffffu ? static_cast<unsigned>(count) : 0xffffffffu;
@@ -252,7 +256,6 @@ SIMT_UNSEEN inline void Scheduler::run() {
   uint64_t stride = random(range) | 1;
   while (divisor(stride, count) != 1) ++stride;
   uint64_t at = random(range);
-  signal(&block_clock_);
   for (uint64_t i = 0; i < count; ++i) {
     blockIdx = {static_cast<unsigned>(at % gridDim.x), static_cast<unsigned>(at / gridDim.x % gridDim.y),
                 static_cast<unsigned>(at / gridDim.x / gridDim.y)};
@@ -260,13 +263,12 @@ SIMT_UNSEEN inline void Scheduler::run() {
     at = (at + stride) % count;
   }
   observe(&block_clock_);
-#if defined(__SANITIZE_THREAD__)
-  for (unsigned i = 0; i < threads_; ++i) __tsan_destroy_fiber(thread_[i].context.fiber);
-#endif
 }
 
 SIMT_UNSEEN inline void Scheduler::run_block() {
+  observe(&block_clock_);
   for (size_t i = 0; i + 1 < shared_size_; i += 2) std::memcpy(shared_ + i, &kPoison, 2);
+  signal(&block_clock_);
   uint3 index{0, 0, 0};
   for (unsigned i = 0; i < threads_; ++i) {
     thread_[i].index = index;
@@ -331,7 +333,7 @@ __attribute__((no_sanitize("address"))) SIMT_UNSEEN inline void Scheduler::fiber
 }
 
 inline void Scheduler::check_inside(const Site& site) const {
-  if (!inside_ || std::this_thread::get_id() != worker_) {
+  if (worker_.load(std::memory_order_relaxed) != std::this_thread::get_id()) {
     std::fprintf(stderr, "SIMT: %s outside of a kernel (%s:%d)\n", site.what, site.file, site.line);
     std::abort();
   }
@@ -355,10 +357,9 @@ SIMT_UNSEEN inline uint64_t Scheduler::meet_warp(Site site, unsigned mask, uint6
   Thread& thread = thread_[running_];
   thread.site = site, thread.mask = mask, thread.value = value, thread.source = source;
   warp_[warp].collective |= 1u << lane();
-  const bool orders_memory = std::strcmp(site.what, "__syncwarp") == 0;  // the others do not
-  if (orders_memory) signal(&warp_clock_[warp]);
+  if (source == kNothing) signal(&warp_clock_[warp]);  // only __syncwarp orders memory
   switch_context(thread.context, self_);
-  if (orders_memory) observe(&warp_clock_[warp]);
+  if (source == kNothing) observe(&warp_clock_[warp]);
   return thread.value;
 }
 
@@ -385,7 +386,7 @@ SIMT_UNSEEN inline bool Scheduler::release_collective(unsigned index) {
     }
     for (unsigned rest = group; rest; rest &= rest - 1) {
       Thread& thread = lanes[__builtin_ctz(rest)];
-      thread.value = thread.source == kBallot ? ballot : given[thread.source];
+      thread.value = thread.source < 0 ? ballot : given[thread.source];
     }
     warp.collective &= ~group;
     warp.ready |= group;

@@ -54,6 +54,9 @@ inline void seed(unsigned value) { scheduler.seed(value); }
 // Number of launches so far.
 inline unsigned long launches() { return scheduler.launches(); }
 
+// For a load or store of `bytes` bytes that the kernel leaves to assembly on a GPU.
+inline void check_aligned(const void* p, size_t bytes, const char* what) { scheduler.check_aligned(p, bytes, what); }
+
 template <class T>
 uint64_t to_bits(T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
@@ -118,7 +121,7 @@ SIMT_VECTOR4(ushort4, unsigned short)
 inline void __syncthreads(SIMT_HERE) { simt::scheduler.wait_for_block({"__syncthreads", file, line}); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_HERE) {
-  simt::scheduler.meet_warp({"__syncwarp", file, line}, mask, 0, simt::kBallot);
+  simt::scheduler.meet_warp({"__syncwarp", file, line}, mask, 0, simt::kNothing);
 }
 
 template <class T>
@@ -167,6 +170,12 @@ inline int __clzll(long long v) { return v ? __builtin_clzll(static_cast<unsigne
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 inline unsigned __float_as_uint(float v) { return simt::reinterpret<unsigned>(v); }
 inline int __float_as_int(float v) { return simt::reinterpret<int>(v); }
 inline float __uint_as_float(unsigned v) { return simt::reinterpret<float>(v); }
@@ -181,6 +190,10 @@ T __ldg(const T* p) {
 }
 template <class T>
 T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
