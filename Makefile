@@ -4,12 +4,14 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow build lint format bench-cpu clean
+.PHONY: help demo test test-slow build lint format bench-cpu cuda-code clean
 
 JOBS ?= 2
 RUN ?= runs/demo
-# In development a library that cannot be built is an error; IOUBAL_BUILD_CPU=0 or auto accepts pure Python.
+# In development a CPU library that cannot be built is an error; IOUBAL_BUILD_CPU=0 or auto accepts pure Python. The CUDA
+# library is built where nvcc is, GPU or not; IOUBAL_BUILD_CUDA=1 makes an error of what prevents it.
 export IOUBAL_BUILD_CPU ?= 1
+export IOUBAL_BUILD_CUDA ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The packaged program: its module cannot be run with -m, and an existing environment need not be on PATH.
@@ -60,6 +62,9 @@ format: $(READY)  ## ruff, clang-format: rewrite
 bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap; SAVE=1 stores the rows
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu $(if $(SAVE),--save)
 
+cuda-code: build  ## check the GPU machine code against its budget: registers, spills, wide loads; no GPU needed
+	$(PY) tools/cuda_code.py
+
 clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -75,7 +80,7 @@ $(STATE)/.installed-$(PACKAGING): | $(READY)
 $(VENV)/.dependencies-$(DEPENDENCIES): $(VENV)/bin/python
 	@rm -f $(VENV)/.dependencies-* $(VENV)/.installed-*
 	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel
-	IOUBAL_BUILD_CPU=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,test,lint]'
+	IOUBAL_BUILD_CPU=0 IOUBAL_BUILD_CUDA=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,test,lint]'
 	@touch $@
 
 $(VENV)/bin/python:
