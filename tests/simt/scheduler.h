@@ -267,7 +267,9 @@ SIMT_UNSEEN inline void Scheduler::run() {
 
 SIMT_UNSEEN inline void Scheduler::run_block() {
   observe(&block_clock_);
-  for (size_t i = 0; i + 1 < shared_size_; i += 2) std::memcpy(shared_ + i, &kPoison, 2);
+  size_t at = 0;
+  for (; at + 8 <= shared_size_; at += 8) std::memcpy(shared_ + at, &kPoison64, 8);
+  for (; at + 2 <= shared_size_; at += 2) std::memcpy(shared_ + at, &kPoison, 2);
   signal(&block_clock_);
   uint3 index{0, 0, 0};
   for (unsigned i = 0; i < threads_; ++i) {

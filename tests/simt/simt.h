@@ -9,13 +9,20 @@
 //
 // `__shared__ float x[8];` works as in CUDA, in templates and inline functions too. It is thread-local memory of the
 // thread a launch runs on, and before every block all of it is filled with NaN (as half, bfloat16, float and double; as
-// integers, large values). Not supported: dynamic shared memory (`extern __shared__`).
+// integers, numbers that no index or count has). Therefore: the runtime of the sanitizers must be shared (g++'s
+// default), not linked into the kernels' library, whose thread-local memory all belongs to the kernels; and two
+// libraries with the same kernels in one process need -fvisibility=hidden or -fno-gnu-unique. Not supported: dynamic
+// shared memory (`extern __shared__`).
 //
-// Misuse ends the process with a message "SIMT: ..." on stderr: an invalid launch, a collective that not all live lanes
-// of its mask reach at the same line, a barrier that not all threads reach at the same line, a thread that runs for
+// Misuse ends the process with a message "SIMT: ..." on stderr: an invalid launch; a collective that not all live lanes
+// of its mask reach at the same line; a barrier that not all threads reach at the same line; a thread that runs for
 // IOUBAL_SIMT_TIMEOUT seconds (60; 0: for ever) without reaching any. Values read from lanes that do not take part are
-// NaN. AddressSanitizer sees wrong global addresses, UndefinedBehaviorSanitizer misaligned vectors and wrong indices of
-// arrays (build with -fno-sanitize-recover=all), ThreadSanitizer data races between the threads of a block.
+// NaN. AddressSanitizer finds wrong global addresses, UndefinedBehaviorSanitizer misaligned vectors and wrong indices
+// of arrays (build with -fno-sanitize-recover=all), ThreadSanitizer data races between the threads of a block. Not
+// found: a wrong index of shared memory behind a pointer, races between blocks, lanes that meet in one helper, called
+// at different lines.
+//
+// Several files of one library may include this, and any thread may launch.
 #pragma once
 
 #include <cmath>
