@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 
 
-def load_helpers() -> ModuleType:
-    """tests/packaging/building.py under a name of its own: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location("packaging_building", Path(__file__).with_name("building.py"))
+def load(name: str, path: Path) -> ModuleType:
+    """A file under a name of its own: neither the test folders nor tools/ are packages."""
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -21,7 +21,13 @@ def load_helpers() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def building() -> ModuleType:
-    return load_helpers()
+    return load("packaging_building", Path(__file__).with_name("building.py"))
+
+
+@pytest.fixture(scope="session")
+def cuda_code() -> ModuleType:
+    """tools/cuda_code.py, the gate on the machine code."""
+    return load("cuda_code", Path(__file__).parents[2] / "tools" / "cuda_code.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def gate() -> ModuleType:
-    """tools/cuda_code.py, which is a program and not part of a package."""
-    spec = importlib.util.spec_from_file_location("cuda_code", ROOT / "tools" / "cuda_code.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 LISTING = """
 .text._Z4goodPf:
@@ -43,14 +28,14 @@ LISTING = """
 """
 
 
-def test_scan(gate: ModuleType) -> None:
+def test_scan(cuda_code: ModuleType) -> None:
     """Modifiers and predicates around it do not hide a wide access; integer atomics and double division are allowed."""
-    found = dict(gate.scan(LISTING.splitlines(keepends=True)))
-    assert found["_Z4goodPf"] == gate.Figures(0, 0, 0, None, 7, 1, 1, 0, 0, 0)
-    assert found["_Z3badPf"] == gate.Figures(0, 0, 0, None, 7, 0, 0, 2, 3, 2)
+    found = dict(cuda_code.scan(LISTING.splitlines(keepends=True)))
+    assert found["_Z4goodPf"] == cuda_code.Figures(0, 0, 0, None, 7, 1, 1, 0, 0, 0)
+    assert found["_Z3badPf"] == cuda_code.Figures(0, 0, 0, None, 7, 0, 0, 2, 3, 2)
 
 
-def test_spills_from_the_build_report(gate: ModuleType, tmp_path: Path) -> None:
+def test_spills_from_the_build_report(cuda_code: ModuleType, tmp_path: Path) -> None:
     report = tmp_path / "one.ptxas.txt"
     report.write_text(
         "ptxas info    : Compiling entry function '_Z3badPf' for 'sm_80'\n"
@@ -58,17 +43,17 @@ def test_spills_from_the_build_report(gate: ModuleType, tmp_path: Path) -> None:
         "    8 bytes stack frame, 12 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 32 registers, used 0 barriers\n"
     )
-    assert gate.spills([report]) == {("sm_80", "_Z3badPf"): 36}
+    assert cuda_code.spills([report]) == {("sm_80", "_Z3badPf"): 36}
 
 
-def test_short_names(gate: ModuleType) -> None:
+def test_short_names(cuda_code: ModuleType) -> None:
     mangled = "_ZN6ioubal52_GLOBAL__N__7f500811_14_placeholder_cu_cf1fa79d_44964rowsIfLi4EEEvPKT_"
-    assert gate.short_names([mangled, "_Z4goodPf"]) == {mangled: "rows<float, 4>", "_Z4goodPf": "good"}
+    assert cuda_code.short_names([mangled, "_Z4goodPf"]) == {mangled: "rows<float, 4>", "_Z4goodPf": "good"}
 
 
-def good(gate: ModuleType, **changed: int) -> dict:
+def good(cuda_code: ModuleType, **changed: int) -> dict:
     figures = {"registers": 42, "instructions": 100, "wide_loads": 2} | changed
-    return {"rows<4>": {"sm_90": gate.Figures(**figures)}}
+    return {"rows<4>": {"sm_90": cuda_code.Figures(**figures)}}
 
 
 BREACHES = {
@@ -84,33 +69,33 @@ BREACHES = {
 
 
 @pytest.mark.parametrize("name", BREACHES)
-def test_each_breach_is_named(gate: ModuleType, name: str) -> None:
+def test_each_breach_is_named(cuda_code: ModuleType, name: str) -> None:
     """And forgiven where the budget allows it by name; another nvcc's registers and instructions are not compared."""
     figure, value, words = BREACHES[name]
-    worse = good(gate, **{figure: value})
-    budget = gate.new_budget(good(gate), {"nvcc": None, "kernels": {}}, "13.0")
-    assert gate.violations(good(gate), budget, "13.0") == []
-    assert gate.violations(worse, budget, "13.0") == [words]
+    worse = good(cuda_code, **{figure: value})
+    budget = cuda_code.new_budget(good(cuda_code), {"nvcc": None, "kernels": {}}, "13.0")
+    assert cuda_code.violations(good(cuda_code), budget, "13.0") == []
+    assert cuda_code.violations(worse, budget, "13.0") == [words]
     number = name in ("registers", "instructions")
-    assert gate.violations(worse, budget, "13.1") == ([] if number else [words])
-    if name in gate.ALLOWABLE:
+    assert cuda_code.violations(worse, budget, "13.1") == ([] if number else [words])
+    if name in cuda_code.ALLOWABLE:
         budget["kernels"]["rows<4>"]["allow"] = [name]
-        assert gate.violations(worse, budget, "13.0") == []
+        assert cuda_code.violations(worse, budget, "13.0") == []
 
 
-def test_kernels_without_budget_and_budgets_without_kernel(gate: ModuleType) -> None:
+def test_kernels_without_budget_and_budgets_without_kernel(cuda_code: ModuleType) -> None:
     budget = {"nvcc": "13.0", "kernels": {"planes<*>": {"registers": {}}}}
-    assert gate.violations(good(gate), budget, "13.0") == [
+    assert cuda_code.violations(good(cuda_code), budget, "13.0") == [
         "rows<4>: not in the budget",
         "planes<*>: in the budget, but not in the library",
     ]
-    assert gate.violations(good(gate), {"nvcc": "13.0", "kernels": {"rows<*>": {}}}, "13.0") == []
+    assert cuda_code.violations(good(cuda_code), {"nvcc": "13.0", "kernels": {"rows<*>": {}}}, "13.0") == []
 
 
-def test_written_budget(gate: ModuleType, tmp_path: Path) -> None:
+def test_written_budget(cuda_code: ModuleType, tmp_path: Path) -> None:
     """Rounded up; what is decided by hand and what was not built now stays."""
     kept = {"rows<4>": {"registers": {"sm_80": 40, "sm_90": 96}, "wide": ["stores"], "allow": ["stack"]}, "gone": {}}
-    written = gate.new_budget(good(gate), {"nvcc": "12.9", "kernels": kept}, "13.0")
+    written = cuda_code.new_budget(good(cuda_code), {"nvcc": "12.9", "kernels": kept}, "13.0")
     assert written == {
         "nvcc": "13.0",
         "kernels": {
@@ -123,24 +108,24 @@ def test_written_budget(gate: ModuleType, tmp_path: Path) -> None:
         },
     }
     path = tmp_path / "budget.json"
-    gate.write_budget(written, path)
-    assert gate.load_budget(path) == written
+    cuda_code.write_budget(written, path)
+    assert cuda_code.load_budget(path) == written
     written["kernels"]["rows<4>"]["allow"] = ["everything"]
-    gate.write_budget(written, path)
-    with pytest.raises(gate.Missing, match="rows<4>: allow knows stack, .*, not everything"):
-        gate.load_budget(path)
+    cuda_code.write_budget(written, path)
+    with pytest.raises(cuda_code.Missing, match="rows<4>: allow knows stack, .*, not everything"):
+        cuda_code.load_budget(path)
 
 
-def test_a_pattern_covers_several_kernels(gate: ModuleType) -> None:
-    table = {f"rows<{n}>": {"sm_90": gate.Figures(registers=n, instructions=n, wide_loads=1)} for n in (30, 50)}
-    written = gate.new_budget(table, {"nvcc": "13.0", "kernels": {"rows<*>": {"wide": ["loads"]}}}, "13.0")
+def test_a_pattern_covers_several_kernels(cuda_code: ModuleType) -> None:
+    table = {f"rows<{n}>": {"sm_90": cuda_code.Figures(registers=n, instructions=n, wide_loads=1)} for n in (30, 50)}
+    written = cuda_code.new_budget(table, {"nvcc": "13.0", "kernels": {"rows<*>": {"wide": ["loads"]}}}, "13.0")
     assert written["kernels"] == {"rows<*>": {"registers": {"sm_90": 56}, "instructions": 64, "wide": ["loads"]}}
-    assert gate.violations(table, written, "13.0") == []
+    assert cuda_code.violations(table, written, "13.0") == []
 
 
 def test_without_a_library_the_program_says_why(
-    gate: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+    cuda_code: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "_build_info.json").write_text('{"cuda": {"built": false, "reason": "no nvcc found"}}')
-    assert gate.main(["--library", str(tmp_path / "_ioubal_cuda.so")]) == 2
+    assert cuda_code.main(["--library", str(tmp_path / "_ioubal_cuda.so")]) == 2
     assert capsys.readouterr().err == "cuda-code: _ioubal_cuda.so was not built: no nvcc found\n"

@@ -1,4 +1,4 @@
-"""The CPU library's binary interface, and the package without it."""
+"""The libraries' binary interface, and the package without them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import pytest
 import ioubal_kernels
 
 PACKAGE = Path(ioubal_kernels.__file__).parent
-LIBRARY = PACKAGE / "_ioubal_cpu.so"
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="the CPU library is not built here")
 @pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("nm") is None, reason="needs Linux and nm")
-def test_library_uses_the_stable_abi_only() -> None:
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_library_uses_the_stable_abi_only(name: str) -> None:
     """Of torch it needs C functions only, which keep their meaning over versions; of Python nothing."""
+    library = PACKAGE / f"_ioubal_{name}.so"
+    if not library.exists():
+        pytest.skip(f"the {name.upper()} library is not built here")
     listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout
     symbols = [line.split()[-1].split("@")[0] for line in listed.splitlines()]
     assert [name for name in symbols if re.match(r"(?:aoti_)?torch_", name)]
@@ -98,15 +100,39 @@ def test_doctor_reports_everything_and_never_fails(building: ModuleType, tmp_pat
     report = doctor.collect()
     assert json.loads(json.dumps(report)) == report
     assert {"reference", "cpu"} <= set(report["backends"])
+    assert set(report["libraries"]) == {"cpu", "cuda"} and set(report["cuda"]) == {"torch built for", "driver", "GPUs"}
     copy_without_library(tmp_path, "IOUBAL_BUILD_CPU=0 was set")
     shown = building.run(
         [sys.executable, "-m", "ioubal_kernels.doctor"],
         tmp_path,
         PYTHONPATH=str(tmp_path),
         CXX="/nonexistent/c++",
+        CUDA_HOME="/nonexistent",
         PATH="/nonexistent",
     ).stdout
     assert re.search(r"^  reference +available$", shown, re.MULTILINE)
     assert re.search(r"^  cpu +not available: .*IOUBAL_BUILD_CPU=0 was set", shown, re.MULTILINE)
+    assert re.search(r"^  cuda +not available: ", shown, re.MULTILINE)
     assert "not found (CXX=/nonexistent/c++)" in shown
+    assert "not found (CUDA_HOME or CUDA_PATH is /nonexistent)" in shown
     assert str(tmp_path) in shown
+
+
+RUNS_ON = [
+    (["sm_80"], (8, 6), True),
+    (["sm_86"], (8, 0), False),
+    (["sm_80"], (9, 0), False),
+    (["sm_75", "sm_90a"], (9, 0), True),
+    (["sm_100a"], (10, 3), False),
+    (["sm_120"], (12, 1), True),
+    (["sm_90", "compute_90"], (12, 0), True),
+    (["sm_120", "compute_120"], (9, 0), False),
+    ([], (9, 0), True),
+]
+
+
+@pytest.mark.parametrize(("architectures", "capability", "runs"), RUNS_ON)
+def test_doctor_knows_which_code_runs_where(architectures: list[str], capability: tuple[int, int], runs: bool) -> None:
+    from ioubal_kernels import doctor
+
+    assert doctor.runs_on(architectures, capability) == runs
