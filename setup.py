@@ -234,7 +234,8 @@ def run_compiler(command: list[str], what: str, report: Path | None = None) -> N
     if complaints:
         print(complaints, file=sys.stderr, flush=True)
     if done.returncode != 0:
-        errors = [line.strip() for line in complaints.splitlines() if "error" in line or "fatal" in line]
+        telling = r"error|fatal|multiple definition|undefined reference"
+        errors = [line.strip() for line in complaints.splitlines() if re.search(telling, line)]
         say("failed: " + shlex.join(command))
         raise Unavailable(f"{what} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
 
