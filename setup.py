@@ -258,10 +258,14 @@ def compile_object(tools: Toolchain, source: str, product: Path, options: list[s
     aside = [path.with_name(f"{path.name}.{os.getpid()}") for path in kept]
     dependencies = ["-MMD", "-MT", "object", "-MF", str(aside[1])]
     command = [*tools.compile, *options, *dependencies, "-c", source, "-o", str(aside[0])]
-    run_compiler(command, f"compiling {source}", aside[2] if tools.report else None)
-    for path, new in reversed(list(zip(kept, aside))):  # the object last: its date stands for all
-        if new.exists():
-            new.replace(path)
+    try:
+        run_compiler(command, f"compiling {source}", aside[2] if tools.report else None)
+        for path, new in reversed(list(zip(kept, aside))):  # the object last: its date stands for all
+            if new.exists():
+                new.replace(path)
+    finally:
+        for new in aside:
+            new.unlink(missing_ok=True)
 
 
 def build_library(library: Library, cache: Path) -> tuple[Path, dict]:

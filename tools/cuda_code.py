@@ -95,11 +95,13 @@ def output_of(command: list[str], **options: object) -> str:
 
 
 def short_names(mangled: Iterable[str]) -> dict[str, str]:
-    """`dense_rows<float, 4>` for each mangled name: no parameters, no namespaces of ours."""
+    """`rows<float, 4, (Layout)0>` for each mangled name: no parameters, no namespaces of ours."""
     names = sorted(set(mangled))
     demangler = shutil.which("c++filt") or find_tool("cu++filt")
     shown = output_of([demangler, "-p"], input="\n".join(names)).splitlines()
-    return {name: re.sub(r"ioubal::|\(anonymous namespace\)::|^void ", "", text) for name, text in zip(names, shown)}
+    return {
+        name: re.sub(r"ioubal::|cuda::|\(anonymous namespace\)::|^void ", "", text) for name, text in zip(names, shown)
+    }
 
 
 def resources(library: Path) -> Iterator[tuple[str, str, Figures]]:
@@ -200,11 +202,12 @@ def entry_for(kernel: str, kernels: dict[str, dict]) -> tuple[str, dict] | None:
 
 def violations(table: Table, budget: dict, nvcc: str | None = None) -> list[str]:
     """What breaks the rules or the budget, a line each. Numbers hold for the budget's nvcc only, the rules always."""
-    kernels, used, found = budget["kernels"], set(), []
+    kernels, used = budget["kernels"], set()
+    found = [] if kernels else ["there is no budget yet; --write makes one of the present figures"]
     comparable = nvcc is None or nvcc == budget["nvcc"]
     for kernel, by_architecture in table.items():
         matched = entry_for(kernel, kernels)
-        if matched is None:
+        if matched is None and kernels:
             found.append(f"{kernel}: not in the budget")
         key, entry = matched or ("", {})
         used.add(key)
@@ -293,7 +296,7 @@ def rows(table: Table) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--library", type=Path, default=LIBRARY)
+    parser.add_argument("--library", type=Path, default=LIBRARY, help="may be an object file of the build, too")
     parser.add_argument("--budget", type=Path, default=BUDGET)
     parser.add_argument("--write", action="store_true", help="make the present figures the budget")
     chosen = parser.parse_args(arguments)

@@ -48,7 +48,9 @@ def test_spills_from_the_build_report(cuda_code: ModuleType, tmp_path: Path) -> 
 
 def test_short_names(cuda_code: ModuleType) -> None:
     mangled = "_ZN6ioubal52_GLOBAL__N__7f500811_14_placeholder_cu_cf1fa79d_44964rowsIfLi4EEEvPKT_"
-    assert cuda_code.short_names([mangled, "_Z4goodPf"]) == {mangled: "rows<float, 4>", "_Z4goodPf": "good"}
+    templated = "_ZN6ioubal4cuda4fillINS0_8BFloat16ELNS0_6LayoutE2EEEvNS0_5TableE"
+    names = {mangled: "rows<float, 4>", templated: "fill<BFloat16, (Layout)2>", "_Z4goodPf": "good"}
+    assert cuda_code.short_names(names) == names
 
 
 def good(cuda_code: ModuleType, **changed: int) -> dict:
@@ -84,6 +86,10 @@ def test_each_breach_is_named(cuda_code: ModuleType, name: str) -> None:
 
 
 def test_kernels_without_budget_and_budgets_without_kernel(cuda_code: ModuleType) -> None:
+    empty = {"nvcc": None, "kernels": {}}
+    assert cuda_code.violations(good(cuda_code), empty, "13.0") == [
+        "there is no budget yet; --write makes one of the present figures"
+    ]
     budget = {"nvcc": "13.0", "kernels": {"planes<*>": {"registers": {}}}}
     assert cuda_code.violations(good(cuda_code), budget, "13.0") == [
         "rows<4>: not in the budget",
