@@ -13,12 +13,12 @@ struct Sums {
 
   double* data;
 
-  double& shared(Shared column) const { return data[column]; }
-  double& scope(int64_t index, PerScope column) const { return data[4 * (1 + index) + column]; }
-  double cls_normalizer(int64_t index, double eps) const {
+  IOUBAL_HD double& shared(Shared column) const { return data[column]; }
+  IOUBAL_HD double& scope(int64_t index, PerScope column) const { return data[4 * (1 + index) + column]; }
+  IOUBAL_HD double cls_normalizer(int64_t index, double eps) const {
     return normalizer(scope(index, kClsPlain), scope(index, kClsWeighted), eps);
   }
-  double loc_normalizer(int64_t index, double eps) const {
+  IOUBAL_HD double loc_normalizer(int64_t index, double eps) const {
     return normalizer(scope(index, kLocPlain), scope(index, kLocWeighted), eps);
   }
   // A positive's part of the two sums that start at column `plain`.
@@ -29,7 +29,7 @@ struct Sums {
   }
   // The default divisor: the count of row 0. Ranks average their losses, so each divides by its share of the global
   // count.
-  double default_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
+  IOUBAL_HD double default_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
 };
 
 }  // namespace ioubal

@@ -127,14 +127,14 @@ struct SoftmaxLoss {
 };
 
 void cross_entropy_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
-                        int64_t num_scopes, int64_t background, double eta, Tensor sums) {
+                        int64_t num_scopes, int64_t background, double eta, Tensor sums, TensorList) {
   SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums);
 }
 
 void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, double eps, OptionalTensor avg_factor,
                         double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
-                        bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
+                        bool compute_sums, Tensor sums, Tensor loss, TensorList grads, TensorList) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   if (compute_sums) op.add_up(sums);
   const double divide_by = divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size));
@@ -146,7 +146,7 @@ void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor
 void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                             int64_t num_scopes, int64_t background, double eta, double eps, OptionalTensor avg_factor,
                             double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
-                            bool filled, Tensor sums, Tensor grad_output, Tensor grad) {
+                            bool filled, Tensor sums, Tensor grad_output, Tensor grad, TensorList) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
@@ -157,7 +157,7 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.
 void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
                                OptionalTensor scope_ids, int64_t num_scopes, int64_t background, double eta, double eps,
-                               OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
+                               OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out, TensorList) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   if (compute_sums) op.add_up(sums);
   if (grad_output) {

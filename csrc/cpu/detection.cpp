@@ -339,7 +339,7 @@ struct LossFactor {
 void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
                     TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
                     double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
-                    Tensor sums) {
+                    Tensor sums, TensorList) {
   DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                    {eta, alpha, gamma, 0}, loc_parameters(lambda, 1.0, beta, 0, true, coder, box_weights));
   op.collect();
@@ -354,7 +354,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
                     double eps, double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
                     double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
                     OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums_tensor,
-                    TensorList outputs, TensorList grad_logits, TensorList grad_deltas) {
+                    TensorList outputs, TensorList grad_logits, TensorList grad_deltas, TensorList) {
   DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                    {eta, alpha, gamma, eps},
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
@@ -380,7 +380,7 @@ void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Te
                         double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
                         OptionalTensor grad_scale_tensor, double grad_scale, bool filled, Tensor sums_tensor,
                         OptionalTensor grad_cls, OptionalTensor grad_loc, TensorList grad_logits,
-                        TensorList grad_deltas) {
+                        TensorList grad_deltas, TensorList) {
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const double cls_scale = Number(grad_cls, 0.0).get(), loc_scale = Number(grad_loc, 0.0).get();
   const bool redo_cls = !grad_logits.empty() && !(filled && cls_scale == expected);

@@ -108,7 +108,7 @@ struct FlatFocal {
 };
 
 void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
-                int64_t num_scopes, double eta, double alpha, double gamma, Tensor sums) {
+                int64_t num_scopes, double eta, double alpha, double gamma, Tensor sums, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, 0.0}, {}, {}, {}};
   op.collect();
   op.add_up(sums);
@@ -118,7 +118,7 @@ void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
 void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                 int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
                 double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
-                bool compute_sums, Tensor sums, Tensor loss, TensorList grads) {
+                bool compute_sums, Tensor sums, Tensor loss, TensorList grads, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);
@@ -134,7 +134,7 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
 void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
                     double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale, bool filled,
-                    Tensor sums, Tensor grad_output, Tensor grad) {
+                    Tensor sums, Tensor grad_output, Tensor grad, TensorList) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
@@ -147,7 +147,7 @@ void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor wei
 // reduction = "none": the loss of every entry (`gradient` false) or its derivative.
 void focal_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                        int64_t num_scopes, double eta, double alpha, double gamma, double eps, bool gradient,
-                       bool compute_sums, Tensor sums, Tensor out) {
+                       bool compute_sums, Tensor sums, Tensor out, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
   if (compute_sums) op.add_up(sums);

@@ -133,7 +133,7 @@ class SmoothL1Loss {
 
 void smooth_l1_sums(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
-                    Tensor sums) {
+                    Tensor sums, TensorList) {
   SmoothL1Loss(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, 1.0, 0.0, normalize, box_weights)
       .add_up(sums);
 }
@@ -142,7 +142,7 @@ void smooth_l1_fill(Tensor pred, Tensor target, OptionalTensor iou, OptionalTens
                     int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                     double w_loc, double eps, OptionalTensor avg_factor, double divisor, double world_size,
                     OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums, Tensor loss,
-                    TensorList grads) {
+                    TensorList grads, TensorList) {
   const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
                         box_weights);
   if (compute_sums) op.add_up(sums);
@@ -156,7 +156,7 @@ void smooth_l1_backward(Tensor pred, Tensor target, OptionalTensor iou, Optional
                         int64_t num_scopes, double lambda, double beta, std::vector<double> box_weights, bool normalize,
                         double w_loc, double eps, OptionalTensor avg_factor, double divisor, double world_size,
                         OptionalTensor grad_scale_tensor, double grad_scale, bool filled, Tensor sums,
-                        Tensor grad_output, Tensor grad) {
+                        Tensor grad_output, Tensor grad, TensorList) {
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
@@ -169,7 +169,7 @@ void smooth_l1_backward(Tensor pred, Tensor target, OptionalTensor iou, Optional
 void smooth_l1_elementwise(Tensor pred, Tensor target, OptionalTensor iou, OptionalTensor weight,
                            OptionalTensor scope_ids, int64_t num_scopes, double lambda, double beta,
                            std::vector<double> box_weights, bool normalize, double w_loc, double eps,
-                           OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out) {
+                           OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out, TensorList) {
   const SmoothL1Loss op(pred, target, iou, weight, scope_ids, num_scopes, lambda, beta, w_loc, eps, normalize,
                         box_weights);
   if (compute_sums) op.add_up(sums);

@@ -66,21 +66,23 @@ IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas
   return out;
 }
 
+// Distances are taken between corners before anything is added to them: coordinates are large beside their differences,
+// and float32 would lose the difference of two centres.
 template <class T>
 IOUBAL_HD Quad<T> encode_box(const Quad<T>& box, const Quad<T>& anchor, const Quad<T>& weights, BoxCoder coder) {
   const T width = anchor.v[2] - anchor.v[0], height = anchor.v[3] - anchor.v[1];
-  const T center_x = anchor.v[0] + T(0.5) * width, center_y = anchor.v[1] + T(0.5) * height;
+  const T left = anchor.v[0] - box.v[0], top = anchor.v[1] - box.v[1];
+  const T right = box.v[2] - anchor.v[2], bottom = box.v[3] - anchor.v[3];
   if (coder == BoxCoder::kFovea) {
     const T high = max_fovea_distance<T>(), low = T(1) / high;
-    return {{weights.v[0] * std::log(clamp((center_x - box.v[0]) / width, low, high)),
-             weights.v[1] * std::log(clamp((center_y - box.v[1]) / height, low, high)),
-             weights.v[2] * std::log(clamp((box.v[2] - center_x) / width, low, high)),
-             weights.v[3] * std::log(clamp((box.v[3] - center_y) / height, low, high))}};
+    return {{weights.v[0] * std::log(clamp((left + T(0.5) * width) / width, low, high)),
+             weights.v[1] * std::log(clamp((top + T(0.5) * height) / height, low, high)),
+             weights.v[2] * std::log(clamp((right + T(0.5) * width) / width, low, high)),
+             weights.v[3] * std::log(clamp((bottom + T(0.5) * height) / height, low, high))}};
   }
   const T box_w = box.v[2] - box.v[0], box_h = box.v[3] - box.v[1];
-  return {{weights.v[0] * (box.v[0] + T(0.5) * box_w - center_x) / width,
-           weights.v[1] * (box.v[1] + T(0.5) * box_h - center_y) / height, weights.v[2] * std::log(box_w / width),
-           weights.v[3] * std::log(box_h / height)}};
+  return {{weights.v[0] * (T(0.5) * (right - left)) / width, weights.v[1] * (T(0.5) * (bottom - top)) / height,
+           weights.v[2] * std::log(box_w / width), weights.v[3] * std::log(box_h / height)}};
 }
 
 // True when a side is not positive. NaN is not degenerate: it must reach the loss.

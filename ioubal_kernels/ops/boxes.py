@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..boxes import result_dtype
+from . import library
 from .autograd import guard_double_backward, refuse_transforms
 from .library import op
 
@@ -39,7 +40,9 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float], b
     """Boxes (..., 4); see ``functional.decode_boxes``."""
     refuse_transforms("decode_boxes", deltas)
     anchors = anchors.detach().contiguous()
-    return _DecodeBoxes.apply("cpu", deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
+    return _DecodeBoxes.apply(
+        library.backend_of(deltas), deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder]
+    )
 
 
 def _constant(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float], bo
     """Deltas (..., 4), without gradient; see ``functional.encode_boxes``."""
     boxes, anchors = _constant(boxes, anchors)
     out = torch.empty(boxes.shape, dtype=result_dtype(boxes, anchors), device=boxes.device)
-    op("encode_boxes", "cpu")(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
+    op("encode_boxes", library.backend_of(boxes))(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
     return out
 
 
@@ -58,7 +61,7 @@ def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU (...) of aligned boxes, without gradient."""
     boxes1, boxes2 = _constant(boxes1, boxes2)
     out = torch.empty(boxes1.shape[:-1], dtype=result_dtype(boxes1, boxes2), device=boxes1.device)
-    op("paired_box_iou", "cpu")(boxes1, boxes2, out)
+    op("paired_box_iou", library.backend_of(boxes1))(boxes1, boxes2, out)
     return out
 
 
@@ -66,5 +69,5 @@ def delta_iou(pred_deltas: Tensor, target_deltas: Tensor, *, weights: Sequence[f
     """IoU (...) of the boxes that two sets of deltas stand for, without gradient."""
     pred, target = _constant(pred_deltas, target_deltas)
     out = torch.empty(pred.shape[:-1], dtype=result_dtype(pred, target), device=pred.device)
-    op("delta_iou", "cpu")(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
+    op("delta_iou", library.backend_of(pred))(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
     return out

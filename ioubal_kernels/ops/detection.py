@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..boxes import result_dtype
+from . import library
 from .autograd import (
     check_inplace,
     gradient_buffers,
@@ -22,9 +23,11 @@ from .autograd import (
 )
 from .boxes import CODERS
 from .library import op
+from .workspace import detection_workspace, groups_of
 
 _NAME = "iou_balanced_detection_loss"
 _FIRST_MAP = 16  # position of the first map among the Function's arguments
+_MAX_LISTED = 64  # images whose boxes come as a list; kMaxImages of csrc/cuda
 _SCOPES = {"batch": 0, "level": 1, "image": 2}
 
 
@@ -57,9 +60,10 @@ class _DetectionLoss(torch.autograd.Function):
         device = anchors.device
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=device)
         inputs = (logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, *parameters)
+        workspace = _workspace(backend, logits, deltas, matched_idxs, parameters, num_scopes)
         world_size = 1.0
         if process_group is not None:
-            op("detection_sums", backend)(*inputs, sums)
+            op("detection_sums", backend)(*inputs, sums, workspace)
             # An image's sums are complete on its own process: only the counts of row 0 are shared.
             torch.distributed.all_reduce(sums[0] if parameters[1] == _SCOPES["image"] else sums, group=process_group)
             world_size = float(distributed.world_size(process_group))
@@ -79,24 +83,33 @@ class _DetectionLoss(torch.autograd.Function):
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
         scaling = (cls_avg_factor, divisors[0], loc_avg_factor, divisors[1], world_size, grad_scale_tensor, grad_scale)
         op("detection_fill", backend)(
-            *inputs, *loss_parameters, *scaling, process_group is None, sums, outputs, logit_buffers, delta_buffers
+            *inputs,
+            *loss_parameters,
+            *scaling,
+            process_group is None,
+            sums,
+            outputs,
+            logit_buffers,
+            delta_buffers,
+            workspace,
         )
         ctx.mark_non_differentiable(outputs[2], outputs[3])
         ctx.set_materialize_grads(False)
         if want_logits or want_deltas:
-            ctx.backend, ctx.levels, ctx.num_gt = backend, levels, num_gt
+            ctx.backend, ctx.levels, ctx.num_gt, ctx.num_workspace = backend, levels, num_gt, len(workspace)
             ctx.parameters, ctx.loss_parameters, ctx.divisors = parameters, loss_parameters, divisors
             ctx.world_size, ctx.expected = world_size, grad_scale
             ctx.wants = (want_logits, want_deltas)
             ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
             constants = (cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums)
-            ctx.save_for_backward(*constants, *tensors)
+            ctx.save_for_backward(*constants, *workspace, *tensors)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
         cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums, *tensors = ctx.saved_tensors
         levels, num_gt = ctx.levels, ctx.num_gt
+        workspace, tensors = tensors[: ctx.num_workspace], tensors[ctx.num_workspace :]
         logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
         gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
         scaling = (cls_avg_factor, ctx.divisors[0], loc_avg_factor, ctx.divisors[1], ctx.world_size, grad_scale_tensor)
@@ -106,12 +119,19 @@ class _DetectionLoss(torch.autograd.Function):
         # A loss that took no part in this backward keeps its buffers for a later one.
         grad_logits: list[Tensor | None] = [None] * levels
         grad_deltas: list[Tensor | None] = [None] * levels
-        if grad_cls is not None and ctx.wants[0]:
-            if ctx.inplace:
-                scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
-                grad_logits = rescale_inplace(_NAME, ctx, grad_cls, scale)
-            else:
-                buffers, filled = take_buffers(ctx, logits)
+        want_logits, want_deltas = grad_cls is not None and ctx.wants[0], grad_loc is not None and ctx.wants[1]
+        cls_filled = loc_filled = None
+        if want_logits and ctx.inplace:
+            scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
+            grad_logits = rescale_inplace(_NAME, ctx, grad_cls, scale)
+        elif want_logits:
+            grad_logits, cls_filled = take_buffers(ctx, logits)
+        if want_deltas:
+            grad_deltas, loc_filled = take_buffers(ctx, deltas, "delta_buffers")
+        for filled in (True, False):  # one call for both heads, unless only one of them was filled in the forward
+            cls_buffers = grad_logits if cls_filled is filled else []
+            loc_buffers = grad_deltas if loc_filled is filled else []
+            if cls_buffers or loc_buffers:
                 op("detection_backward", ctx.backend)(
                     logits,
                     deltas,
@@ -120,20 +140,50 @@ class _DetectionLoss(torch.autograd.Function):
                     ctx.expected,
                     filled,
                     sums,
-                    grad_cls.detach(),
-                    None,
-                    buffers,
-                    [],
+                    grad_cls.detach() if cls_buffers else None,
+                    grad_loc.detach() if loc_buffers else None,
+                    cls_buffers,
+                    loc_buffers,
+                    workspace,
                 )
-                grad_logits = buffers
-        if grad_loc is not None and ctx.wants[1]:
-            buffers, filled = take_buffers(ctx, deltas, "delta_buffers")
-            op("detection_backward", ctx.backend)(
-                logits, deltas, *constants, *scaling, ctx.expected, filled, sums, None, grad_loc.detach(), [], buffers
-            )
-            grad_deltas = buffers
         grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], [*logits, *deltas])
         return (*[None] * _FIRST_MAP, *grads, *[None] * (2 * num_gt))
+
+
+def _workspace(
+    backend: str,
+    logits: list[Tensor],
+    deltas: list[Tensor],
+    matched_idxs: Tensor,
+    parameters: tuple[Any, ...],
+    num_scopes: int,
+) -> list[Tensor]:
+    images, anchors = matched_idxs.shape
+    level_sizes, _, eta, _, _, lambda_ = parameters[:6]
+    classes = max(
+        (x.shape[1] * 4 // d.shape[1] if x.ndim == 4 else x.shape[2] for x, d in zip(logits, deltas)), default=0
+    )
+    levels = max(len(logits), len(level_sizes))
+    groups = max(groups_of(deltas), levels)
+    # iou^lambda is iou^eta where they are the same, but for degenerate boxes: there 0^0 must not count.
+    weights = 1 if eta == lambda_ != 0 else 2
+    return detection_workspace(
+        backend, images, anchors, classes, groups, levels, num_scopes, weights, matched_idxs.device
+    )
+
+
+def _few_tensors(boxes: list[Tensor], labels: list[Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Ground truth as the GPU kernels take it in their parameters: of one dtype, padded where there are many images."""
+    if backend == "cpu" or len(boxes) <= 1:
+        return boxes, labels
+    if len({b.dtype for b in boxes}) > 1:
+        boxes = [b.to(torch.float64) for b in boxes]
+    if len({t.dtype for t in labels}) > 1:
+        labels = [t.to(torch.int64) for t in labels]
+    if len(boxes) <= _MAX_LISTED:
+        return boxes, labels
+    pad = torch.nn.utils.rnn.pad_sequence
+    return [pad(boxes, True)], [pad(labels, True, -1)]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -172,6 +222,8 @@ def detection_loss(
     refuse_transforms(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
+    backend = library.backend_of(matched_idxs)
+    boxes, labels = _few_tensors([b.detach() for b in boxes], labels, backend)
     images = matched_idxs.shape[0]
     num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]
     parameters = (
@@ -190,7 +242,7 @@ def detection_loss(
     loc_avg, loc_divisor = tensor_or_number(avg_factor[1])
     scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
     return _DetectionLoss.apply(
-        "cpu",
+        backend,
         len(cls_logits),
         len(boxes),
         num_scopes,
@@ -208,6 +260,6 @@ def detection_loss(
         matched_idxs.contiguous(),
         *[_dense(x) for x in cls_logits],
         *bbox_deltas,
-        *[b.detach().contiguous() for b in boxes],
+        *[b.contiguous() for b in boxes],
         *[t.contiguous() for t in labels],
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..boxes import result_dtype
+from . import library
 from .autograd import (
     check_inplace,
     gradient_buffers,
@@ -20,6 +21,7 @@ from .autograd import (
     tensor_or_number,
 )
 from .library import op
+from .workspace import rows_workspace
 
 # The function a user called, for messages.
 _PUBLIC = {
@@ -61,9 +63,10 @@ class _FlatLoss(torch.autograd.Function):
         wanted = grad_enabled and ctx.needs_input_grad[2]
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=x.device)
         inputs = (x, second, third, weight, scope_ids, num_scopes, *sum_parameters)
+        workspace = rows_workspace(backend, x.shape[0], x.shape[1], num_scopes, x.device)
         world_size = 1.0
         if process_group is not None:
-            op(f"{name}_sums", backend)(*inputs, sums)
+            op(f"{name}_sums", backend)(*inputs, sums, workspace)
             torch.distributed.all_reduce(sums, group=process_group)
             world_size = float(distributed.world_size(process_group))
         loss = torch.empty((), dtype=result_dtype(x), device=x.device)
@@ -71,7 +74,9 @@ class _FlatLoss(torch.autograd.Function):
         ctx.inplace = inplace and eager and wanted
         buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
         scaling = (avg_factor, divisor, world_size, grad_scale_tensor, grad_scale)
-        op(f"{name}_fill", backend)(*inputs, *loss_parameters, *scaling, process_group is None, sums, loss, buffers)
+        op(f"{name}_fill", backend)(
+            *inputs, *loss_parameters, *scaling, process_group is None, sums, loss, buffers, workspace
+        )
         if wanted:
             ctx.name, ctx.backend, ctx.buffers = name, backend, buffers
             ctx.num_scopes, ctx.parameters = num_scopes, (*sum_parameters, *loss_parameters)
@@ -79,7 +84,9 @@ class _FlatLoss(torch.autograd.Function):
             if ctx.inplace:
                 ctx.save_for_backward(grad_scale_tensor)
             else:
-                ctx.save_for_backward(x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums)
+                ctx.save_for_backward(
+                    x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums, *workspace
+                )
         return loss
 
     @staticmethod
@@ -89,11 +96,13 @@ class _FlatLoss(torch.autograd.Function):
             scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
             (grad,) = rescale_inplace(_PUBLIC[ctx.name], ctx, grad_output, scale)
         else:
-            x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums = ctx.saved_tensors
+            x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums, *workspace = ctx.saved_tensors
             (grad,), filled = take_buffers(ctx, [x])
             scaling = (avg_factor, ctx.divisor, ctx.world_size, grad_scale_tensor, ctx.expected)
             inputs = (x, second, third, weight, scope_ids, ctx.num_scopes, *ctx.parameters)
-            op(f"{ctx.name}_backward", ctx.backend)(*inputs, *scaling, filled, sums, grad_output.detach(), grad)
+            op(f"{ctx.name}_backward", ctx.backend)(
+                *inputs, *scaling, filled, sums, grad_output.detach(), grad, workspace
+            )
             (grad,) = guard_double_backward(_PUBLIC[ctx.name], [grad], [x])
         return (None, None, grad, *[None] * 14)
 
@@ -118,26 +127,29 @@ class _ElementwiseLoss(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=x.device)
         inputs = (x, second, third, weight, scope_ids, num_scopes, *sum_parameters)
+        workspace = rows_workspace(backend, x.shape[0], x.shape[1], num_scopes, x.device)
         if process_group is not None:
-            op(f"{name}_sums", backend)(*inputs, sums)
+            op(f"{name}_sums", backend)(*inputs, sums, workspace)
             torch.distributed.all_reduce(sums, group=process_group)
         by_entry = name == "focal"
         loss = torch.empty_like(x) if by_entry else torch.empty(x.shape[0], dtype=result_dtype(x), device=x.device)
         request = False if by_entry else None
-        op(f"{name}_elementwise", backend)(*inputs, *loss_parameters, request, process_group is None, sums, loss)
+        op(f"{name}_elementwise", backend)(
+            *inputs, *loss_parameters, request, process_group is None, sums, loss, workspace
+        )
         ctx.name, ctx.backend, ctx.num_scopes = name, backend, num_scopes
         ctx.parameters = (*sum_parameters, *loss_parameters)
-        ctx.save_for_backward(x, second, third, weight, scope_ids, sums)
+        ctx.save_for_backward(x, second, third, weight, scope_ids, sums, *workspace)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        x, second, third, weight, scope_ids, sums = ctx.saved_tensors
+        x, second, third, weight, scope_ids, sums, *workspace = ctx.saved_tensors
         by_entry = ctx.name == "focal"
         grad = torch.empty_like(x)
         request = True if by_entry else grad_output.detach().contiguous()
         inputs = (x, second, third, weight, scope_ids, ctx.num_scopes, *ctx.parameters)
-        op(f"{ctx.name}_elementwise", ctx.backend)(*inputs, request, False, sums, grad)
+        op(f"{ctx.name}_elementwise", ctx.backend)(*inputs, request, False, sums, grad, workspace)
         if by_entry:
             # An ignored row has no gradient whatever grad_output is: 0, not 0 * inf.
             grad = torch.where(grad == 0, grad, grad * grad_output.detach())
@@ -161,9 +173,9 @@ def _apply(
     process_group: Any,
     grad_scale: Any,
     inplace: bool = False,
-    backend: str = "cpu",
 ) -> Tensor:
     refuse_transforms(_PUBLIC[name], x)
+    backend = library.backend_of(x)
     common = (name, backend, x, second, third, weight, scope_ids, num_scopes or 1, sum_parameters, loss_parameters)
     if reduction == "none":
         return _ElementwiseLoss.apply(*common, process_group)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FLAT = "Tensor x, Tensor labels, Tensor iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
 _BOXES = "Tensor pred, Tensor target, Tensor? iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
@@ -27,17 +28,19 @@ _DETECTION_LOSS = (
     "float eps, float w_loc, bool normalize_loc, float cls_weight, Tensor? cls_avg_factor, float cls_divisor,"
     f" Tensor? loc_avg_factor, float loc_divisor, float world_size, {_SCALE}"
 )
+# What a kernel keeps between its launches and for the backward: one tensor by `workspace.py`, or none (CPU).
+_SCRATCH = "Tensor(w!)[] workspace"
 
 
 def _flat_schemas(name: str, inputs: str, parameters: str, loss_parameters: str, elementwise: str) -> list[str]:
     return [
-        f"{name}_sums.OVERLOAD({inputs}, {parameters}, Tensor(a!) sums) -> ()",
+        f"{name}_sums.OVERLOAD({inputs}, {parameters}, Tensor(a!) sums, {_SCRATCH}) -> ()",
         f"{name}_fill.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {_DIVISOR}, {_SCALE}, bool compute_sums,"
-        " Tensor(a!) sums, Tensor(b!) loss, Tensor(c!)[] grads) -> ()",
+        f" Tensor(a!) sums, Tensor(b!) loss, Tensor(c!)[] grads, {_SCRATCH}) -> ()",
         f"{name}_backward.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {_DIVISOR}, {_SCALE}, bool filled,"
-        " Tensor sums, Tensor grad_output, Tensor(a!) grad) -> ()",
+        " Tensor sums, Tensor grad_output, Tensor(a!) grad, Tensor[] workspace) -> ()",
         f"{name}_elementwise.OVERLOAD({inputs}, {parameters}, {loss_parameters}, {elementwise}, bool compute_sums,"
-        " Tensor(a!) sums, Tensor(b!) out) -> ()",
+        f" Tensor(a!) sums, Tensor(b!) out, {_SCRATCH}) -> ()",
     ]
 
 
@@ -51,11 +54,11 @@ SCHEMAS = [
         "float w_loc, float eps",
         "Tensor? grad_output",
     ),
-    f"detection_sums.OVERLOAD({_DETECTION}, Tensor(a!) sums) -> ()",
+    f"detection_sums.OVERLOAD({_DETECTION}, Tensor(a!) sums, {_SCRATCH}) -> ()",
     f"detection_fill.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool compute_sums, Tensor(a!) sums,"
-    " Tensor(b!)[] outputs, Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas) -> ()",
+    f" Tensor(b!)[] outputs, Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas, {_SCRATCH}) -> ()",
     f"detection_backward.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool filled, Tensor sums, Tensor? grad_cls,"
-    " Tensor? grad_loc, Tensor(a!)[] grad_logits, Tensor(b!)[] grad_deltas) -> ()",
+    " Tensor? grad_loc, Tensor(a!)[] grad_logits, Tensor(b!)[] grad_deltas, Tensor[] workspace) -> ()",
     "decode_boxes.OVERLOAD(Tensor deltas, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
     "decode_boxes_backward.OVERLOAD(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, int box_coder,"
     " Tensor(a!) grad) -> ()",
@@ -125,6 +128,11 @@ def load_error(backend: str) -> str | None:
 def available(backend: str) -> bool:
     """Whether the backend's kernels are loaded, which needs no GPU."""
     return _load_errors.get(backend, "") is None
+
+
+def backend_of(x: Tensor) -> str:
+    """The backend whose kernels take a tensor."""
+    return "cuda" if x.is_cuda else "cpu"
 
 
 def op(name: str, backend: str) -> Any:

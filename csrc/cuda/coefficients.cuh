@@ -1,0 +1,159 @@
+// The second kernel of every loss, one block: from the positives' sums to the coefficients of the dense pass, and to
+// what is known of the losses by then.
+#pragma once
+
+#include "common/sums.h"
+#include "cuda/positives.cuh"
+
+namespace ioubal::cuda {
+
+// Tiles of the positives' kernel whose sums share a scope and an image: `count` slots from `first`, `stride` apart.
+struct Segment {
+  u32 first, count, stride;
+  int64_t scope, image;
+};
+
+struct CoefficientsTable {
+  // Segments: of a detection problem one per (level, image), else one per scope.
+  u32 tile0[kMaxLevels], tiles[kMaxLevels];  // tiles per image
+  int levels;
+  int64_t images;
+  bool by_slot;     // one segment per slot, over all tiles
+  u32 all_tiles;
+  ScopeOf scope;    // without ids
+  int64_t scopes;
+  const double* partial;
+  double* segment_sums;  // (segments, kPartials)
+
+  double* sums;       // (1 + scopes, 4), see Sums
+  bool compute_sums;  // false: `sums` holds those of all ranks
+  FocalNumbers focal;
+  double eps, w_loc, cls_weight, world_size;
+  bool normalize_loc;
+  NumberRef cls_divisor, loc_divisor;  // a value of 0: the default
+
+  float *negative, *positive, *location, *cls_norm, *loc_norm;  // see Coefficients
+  u32* ticket;          // of the dense pass: set to 0
+  float* cls_loss;      // the positives' part; NaN for bad labels
+  float* loc_loss;      // or nullptr
+  int64_t* count;       // or nullptr
+  float* mean_iou;      // or nullptr
+  float* positives_loss;  // kept for the pass over the rows, which adds it to its own sum
+  bool rows_count_all;    // that pass counts the positives too: then this is 0, or NaN for bad labels
+
+  IOUBAL_DEVICE int64_t segments() const { return by_slot ? scopes : levels * images; }
+  IOUBAL_DEVICE Segment segment(int64_t i) const {
+    if (by_slot) return {static_cast<u32>(i), all_tiles, static_cast<u32>(scopes), i, 0};
+    const int64_t level = i / images, image = i % images;
+    return {tile0[level] + static_cast<u32>(image) * tiles[level], tiles[level], 1, scope.get(level, image, 0), image};
+  }
+  IOUBAL_DEVICE double divisor(const NumberRef& given, int64_t image, double standard) const {
+    return given.tensor.data || given.value > 0 ? given.get(image) : standard;
+  }
+};
+
+// Which part a number of Sums adds up; -1: none.
+IOUBAL_DEVICE int partial_of_sum(int64_t row, int64_t column) {
+  if (row == 0) return column == Sums::kCount ? kPartCount : column == Sums::kIou ? kPartIou
+                       : column == Sums::kBad ? kPartBad : -1;
+  return column == Sums::kClsPlain ? kPartClsPlain : column == Sums::kClsWeighted ? kPartClsWeighted
+         : column == Sums::kLocPlain ? kPartLocPlain : kPartLocWeighted;
+}
+
+IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
+  __shared__ double scratch[kThreads / kWarp];
+  const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t segments = tb.segments();
+  for (int64_t i = warp; i < segments; i += kThreads / kWarp) {
+    const Segment segment = tb.segment(i);
+    double part[kPartials] = {};
+    for (u32 j = lane; j < segment.count; j += kWarp) {
+      const double* from = tb.partial + (static_cast<int64_t>(j) * segment.stride + segment.first) * kPartials;
+#pragma unroll
+      for (int q = 0; q < kPartials; ++q) part[q] += from[q];
+    }
+#pragma unroll
+    for (int q = 0; q < kPartials; ++q) {
+      const double sum = warp_sum(part[q]);
+      if (lane == 0) tb.segment_sums[i * kPartials + q] = sum;
+    }
+  }
+  __syncthreads();
+  const Sums sums = {tb.sums};
+  if (tb.compute_sums) {
+    // A thread per number: row 0, then four of each scope.
+    for (int64_t i = threadIdx.x; i < 4 * (1 + tb.scopes); i += kThreads) {
+      const int64_t row = i / 4, column = i % 4;
+      const int q = partial_of_sum(row, column);
+      double sum = 0;
+      for (int64_t s = 0; q >= 0 && s < segments; ++s) {
+        if (row == 0 || tb.segment(s).scope == row - 1) sum += tb.segment_sums[s * kPartials + q];
+      }
+      sums.data[i] = sum;
+    }
+    __syncthreads();
+  }
+
+  const double standard = sums.default_divisor(tb.world_size);
+  for (int64_t i = threadIdx.x; i < tb.images; i += kThreads) {
+    const double cls = tb.cls_weight / tb.divisor(tb.cls_divisor, i, standard);
+    tb.negative[i] = static_cast<float>(tb.focal.negative_factor() * cls);
+    tb.positive[i] = static_cast<float>(tb.focal.positive_factor() * cls);
+    tb.location[i] = static_cast<float>(tb.w_loc / tb.divisor(tb.loc_divisor, i, standard));
+  }
+  for (int64_t i = threadIdx.x; i < tb.scopes; i += kThreads) {
+    tb.cls_norm[i] = static_cast<float>(sums.cls_normalizer(i, tb.eps));
+    tb.loc_norm[i] = static_cast<float>(tb.normalize_loc ? sums.loc_normalizer(i, tb.eps) : 1.0);
+  }
+  double cls_loss = 0, loc_loss = 0;
+  for (int64_t i = threadIdx.x; i < segments; i += kThreads) {
+    const Segment segment = tb.segment(i);
+    const double* part = tb.segment_sums + i * kPartials;
+    const double cls = tb.cls_weight / tb.divisor(tb.cls_divisor, segment.image, standard);
+    cls_loss += weighted_loss(cls * sums.cls_normalizer(segment.scope, tb.eps), part[kPartClsLoss]);
+    const double loc = tb.w_loc / tb.divisor(tb.loc_divisor, segment.image, standard);
+    const double norm = tb.normalize_loc ? sums.loc_normalizer(segment.scope, tb.eps) : 1.0;
+    loc_loss += weighted_loss(loc * norm, part[kPartLocLoss]);
+  }
+  cls_loss = block_sum(cls_loss, scratch);
+  __syncthreads();
+  loc_loss = block_sum(loc_loss, scratch);
+  if (threadIdx.x != 0) return;
+  const bool bad = sums.shared(Sums::kBad) != 0;
+  const double count = sums.shared(Sums::kCount);
+  *tb.ticket = 0;
+  *tb.positives_loss = bad ? NAN : tb.rows_count_all ? 0.f : static_cast<float>(cls_loss);
+  if (tb.cls_loss) *tb.cls_loss = *tb.positives_loss;
+  if (tb.loc_loss) *tb.loc_loss = bad ? NAN : static_cast<float>(loc_loss);
+  if (tb.count) *tb.count = static_cast<int64_t>(count);
+  if (tb.mean_iou) *tb.mean_iou = count > 0 ? static_cast<float>(sums.shared(Sums::kIou) / count) : 0.f;
+}
+
+// Ends a pass that left a loss per tile: the block that finishes last adds them up, in their order.
+struct LossSum {
+  const float* partial;
+  u32 tiles;
+  u32* ticket;
+  const float* positives_loss;
+  float* loss;  // nullptr: not wanted
+};
+
+IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
+  __shared__ double scratch[kThreads / kWarp];
+  __shared__ bool last;
+  if (tb.loss == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(tb.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double sum = 0;
+  for (u32 i = threadIdx.x; i < tb.tiles; i += kThreads) sum += load_shared_by_blocks(tb.partial + i);
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
+}
+
+}  // namespace ioubal::cuda

@@ -1,0 +1,188 @@
+// Softmax cross entropy over rows of logits (R, K), a warp per row.
+#pragma once
+
+#include "cuda/coefficients.cuh"
+#include "math/softmax.h"
+
+namespace ioubal::cuda {
+
+constexpr u32 kRowsPerTile = kThreads;  // 32 per warp
+
+struct CrossEntropyTable {
+  const void* logits;
+  int64_t rows, columns, background;
+  u32 tiles;
+  IntRef labels;
+  FloatRef iou, weight;
+  ScopeOf scope;
+  double eta;
+  int64_t slots;
+  double* positives;  // of the positives' kernel: (tiles, slots, kPartials)
+
+  Coefficients coefficients;
+  void* out;           // gradient, or nullptr
+  FloatOut each;       // the rows' losses, or none
+  FloatRef grad_rows;  // per row, or none: `scale`
+  NumberRef scale, expected;
+  bool skip_expected;
+  float* partial;      // per tile: its loss; nullptr: not wanted
+  LossSum finish;
+};
+
+// A row's logits: in registers where they fit, so that the row is read once, else read again from the cache.
+template <class T, int kCached>
+struct Row {
+  const T* x;
+  int64_t columns;
+  float cached[kCached > 0 ? kCached : 1];
+  float top, sum;  // the largest logit; the sum of exp(x - top)
+
+  IOUBAL_DEVICE float exponential(float logit) const { return ex2((logit - top) * 1.44269504f); }
+  // f(column, logit) for this lane's columns.
+  template <class F>
+  IOUBAL_DEVICE void each(const F& f) const {
+    const u32 lane = threadIdx.x % kWarp;
+    if constexpr (kCached > 0) {
+#pragma unroll
+      for (int i = 0; i < kCached; ++i) {
+        if (lane + i * kWarp < columns) f(lane + i * kWarp, cached[i]);
+      }
+    } else {
+      for (int64_t k = lane; k < columns; k += kWarp) f(k, load_one(x + k));
+    }
+  }
+  IOUBAL_DEVICE void read(const T* row, int64_t count) {
+    x = row;
+    columns = count;
+    const u32 lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kCached; ++i) cached[i] = lane + i * kWarp < count ? load_one(x + lane + i * kWarp) : 0.f;
+    float largest = -INFINITY, total = 0.f;
+    each([&](int64_t, float logit) { largest = fmaxf(largest, logit); });
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+    top = largest;
+    each([&](int64_t, float logit) { total += exponential(logit); });
+    sum = warp_sum(total);
+  }
+  // logsumexp(x) - x[target]; not finite where a logit is not.
+  IOUBAL_DEVICE double loss(int64_t target) const {
+    return log(static_cast<double>(sum)) + (static_cast<double>(top) - load_one(x + target));
+  }
+};
+
+// A row with a logit that is not finite, by one lane: loss, and `factor` times the gradient if `out` is there.
+template <class T>
+IOUBAL_DEVICE double limit_row(const T* x, T* out, int64_t columns, int64_t target, float factor) {
+  return softmax_limit<double>([&](int64_t k) { return static_cast<double>(load_one(x + k)); }, columns, target,
+                               [&](int64_t k, double slope) {
+                                 if (out) store_one(out + k, slope != slope ? static_cast<float>(slope)
+                                                                            : factor * static_cast<float>(slope));
+                               });
+}
+
+// The loss of the row, in every lane, and its gradient if `out` is there.
+template <class T, int kCached>
+IOUBAL_DEVICE double row_loss(const T* x, T* out, int64_t columns, int64_t target, float factor) {
+  Row<T, kCached> row;
+  row.read(x, columns);
+  const double loss = row.loss(target);
+  const bool finite = loss - loss == 0;
+  if (out && finite) {
+    const float p_factor = factor / row.sum;
+    const float at_target = factor * (row.exponential(load_one(x + target)) / row.sum - 1.f);
+    __syncwarp();  // out may be x
+    row.each([&](int64_t k, float logit) {
+      store_one(out + k, k == target ? at_target : row.exponential(logit) * p_factor);
+    });
+  }
+  if (finite) return loss;
+  double limit = 0;
+  if (threadIdx.x % kWarp == 0) limit = limit_row(x, out, columns, target, factor);
+  return __shfl_sync(~0u, limit, 0);
+}
+
+// Sums of the positives of a tile: rows of a class other than the background.
+template <class T, int kCached>
+__global__ void __launch_bounds__(kThreads, 3) cross_entropy_positives_kernel(const IOUBAL_GRID_CONSTANT
+                                                                              CrossEntropyTable tb) {
+  __shared__ double scratch[kThreads / kWarp];
+  double* out = tb.positives + static_cast<int64_t>(blockIdx.x) * tb.slots * kPartials;
+  clear_terms(tb.slots, out);
+  const u32 lane = threadIdx.x % kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerTile + threadIdx.x, row0 = row - lane;
+  PositiveTerms terms;
+  int64_t label = -1;
+  bool positive = false;
+  if (row < tb.rows) {
+    label = tb.labels[row];
+    const int64_t scope = tb.scope.get(0, 0, row);
+    if (label >= 0) terms.part[kPartCount] = 1;
+    const bool bad = label >= tb.columns || scope < 0;
+    if (bad) terms.part[kPartBad] = 1;
+    positive = !bad && label >= 0 && label != tb.background;
+    if (positive) terms.slot = scope;
+  }
+  const T* logits = static_cast<const T*>(tb.logits);
+  for (u32 left = __ballot_sync(~0u, positive); left; left &= left - 1) {
+    const int owner = __ffs(static_cast<int>(left)) - 1;
+    const int64_t target = __shfl_sync(~0u, label, owner);
+    const double loss =
+        row_loss<T, kCached>(logits + (row0 + owner) * tb.columns, static_cast<T*>(nullptr), tb.columns, target, 1.f);
+    if (static_cast<int>(lane) == owner) {
+      terms.add_classification(tb.weight.get(row, 1.0) * loss, iou_power(tb.iou[row], tb.eta));
+    }
+  }
+  // The count is the whole batch's, not a scope's: it goes to the first slot.
+  PositiveTerms counts;
+  counts.part[kPartCount] = terms.part[kPartCount];
+  counts.part[kPartBad] = terms.part[kPartBad];
+  terms.part[kPartCount] = terms.part[kPartBad] = 0;
+  add_terms(counts, 1, out, scratch);
+  add_terms(terms, tb.slots, out, scratch);
+}
+
+// Every row: loss and gradient.
+template <class T, int kCached>
+__global__ void __launch_bounds__(kThreads, 4) cross_entropy_fill_kernel(const IOUBAL_GRID_CONSTANT
+                                                                         CrossEntropyTable tb) {
+  __shared__ double scratch[kThreads / kWarp];
+  const bool skip = tb.skip_expected && tb.scale.get() == tb.expected.get();
+  const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const double scale = tb.scale.get();
+  for (u32 tile = blockIdx.x; !skip && tile < tb.tiles; tile += gridDim.x) {
+    double sum = 0;
+    const int64_t first = static_cast<int64_t>(tile) * kRowsPerTile + warp * kWarp;
+    for (int64_t row = first; row < first + kWarp && row < tb.rows; ++row) {
+      const T* x = static_cast<const T*>(tb.logits) + row * tb.columns;
+      T* out = tb.out ? static_cast<T*>(tb.out) + row * tb.columns : nullptr;
+      const int64_t label = tb.labels[row], scope = tb.scope.get(0, 0, row);
+      double loss = 0;
+      if (label < 0 || label >= tb.columns || scope < 0) {
+        if (out) {
+          for (int64_t k = lane; k < tb.columns; k += kWarp) store_one(out + k, 0.f);
+        }
+        if (label >= tb.columns || scope < 0) loss = NAN;
+      } else {
+        const bool positive = label != tb.background;
+        const double balance =
+            positive ? tb.coefficients.cls_norm[scope] * iou_power(tb.iou[row], tb.eta) : 1.0;
+        const double sample = tb.weight.get(row, 1.0);
+        const double factor =
+            sample * balance * (tb.grad_rows.data ? tb.grad_rows[row] : scale * tb.coefficients.negative[0]);
+        loss = weighted_loss(balance,
+                             sample * row_loss<T, kCached>(x, out, tb.columns, label, static_cast<float>(factor)));
+      }
+      if (tb.each.data && lane == 0) tb.each.set(row, static_cast<float>(loss));
+      sum += loss;
+    }
+    if (tb.partial) {
+      __syncthreads();
+      sum = block_sum(lane == 0 ? sum * tb.coefficients.negative[0] : 0.0, scratch);
+      if (threadIdx.x == 0) tb.partial[tile] = static_cast<float>(sum);
+    }
+  }
+  finish_loss(tb.finish);
+}
+
+}  // namespace ioubal::cuda

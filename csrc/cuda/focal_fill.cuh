@@ -1,0 +1,125 @@
+// The pass over all logits of a sigmoid focal loss and, for the detection loss, over the deltas.
+#pragma once
+
+#include "cuda/coefficients.cuh"
+#include "cuda/focal_dense.cuh"
+#include "math/iou.h"
+#include "math/smooth_l1.h"
+
+namespace ioubal::cuda {
+
+// The deltas of a level and their gradient.
+struct LocLevel {
+  const void* deltas;
+  void* out;
+  DeltaPlace place, out_place;
+  u32 locations, width, anchors, first_anchor;
+  u32 tile0, tiles;  // tiles per image
+  bool planes;       // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
+  bool vector;       // a row of the gradient is one aligned access
+};
+
+constexpr u32 kLocRepeat = 4;  // anchors of a thread, rows
+
+struct LocTable {
+  LocLevel level[kMaxLevels];
+  int levels;
+  u32 tiles;  // 0: the gradient is not wanted
+  Dtype type;
+  const float* weight;  // per anchor; see DetectionProblem
+  NumberRef scale, expected;
+  bool skip_expected;
+  IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
+};
+
+struct FillTable {
+  AnchorRef anchors;
+  LocNumbers loc;
+  LocTable deltas;
+  DenseTable dense;
+  LossSum finish;
+};
+
+IOUBAL_DEVICE void store_quad(const LocTable& tb, const LocLevel& level, int64_t at, const Quad<float>& value) {
+  if (level.vector && tb.type == Dtype::kFloat32) {
+    Vec<float, 4>::store(static_cast<float*>(level.out) + at, value.v);
+  } else if (level.vector && tb.type == Dtype::kBFloat16) {
+    Vec<BFloat16, 4>::store(static_cast<BFloat16*>(level.out) + at, value.v);
+  } else if (level.vector && tb.type == Dtype::kFloat16) {
+    Vec<Float16, 4>::store(static_cast<Float16*>(level.out) + at, value.v);
+  } else {
+    const FloatOut out = {level.out, tb.type};
+    for (int j = 0; j < 4; ++j) out.set(at + j * level.out_place.coordinate, value.v[j]);
+  }
+}
+
+// The gradient of a positive's deltas.
+IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& level, int l, int64_t image,
+                                         u32 location, u32 a, int64_t anchor, int64_t matched) {
+  const LocTable& deltas = tb.deltas;
+  const float weight = deltas.weight[anchor];
+  Quad<float> out = {{0.f, 0.f, 0.f, 0.f}};
+  if (weight == 0.f) return out;
+  const Coefficients& c = tb.dense.coefficients;
+  const int64_t scope = tb.dense.scope.get(l, image, anchor);
+  const float w = c.location[image] * c.loc_norm[scope] * weight * static_cast<float>(deltas.scale.get());
+  const Quad<double> target =
+      encode_box(tb.dense.labels.truth.box<double>(image, matched), tb.anchors.get(anchor), tb.loc.weights, tb.loc.coder);
+  const FloatRef pred = {level.deltas, deltas.type};
+  const int64_t at = level.place.offset(image, location, level.width, a);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const double difference = pred[at + j * level.place.coordinate] - target.v[j];
+    out.v[j] = w * static_cast<float>(smooth_l1(difference, tb.loc.beta).grad);
+  }
+  return out;
+}
+
+// A tile of the deltas' gradient: zeros, but for the positives.
+IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
+  const LocTable& deltas = tb.deltas;
+  int l = 0;
+  while (l + 1 < deltas.levels && tile >= deltas.level[l + 1].tile0) ++l;
+  const LocLevel& level = deltas.level[l];
+  const u32 local = tile - level.tile0, image = local / level.tiles, chunk = local - image * level.tiles;
+  const u32 repeat = level.planes ? level.anchors : kLocRepeat;
+  const Labels& labels = tb.dense.labels;
+#pragma unroll 1
+  for (u32 k = 0; k < repeat; ++k) {
+    u32 location, a;
+    if (level.planes) {
+      location = chunk * kThreads + threadIdx.x;
+      a = k;
+    } else {
+      const u32 row = (chunk * kLocRepeat + k) * kThreads + threadIdx.x;
+      location = row / level.anchors;
+      a = row - location * level.anchors;
+    }
+    if (location >= level.locations) break;
+    const int64_t anchor = image * tb.dense.anchors_per_image + level.first_anchor +
+                           static_cast<int64_t>(location) * level.anchors + a;
+    Quad<float> value = {{0.f, 0.f, 0.f, 0.f}};
+    if (labels.get(image, anchor) >= 0) {
+      value = delta_gradient(tb, level, l, image, location, a, anchor, labels.values[anchor]);
+    }
+    store_quad(deltas, level, level.out_place.offset(image, location, level.width, a), value);
+  }
+}
+
+// The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
+template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
+__global__ void __launch_bounds__(kThreads, 4) focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
+  __shared__ float scratch[kThreads / kWarp];
+  const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
+  const u32 first = deltas ? 0 : tb.deltas.tiles, last = tb.deltas.tiles + (logits ? tb.dense.tiles : 0);
+  for (u32 tile = first + blockIdx.x; tile < last; tile += gridDim.x) {
+    if (tile < tb.deltas.tiles) {
+      deltas_tile(tb, tile);
+    } else {
+      dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, tile - tb.deltas.tiles, scratch);
+    }
+  }
+  finish_loss(tb.finish);
+}
+
+}  // namespace ioubal::cuda

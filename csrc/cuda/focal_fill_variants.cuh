@@ -1,0 +1,48 @@
+// The kernels of the dense pass for one dtype; a .cu file per dtype, so that they compile side by side.
+#pragma once
+
+#include "cuda/focal_fill.h"
+
+namespace ioubal::cuda {
+
+template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
+void launch_fill(const OnDevice& device, const FillTable& tb, bool may_skip) {
+  device.launch(focal_fill_kernel<T, kGamma, kOutput, kLayout>,
+                pass_blocks(device, tb.deltas.tiles + tb.dense.tiles, may_skip), tb);
+}
+
+template <class T, int kGamma, Output kOutput>
+void launch_fill_layout(const OnDevice& device, const FillTable& tb, const FillVariant& v) {
+  switch (v.layout) {
+    case DenseLayout::kRows: return launch_fill<T, kGamma, kOutput, DenseLayout::kRows>(device, tb, v.may_skip);
+    case DenseLayout::kSpanningRows:
+      return launch_fill<T, kGamma, kOutput, DenseLayout::kSpanningRows>(device, tb, v.may_skip);
+    case DenseLayout::kPlanes: return launch_fill<T, kGamma, kOutput, DenseLayout::kPlanes>(device, tb, v.may_skip);
+    // Rows without a common alignment are rare: not worth a kernel per gamma.
+    default:
+      return launch_fill<T, kGamma == 2 ? 2 : -1, kOutput, DenseLayout::kSingleRows>(device, tb, v.may_skip);
+  }
+}
+
+template <class T>
+void launch_fill_variant(const OnDevice& device, const FillTable& tb, const FillVariant& v) {
+  if (v.output == kNone) {
+    return v.gamma == 2.0 ? launch_fill_layout<T, 2, kNone>(device, tb, v)
+                          : launch_fill_layout<T, -1, kNone>(device, tb, v);
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (v.output == kLoss) {
+      if (v.layout == DenseLayout::kRows) return launch_fill<T, -1, kLoss, DenseLayout::kRows>(device, tb, false);
+      if (v.layout == DenseLayout::kSingleRows) {
+        return launch_fill<T, -1, kLoss, DenseLayout::kSingleRows>(device, tb, false);
+      }
+      return launch_fill<T, -1, kLoss, DenseLayout::kSpanningRows>(device, tb, false);
+    }
+  }
+  if (v.gamma == 2.0) return launch_fill_layout<T, 2, kGradient>(device, tb, v);
+  if (v.gamma == 1.0) return launch_fill_layout<T, 1, kGradient>(device, tb, v);
+  if (v.gamma == 0.0) return launch_fill_layout<T, 0, kGradient>(device, tb, v);
+  return launch_fill_layout<T, -1, kGradient>(device, tb, v);
+}
+
+}  // namespace ioubal::cuda

@@ -1,0 +1,61 @@
+"""Scratch memory of the GPU kernels: one float64 tensor per call, allocated here because torch's allocator knows the
+stream, CUDA graphs and the memory limit. The sizes are upper bounds; the launchers hand the pieces out and check them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The constants of csrc/cuda: sums per tile, anchors per word of bits and per tile, rows per tile of the row losses.
+_PARTIALS = 9
+_WORD = 32
+_TILE_WORDS = 32
+_ROWS = 256
+_PIECES = 16  # each is rounded up to 8 bytes
+
+
+def _tensor(doubles: int, floats: int, device: torch.device) -> list[Tensor]:
+    return [torch.empty(doubles + floats // 2 + _PIECES, dtype=torch.float64, device=device)]
+
+
+def rows_workspace(backend: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
+    """For a loss over rows (R, K); empty for the CPU kernels, which need none."""
+    if backend == "cpu":
+        return []
+    tiles = rows // _ROWS + 1
+    dense_tiles = rows * columns // (4 * _ROWS) + rows // _ROWS + _PIECES
+    words = rows // _WORD + _PIECES
+    return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + dense_tiles + words + rows, device)
+
+
+def detection_workspace(
+    backend: str,
+    images: int,
+    anchors: int,
+    classes: int,
+    groups: int,
+    levels: int,
+    scopes: int,
+    weights: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """For the detection loss: `anchors` per image, `groups` the sum over levels of anchors per location, `weights`
+    4-byte numbers kept per anchor (1, or 2 where eta and lambda differ)."""
+    if backend == "cpu":
+        return []
+    words = images * (anchors // _WORD + groups)
+    segments = images * levels
+    tiles = words // _TILE_WORDS + segments
+    # Rows: a tile is at least 4 * 256 entries. Planes: 256 locations and 13 classes or more, or all of them.
+    dense_tiles = images * anchors * classes // (4 * _ROWS) + segments
+    dense_tiles += (images * anchors // _ROWS + groups * images) * (classes // 13 + 1)
+    floats = 3 * images + 2 * scopes + dense_tiles + words + weights * images * anchors
+    return _tensor(_PARTIALS * (tiles + segments), floats, device)
+
+
+def groups_of(deltas: Sequence[Tensor]) -> int:
+    """The sum over levels of anchors per location; a flat tensor counts as one."""
+    return sum(d.shape[1] // 4 if d.ndim == 4 else 1 for d in deltas)
