@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -155,16 +156,24 @@ def scan(listing: Iterable[str]) -> Iterator[tuple[str, Figures]]:
         yield kernel, seen
 
 
-def instructions(library: Path, architecture: str) -> Iterator[tuple[str, Figures]]:
-    """(mangled kernel, what its instructions show) of one architecture's code; the listing is read as it is made."""
-    with tempfile.TemporaryDirectory() as folder:
-        output_of([find_tool("cuobjdump"), "-xelf", f".{architecture}.", str(library)], cwd=folder)
-        for file in sorted(Path(folder).iterdir()):
-            command = [find_tool("nvdisasm"), "-c", "-ndf", str(file)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as listing:
-                yield from scan(listing.stdout)
-            if listing.returncode != 0:
-                raise Missing(f"{' '.join(command)} failed")
+def disassembled(file: Path) -> list[tuple[str, Figures]]:
+    """What `scan` finds in one file of machine code; the listing, megabytes, is read as it is made."""
+    command = [find_tool("nvdisasm"), "-c", "-ndf", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as listing:
+        found = list(scan(listing.stdout))
+    if listing.returncode != 0:
+        raise Missing(f"{' '.join(command)} failed")
+    return found
+
+
+def instructions(library: Path, architectures: list[str]) -> Iterator[tuple[str, str, Figures]]:
+    """(architecture, mangled kernel, what its instructions show) of the code for these architectures."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for architecture in architectures:
+            output_of([find_tool("cuobjdump"), "-xelf", f".{architecture}.", str(library)], cwd=folder)
+        files = sorted(Path(folder).iterdir(), key=lambda file: -file.stat().st_size)
+        for file, kernels in zip(files, pool.map(disassembled, files)):
+            yield from ((file.suffixes[-2][1:], kernel, figures) for kernel, figures in kernels)
 
 
 def build_info(library: Path) -> dict:
@@ -184,8 +193,7 @@ def read(library: Path = LIBRARY) -> Table:
     spilled = spills((ROOT / "build" / build_info(library).get("folder", "none")).glob("*.ptxas.txt"))
     for architecture, kernel, figures in found:
         figures.spills = spilled.get((architecture, kernel))
-    for architecture in [name for name in SCANNED if name in built] or built[-1:]:
-        found += [(architecture, kernel, figures) for kernel, figures in instructions(library, architecture)]
+    found += instructions(library, [name for name in SCANNED if name in built] or built[-1:])
     names = short_names(kernel for _, kernel, _ in found)
     table: Table = {}
     for architecture, kernel, figures in found:
@@ -200,6 +208,27 @@ def entry_for(kernel: str, kernels: dict[str, dict]) -> tuple[str, dict] | None:
     return next(((key, entry) for key, entry in kernels.items() if "*" in key and fnmatchcase(kernel, key)), None)
 
 
+def breaches_of(figures: Figures, architecture: str, entry: dict, comparable: bool) -> Iterator[str]:
+    """What one kernel's code for one architecture breaks of the rules and of its budget."""
+    rules = {
+        "stack": (figures.stack + figures.local, "bytes of stack or local memory"),
+        "spills": (figures.spills, "bytes spilled"),
+        "local memory": (figures.local_instructions, "local memory instructions"),
+        "float atomics": (figures.float_atomics, "atomic additions of floats: their order is not fixed"),
+        "64-bit division": (figures.divisions, "64-bit integer divisions"),
+    }
+    for rule, (count, what) in rules.items():
+        if count and rule not in entry.get("allow", ()):
+            yield f"{count} {what}"
+    for kind in entry.get("wide", ()):
+        if getattr(figures, f"wide_{kind}") == 0:
+            yield f"no 16-byte {kind} any more"
+    limits = {"registers": entry.get("registers", {}).get(architecture), "instructions": entry.get("instructions")}
+    for name, limit in limits.items():
+        if comparable and limit is not None and (getattr(figures, name) or 0) > limit:
+            yield f"{getattr(figures, name)} {name}, budget {limit}"
+
+
 def violations(table: Table, budget: dict, nvcc: str | None = None) -> list[str]:
     """What breaks the rules or the budget, a line each. Numbers hold for the budget's nvcc only, the rules always."""
     kernels, used = budget["kernels"], set()
@@ -211,30 +240,11 @@ def violations(table: Table, budget: dict, nvcc: str | None = None) -> list[str]
             found.append(f"{kernel}: not in the budget")
         key, entry = matched or ("", {})
         used.add(key)
+        breaches: dict[str, list[str]] = {}  # what -> where
         for architecture, figures in by_architecture.items():
-            where = f"{kernel} [{architecture}]"
-            broken = {
-                "stack": (figures.stack + figures.local, "bytes of stack or local memory"),
-                "spills": (figures.spills, "bytes spilled"),
-                "local memory": (figures.local_instructions, "local memory instructions"),
-                "float atomics": (figures.float_atomics, "atomic additions of floats: their order is not fixed"),
-                "64-bit division": (figures.divisions, "64-bit integer divisions"),
-            }
-            found += [
-                f"{where}: {count} {what}"
-                for rule, (count, what) in broken.items()
-                if count and rule not in entry.get("allow", ())
-            ]
-            for kind in entry.get("wide", ()):
-                if getattr(figures, f"wide_{kind}") == 0:
-                    found.append(f"{where}: no 16-byte {kind} any more")
-            limits = {
-                "registers": entry.get("registers", {}).get(architecture),
-                "instructions": entry.get("instructions"),
-            }
-            for name, limit in limits.items():
-                if comparable and limit is not None and (getattr(figures, name) or 0) > limit:
-                    found.append(f"{where}: {getattr(figures, name)} {name}, budget {limit}")
+            for breach in breaches_of(figures, architecture, entry, comparable):
+                breaches.setdefault(breach, []).append(architecture)
+        found += [f"{kernel} [{' '.join(where)}]: {breach}" for breach, where in breaches.items()]
     return found + [f"{key}: in the budget, but not in the library" for key in kernels if key not in used]
 
 

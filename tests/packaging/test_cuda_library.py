@@ -97,6 +97,7 @@ def test_architectures(cuda_code: ModuleType) -> None:
     assert machine | virtual == set(INFO["architectures"])
 
 
+@pytest.mark.slow
 def test_machine_code_holds_its_budget(cuda_code: ModuleType) -> None:
     """What `make cuda-code` checks; `python tools/cuda_code.py --write` after a change that is meant."""
     table, budget = cuda_code.read(LIBRARY), cuda_code.load_budget()
