@@ -35,9 +35,10 @@ struct Row {
   const T* x;
   int64_t columns;
   float cached[kCached > 0 ? kCached : 1];
-  float top, sum;  // the largest logit; the sum of exp(x - top)
+  float top, logit, at_target, others;  // the largest logit; the target's; exp(x - top) of the target, and of the rest
 
-  IOUBAL_DEVICE float exponential(float logit) const { return ex2((logit - top) * 1.44269504f); }
+  IOUBAL_DEVICE float exponential(float x_k) const { return ex2((x_k - top) * 1.44269504f); }
+  IOUBAL_DEVICE float sum() const { return at_target + others; }
   // f(column, logit) for this lane's columns.
   template <class F>
   IOUBAL_DEVICE void each(const F& f) const {
@@ -51,23 +52,26 @@ struct Row {
       for (int64_t k = lane; k < columns; k += kWarp) f(k, load_one(x + k));
     }
   }
-  IOUBAL_DEVICE void read(const T* row, int64_t count) {
+  IOUBAL_DEVICE void read(const T* row, int64_t count, int64_t target) {
     x = row;
     columns = count;
     const u32 lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kCached; ++i) cached[i] = lane + i * kWarp < count ? load_one(x + lane + i * kWarp) : 0.f;
     float largest = -INFINITY, total = 0.f;
-    each([&](int64_t, float logit) { largest = fmaxf(largest, logit); });
+    each([&](int64_t, float x_k) { largest = fmaxf(largest, x_k); });
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
     top = largest;
-    each([&](int64_t, float logit) { total += exponential(logit); });
-    sum = warp_sum(total);
+    each([&](int64_t k, float x_k) { total += k == target ? 0.f : exponential(x_k); });
+    others = warp_sum(total);
+    logit = load_one(x + target);
+    at_target = exponential(logit);
   }
-  // logsumexp(x) - x[target]; not finite where a logit is not.
-  IOUBAL_DEVICE double loss(int64_t target) const {
-    return log(static_cast<double>(sum)) + (static_cast<double>(top) - load_one(x + target));
+  // logsumexp(x) - x[target], without cancellation where the target has nearly all; not finite where a logit is not.
+  IOUBAL_DEVICE double loss() const {
+    if (at_target > 0.5f) return log1p(static_cast<double>(others) / at_target);
+    return log(static_cast<double>(sum())) + (static_cast<double>(top) - logit);
   }
 };
 
@@ -85,15 +89,13 @@ IOUBAL_DEVICE double limit_row(const T* x, T* out, int64_t columns, int64_t targ
 template <class T, int kCached>
 IOUBAL_DEVICE double row_loss(const T* x, T* out, int64_t columns, int64_t target, float factor) {
   Row<T, kCached> row;
-  row.read(x, columns);
-  const double loss = row.loss(target);
+  row.read(x, columns, target);
+  const double loss = row.loss();
   const bool finite = loss - loss == 0;
   if (out && finite) {
-    const float p_factor = factor / row.sum;
-    const float at_target = factor * (row.exponential(load_one(x + target)) / row.sum - 1.f);
-    __syncwarp();  // out may be x
-    row.each([&](int64_t k, float logit) {
-      store_one(out + k, k == target ? at_target : row.exponential(logit) * p_factor);
+    const float p_factor = factor / row.sum();
+    row.each([&](int64_t k, float x_k) {
+      store_one(out + k, (k == target ? -row.others : row.exponential(x_k)) * p_factor);  // p - 1 = -others / sum
     });
   }
   if (finite) return loss;

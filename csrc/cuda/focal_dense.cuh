@@ -66,10 +66,10 @@ struct DenseRun {
   float grad_scale;
 };
 
-template <class T>
-constexpr bool kFold = sizeof(T) == 2;
+template <class T, int kGamma>
+constexpr bool kFold = sizeof(T) == 2 && kGamma == 2;
 
-template <class T>
+template <class T, int kGamma>
 IOUBAL_DEVICE DenseRun<T> dense_run(const DenseTable& tb, const DenseLevel& level, int64_t image) {
   DenseRun<T> run;
   run.x = static_cast<const T*>(level.x) + image * level.image_stride;
@@ -79,7 +79,7 @@ IOUBAL_DEVICE DenseRun<T> dense_run(const DenseTable& tb, const DenseLevel& leve
   run.first_anchor = image * tb.anchors_per_image + level.first_anchor;
   run.negative = tb.coefficients.negative[image];
   run.grad_scale = static_cast<float>(tb.scale.get());
-  run.scale = make_scale<kFold<T>>(run.negative * run.grad_scale);
+  run.scale = make_scale<kFold<T, kGamma>>(run.negative * run.grad_scale);
   return run;
 }
 
@@ -99,7 +99,7 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
   const float logit = load_one(x);  // before it may be overwritten
   const float w = tb.row_weight.data ? static_cast<float>(tb.row_weight[anchor]) : 1.f;
   float loss = 0.f;
-  const float gradient = negative_entry<kGamma, kFold<T>, true>(ignored || positive ? kOff : logit, run.scale,
+  const float gradient = negative_entry<kGamma, kFold<T, kGamma>, true>(ignored || positive ? kOff : logit, run.scale,
                                                                 tb.gamma, loss);
   sum = fmaf(loss, w, sum);
   if constexpr (kOutput == kNone) return;
@@ -110,6 +110,7 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
     value = positive_entry<kGamma>(logit, weight * run.grad_scale, tb.gamma, loss);
     if (kOutput == kLoss) value = weighted_loss(weight, loss) * run.grad_scale;
   }
+  if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(run.level, run.image, anchor) < 0)) value = NAN;
   store_one(out, value);
 }
 
@@ -135,7 +136,7 @@ IOUBAL_DEVICE void negative_vector(const DenseTable& tb, const DenseRun<T>& run,
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     float loss = kOutput == kLoss ? 0.f : sum;
-    v[j] = negative_entry<kGamma, kFold<T>, false>(v[j], run.scale, tb.gamma, loss);
+    v[j] = negative_entry<kGamma, kFold<T, kGamma>, false>(v[j], run.scale, tb.gamma, loss);
     if constexpr (kOutput == kLoss) {
       v[j] = loss * run.scale.value;
       loss += sum;
@@ -230,7 +231,7 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const u32 last_class = first_class + tb.class_chunk < classes ? first_class + tb.class_chunk : classes;
   const u32 plane = level.per_plane.div(column), at = (column - plane * level.per_plane.divisor) * kCount;
   const u32 image = plane / level.anchors, a = plane - image * level.anchors;
-  const DenseRun<T> run = dense_run<T>(tb, level, image);
+  const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
   const int64_t anchor0 = run.first_anchor + static_cast<int64_t>(at) * level.anchors + a;
   const auto label = [&](int j) { return tb.labels.get(image, anchor0 + static_cast<int64_t>(j) * level.anchors); };
   const u32 bits = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
@@ -321,7 +322,7 @@ IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* scratch) {
     }
   } else {
     const u32 image = local / level.tiles;
-    const DenseRun<T> run = dense_run<T>(tb, level, image);
+    const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
     constexpr int kCount = kLayout == DenseLayout::kSingleRows ? 1 : kFull;
     float sum = 0.f;
     rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, level, run, local - image * level.tiles,

@@ -10,14 +10,25 @@ namespace ioubal::cuda {
 constexpr float kOff = -1e4f;
 
 // log1p(e) / e on [0, 1]; exactly 1 at 0: most entries have a small e, and a bias there would be the bias of the sum.
+// Degree 6 is off by 1.5e-6 at most; kPrecise, degree 7, by 3.2e-7: a large gamma multiplies the error.
+template <bool kPrecise>
 IOUBAL_DEVICE float log1p_over(float e) {
-  float q = 0.0145883197f;
-  q = fmaf(q, e, -0.0678512082f);
-  q = fmaf(q, e, 0.151027694f);
-  q = fmaf(q, e, -0.236113444f);
-  q = fmaf(q, e, 0.331404269f);
-  q = fmaf(q, e, -0.499907464f);
-  return fmaf(q, e, 1.f);
+  if constexpr (kPrecise) {
+    float q = fmaf(-0.0087789502f, e, 0.0449866205f);
+    q = fmaf(q, e, -0.109022886f);
+    q = fmaf(q, e, 0.178472057f);
+    q = fmaf(q, e, -0.245368659f);
+    q = fmaf(q, e, 0.332840651f);
+    q = fmaf(q, e, -0.499981791f);
+    return fmaf(q, e, 1.f);
+  } else {
+    float q = fmaf(0.0145883197f, e, -0.0678512082f);
+    q = fmaf(q, e, 0.151027694f);
+    q = fmaf(q, e, -0.236113444f);
+    q = fmaf(q, e, 0.331404269f);
+    q = fmaf(q, e, -0.499907464f);
+    return fmaf(q, e, 1.f);
+  }
 }
 
 // The factor s of a gradient. For gamma = 2 it costs nothing when its cube root k is folded into the reciprocal:
@@ -46,10 +57,11 @@ IOUBAL_DEVICE Scale make_scale(float s) {
 // derivative (0 * inf) and an infinite loss, by which a caller notices.
 template <int kGamma, bool kFold, bool kSafe>
 IOUBAL_DEVICE float negative_entry(float x, const Scale& s, float gamma, float& loss) {
-  constexpr bool kFolded = kFold && kGamma == 2 && !kSafe;
+  static_assert(!kFold || kGamma == 2);
+  constexpr bool kFolded = kFold && !kSafe;
   const float e = ex2(-1.44269504f * fabsf(x));
   const float r = rcp(kFolded ? fmaf(e, s.inverse, s.inverse) : 1.f + e);
-  const float log1pe_over_e = log1p_over(e);
+  const float log1pe_over_e = log1p_over<kGamma == -1>(e);
   const float softplus = fmaf(e, log1pe_over_e, fmaxf(x, 0.f));
   const float p = x >= 0.f ? r : e * r;
   const float capped = kSafe ? fminf(softplus, 1e30f) : softplus;  // 1 - p is 0 where it matters
@@ -70,7 +82,9 @@ IOUBAL_DEVICE float negative_entry(float x, const Scale& s, float gamma, float& 
     const float log_p = fmaf(-e, log1pe_over_e, fminf(x, 0.f));
     const float modulator = gamma == 0.f ? 1.f : ex2(1.44269504f * gamma * log_p);
     loss = fmaf(kSafe ? modulator * squared : modulator, softplus, loss);
-    return modulator * s.value * fmaf(gamma, fmaf(-p, capped, capped), p);
+    // 1 - p by itself: a large gamma multiplies what cancels in a difference.
+    const float one_minus_p = x >= 0.f ? e * r : r;
+    return modulator * s.value * fmaf(gamma * one_minus_p, capped, p);
   }
 }
 

@@ -114,8 +114,9 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
     const Place place = place_of(tb, l, image, first_unit, entry);
     const bool here = unit < units && place.position < positions;
     const int64_t value = here ? problem.value(place.anchor) : kBackground;
-    const u32 special = __ballot_sync(~0u, value != kBackground);
-    collected[i] = __ballot_sync(~0u, here && problem.counts(place.anchor, value));
+    const bool collect = here && problem.counts(place.anchor, value);
+    const u32 special = __ballot_sync(~0u, collect || value != kBackground);
+    collected[i] = __ballot_sync(~0u, collect);
     total += __popc(collected[i]);
     if (tb.special && lane == 0 && unit < units) {
       tb.special[level.word0 + (image * groups + place.a) * level.words + place.position / kWarp] = special;

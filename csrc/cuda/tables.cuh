@@ -47,6 +47,8 @@ struct Labels {
     if (!direct) label = value < truth.count(image) ? truth.label(image, value) : kBackground;
     return label >= 0 && label < classes ? label : kBackground;
   }
+  // Whether a class given directly is one of them, background or ignored.
+  IOUBAL_DEVICE bool valid(int64_t at) const { return values[at] >= kIgnore && values[at] < classes; }
 };
 
 // Which of the sums of Eq. 4 and 7 a positive belongs to; -1 for an id out of range.
@@ -115,8 +117,8 @@ struct Level {
   u32 tile0, tiles;               // first tile of the positives' kernel; tiles per image
   bool planes;
 
-  IOUBAL_DEVICE u32 groups() const { return planes ? anchors : 1; }
-  IOUBAL_DEVICE u32 positions() const { return planes ? locations : locations * anchors; }
+  IOUBAL_HD u32 groups() const { return planes ? anchors : 1; }
+  IOUBAL_HD u32 positions() const { return planes ? locations : locations * anchors; }
 };
 
 }  // namespace ioubal::cuda

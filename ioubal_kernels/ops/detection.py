@@ -160,9 +160,9 @@ def _workspace(
 ) -> list[Tensor]:
     images, anchors = matched_idxs.shape
     level_sizes, _, eta, _, _, lambda_ = parameters[:6]
-    classes = max(
-        (x.shape[1] * 4 // d.shape[1] if x.ndim == 4 else x.shape[2] for x, d in zip(logits, deltas)), default=0
-    )
+    classes = 0
+    for x, d in zip(logits, deltas, strict=True):
+        classes = max(classes, x.shape[1] * 4 // d.shape[1] if x.ndim == 4 else x.shape[2])
     levels = max(len(logits), len(level_sizes))
     groups = max(groups_of(deltas), levels)
     # iou^lambda is iou^eta where they are the same, but for degenerate boxes: there 0^0 must not count.
