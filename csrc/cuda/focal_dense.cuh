@@ -53,40 +53,40 @@ struct DenseTable {
   IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
 };
 
-// One level and image of the pass, as a thread sees it.
+template <class T, int kGamma>
+constexpr bool kFold = sizeof(T) == 2 && kGamma == 2;
+
+// One level and image of the pass, as a thread sees it. What the usual path does not need is not kept: registers.
 template <class T>
 struct DenseRun {
   const T* x;
   T* out;
-  int level;
-  int64_t image;
-  int64_t first_anchor;  // in the whole batch
-  float negative;        // factor of the negatives' loss
-  Scale scale;           // of the negatives' gradient
-  float grad_scale;
+  const DenseLevel& level;
+  u32 image;
+  Scale scale;  // of the negatives' gradient
+
+  IOUBAL_DEVICE int64_t anchor(const DenseTable& tb, u32 local) const {  // in the whole batch
+    return image * tb.anchors_per_image + level.first_anchor + local;
+  }
 };
 
 template <class T, int kGamma>
-constexpr bool kFold = sizeof(T) == 2 && kGamma == 2;
+IOUBAL_DEVICE DenseRun<T> dense_run(const DenseTable& tb, const DenseLevel& level, u32 image) {
+  const float scale = tb.coefficients.negative[image] * static_cast<float>(tb.scale.get());
+  return {static_cast<const T*>(level.x) + image * level.image_stride,
+          static_cast<T*>(level.out) + image * level.image_stride, level, image, make_scale<kFold<T, kGamma>>(scale)};
+}
 
-template <class T, int kGamma>
-IOUBAL_DEVICE DenseRun<T> dense_run(const DenseTable& tb, const DenseLevel& level, int64_t image) {
-  DenseRun<T> run;
-  run.x = static_cast<const T*>(level.x) + image * level.image_stride;
-  run.out = static_cast<T*>(level.out) + image * level.image_stride;
-  run.level = static_cast<int>(level.scope_level);
-  run.image = image;
-  run.first_anchor = image * tb.anchors_per_image + level.first_anchor;
-  run.negative = tb.coefficients.negative[image];
-  run.grad_scale = static_cast<float>(tb.scale.get());
-  run.scale = make_scale<kFold<T, kGamma>>(run.negative * run.grad_scale);
-  return run;
+// The loss that `sum` stands for.
+template <class T>
+IOUBAL_DEVICE float run_loss(const DenseTable& tb, const DenseRun<T>& run, float sum) {
+  return tb.coefficients.negative[run.image] * run.scale.inverse * run.scale.inverse * sum;
 }
 
 // Factor of a positive's loss: alpha, Eq. 4 and the divisor.
 template <class T>
 IOUBAL_DEVICE float positive_weight(const DenseTable& tb, const DenseRun<T>& run, int64_t anchor) {
-  const int64_t scope = tb.scope.get(run.level, run.image, anchor);
+  const int64_t scope = tb.scope.get(run.level.scope_level, run.image, anchor);
   if (scope < 0) return 0.f;
   return tb.coefficients.positive[run.image] * tb.coefficients.cls_norm[scope] * tb.weight[anchor];
 }
@@ -107,26 +107,27 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
   if (positive) {
     const float weight = positive_weight(tb, run, anchor);
     loss = 0.f;
-    value = positive_entry<kGamma>(logit, weight * run.grad_scale, tb.gamma, loss);
-    if (kOutput == kLoss) value = weighted_loss(weight, loss) * run.grad_scale;
+    const float scale = static_cast<float>(tb.scale.get());
+    value = positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss);
+    if (kOutput == kLoss) value = weighted_loss(weight, loss) * scale;
   }
-  if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(run.level, run.image, anchor) < 0)) value = NAN;
+  if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(0, 0, anchor) < 0)) value = NAN;
   store_one(out, value);
 }
 
 template <class T, int kGamma, Output kOutput>
 IOUBAL_DEVICE void any_row_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e, float& sum) {
   const u32 row = tb.classes.div(e);
-  const int64_t anchor = run.first_anchor + row, label = tb.labels.get(run.image, anchor);
+  const int64_t anchor = run.anchor(tb, row), label = tb.labels.get(run.image, anchor);
   const bool positive = label == static_cast<int64_t>(e - row * tb.classes.divisor);
   any_entry<T, kGamma, kOutput>(tb, run, run.x + e, run.out + e, label == kIgnore, positive, anchor, sum);
 }
 
-// kCount negatives, but for the ignored ones of the bits `ignored`. Where a loss is not finite the fast form's derivative may be NaN, so they are computed again; the
-// sum is lost either way.
+// kCount negatives, but for the ignored ones of the bits `ignored`. False, with nothing written, where a loss is not
+// finite: there the fast form's derivative may be NaN, and any_entry has to do it. (The sum is lost either way.)
 template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE void negative_vector(const DenseTable& tb, const DenseRun<T>& run, const Vec<T, kCount>& in, const T* x,
-                                   T* out, u32 ignored, float& sum) {
+IOUBAL_DEVICE bool negative_vector(const DenseTable& tb, const DenseRun<T>& run, const Vec<T, kCount>& in, T* out,
+                                   u32 ignored, float& sum) {
   float v[kCount];
   in.unpack(v);
   if (ignored) {
@@ -143,15 +144,10 @@ IOUBAL_DEVICE void negative_vector(const DenseTable& tb, const DenseRun<T>& run,
     }
     sum = loss;
   }
-  if constexpr (kOutput == kNone) return;
-  if (kOutput == kLoss || sum < 1e35f) {
-    Vec<T, kCount>::store(out, v);
-  } else {
-#pragma unroll 1
-    for (int j = 0; j < kCount; ++j) {
-      any_entry<T, kGamma, kOutput>(tb, run, x + j, out + j, ignored >> j & 1, false, 0, sum);
-    }
-  }
+  if constexpr (kOutput == kNone) return true;
+  const bool good = kOutput == kLoss || sum < 1e35f;
+  if (good) Vec<T, kCount>::store(out, v);
+  return good;
 }
 
 // Whether a row in [first, last] (at most 31 apart) is not plain background.
@@ -165,11 +161,10 @@ constexpr int kVectorsInFlight = 4;
 // A tile of rows. kSpan: a vector may touch several rows, and a run may start at an address that is not a multiple of
 // 16 (then its first elements come one by one).
 template <class T, int kCount, int kGamma, Output kOutput, bool kSpan>
-IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseLevel& level, const DenseRun<T>& run, u32 tile,
-                             float& sum) {
+IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float& sum) {
   constexpr u32 kStep = kThreads * kCount;
-  const u32 size = level.rows * tb.classes.divisor;
-  const u32* special = tb.special + level.word0 + static_cast<u32>(run.image) * level.words;
+  const u32 size = run.level.rows * tb.classes.divisor;
+  const u32* special = tb.special + run.level.word0 + run.image * run.level.words;
   const bool usual = run.scale.usual && !tb.row_weight.data;
   u32 head = 0;
   if constexpr (kSpan && kCount > 1) {
@@ -192,24 +187,28 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseLevel& level, cons
         const u32 e = e0 + u * kStep, first = tb.classes.div(e);
         any |= any_special(special, first, kSpan ? tb.classes.div(e + kCount - 1) : first) << u;
       }
+      u32 slow = 0;  // vectors to do entry by entry
       if (usual && !any) {
 #pragma unroll
         for (int u = 0; u < kVectorsInFlight; ++u) {
-          negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], x + u * kStep, out + u * kStep, 0, sum);
+          if (!negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], out + u * kStep, 0, sum)) slow |= 1u << u;
         }
       } else {
 #pragma unroll 1  // short code; what is needed is read again, from L2
-        for (int u = 0; u < kVectorsInFlight; ++u, any >>= 1) {
-          const u32 e = e0 + u * kStep;
-          if (usual && !(any & 1)) {
-            Vec<T, kCount> again;
-            again.load(run.x + e);
-            negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, run.x + e, run.out + e, 0, sum);
-          } else {
-#pragma unroll 1
-            for (int j = 0; j < kCount; ++j) any_row_entry<T, kGamma, kOutput>(tb, run, e + j, sum);
+        for (int u = 0; u < kVectorsInFlight; ++u) {
+          Vec<T, kCount> again;
+          again.load(x + u * kStep);
+          if (!usual || (any >> u & 1) ||
+              !negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, out + u * kStep, 0, sum)) {
+            slow |= 1u << u;
           }
         }
+      }
+#pragma unroll 1
+      for (; slow; slow &= slow - 1) {
+        const u32 e1 = e0 + (__ffs(static_cast<int>(slow)) - 1) * kStep;
+#pragma unroll 1
+        for (u32 e = e1; e < e1 + kCount; ++e) any_row_entry<T, kGamma, kOutput>(tb, run, e, sum);
       }
     } else {
 #pragma unroll 1
@@ -232,7 +231,7 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const u32 plane = level.per_plane.div(column), at = (column - plane * level.per_plane.divisor) * kCount;
   const u32 image = plane / level.anchors, a = plane - image * level.anchors;
   const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
-  const int64_t anchor0 = run.first_anchor + static_cast<int64_t>(at) * level.anchors + a;
+  const int64_t anchor0 = run.anchor(tb, at * level.anchors + a);
   const auto label = [&](int j) { return tb.labels.get(image, anchor0 + static_cast<int64_t>(j) * level.anchors); };
   const u32 bits = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
   const bool usual = run.scale.usual;
@@ -272,31 +271,36 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
     Vec<T, kCount> in[kVectorsInFlight];
 #pragma unroll
     for (int u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
+    u32 slow = 0;  // vectors to do entry by entry
     if (usual && next - k >= kVectorsInFlight) {
 #pragma unroll
       for (int u = 0; u < kVectorsInFlight; ++u) {
-        negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], x + u * locations, out + u * locations, ignored,
-                                                    sum);
+        T* const to = out + u * locations;
+        if (!negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], to, ignored, sum)) slow |= 1u << u;
       }
     } else {
 #pragma unroll 1
       for (int u = 0; u < kVectorsInFlight; ++u) {
-        const T* from = x + u * locations;
-        if (usual && k + u != next) {
-          Vec<T, kCount> again;
-          again.load(from);
-          negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, from, out + u * locations, ignored, sum);
-        } else {
-          special(k + u, from, out + u * locations);
+        Vec<T, kCount> again;
+        again.load(x + u * locations);
+        T* const to = out + u * locations;
+        if (!usual || k + u == next ||
+            !negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, to, ignored, sum)) {
+          slow |= 1u << u;
         }
       }
+    }
+#pragma unroll 1
+    for (; slow; slow &= slow - 1) {
+      const u32 u = __ffs(static_cast<int>(slow)) - 1;
+      special(k + u, x + u * locations, out + u * locations);
     }
     x += kVectorsInFlight * locations;
     out += kVectorsInFlight * locations;
   }
 #pragma unroll 1
   for (; k < last_class; ++k, x += locations, out += locations) special(k, x, out);
-  loss = fmaf(run.negative * run.scale.inverse * run.scale.inverse, sum, loss);
+  loss = run_loss(tb, run, sum);
 }
 
 enum class DenseLayout : int { kRows, kSpanningRows, kSingleRows, kPlanes };
@@ -325,9 +329,8 @@ IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* scratch) {
     const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
     constexpr int kCount = kLayout == DenseLayout::kSingleRows ? 1 : kFull;
     float sum = 0.f;
-    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, level, run, local - image * level.tiles,
-                                                                         sum);
-    loss = run.negative * run.scale.inverse * run.scale.inverse * sum;
+    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, run, local - image * level.tiles, sum);
+    loss = run_loss(tb, run, sum);
   }
   if (tb.partial == nullptr) return;
   __syncthreads();  // the scratch of the tile before

@@ -13,14 +13,17 @@ void launch_fill(const OnDevice& device, const FillTable& tb, bool may_skip) {
 
 template <class T, int kGamma, Output kOutput>
 void launch_fill_layout(const OnDevice& device, const FillTable& tb, const FillVariant& v) {
+  // Rows without a common alignment are rare, and so are odd class counts with gamma 0 or 1: no kernel per gamma.
+  constexpr int kCommon = kGamma == 2 ? 2 : -1;
   switch (v.layout) {
     case DenseLayout::kRows: return launch_fill<T, kGamma, kOutput, DenseLayout::kRows>(device, tb, v.may_skip);
-    case DenseLayout::kSpanningRows:
-      return launch_fill<T, kGamma, kOutput, DenseLayout::kSpanningRows>(device, tb, v.may_skip);
     case DenseLayout::kPlanes: return launch_fill<T, kGamma, kOutput, DenseLayout::kPlanes>(device, tb, v.may_skip);
-    // Rows without a common alignment are rare: not worth a kernel per gamma.
-    default:
-      return launch_fill<T, kGamma == 2 ? 2 : -1, kOutput, DenseLayout::kSingleRows>(device, tb, v.may_skip);
+    case DenseLayout::kSingleRows:
+      if constexpr (kOutput != kNone) {  // without an output nothing can be misaligned to it
+        return launch_fill<T, kCommon, kOutput, DenseLayout::kSingleRows>(device, tb, v.may_skip);
+      }
+      [[fallthrough]];
+    default: return launch_fill<T, kCommon, kOutput, DenseLayout::kSpanningRows>(device, tb, v.may_skip);
   }
 }
 
