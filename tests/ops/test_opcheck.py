@@ -37,11 +37,11 @@ def flat_samples(name):
         grads = [torch.empty_like(x)] if i % 3 else []
         each = torch.empty_like(x) if name == "focal" else torch.empty(x.shape[0], dtype=wide)
         request = False if name == "focal" else None
-        yield f"{name}_sums", (*head, *parameters, sums(scopes))
-        yield f"{name}_fill", (*head, *parameters, *loss_parameters, *scaling, True, sums(scopes), loss, grads)
-        backward = (False, sums(scopes), torch.tensor(2.0, dtype=wide), torch.empty_like(x))
+        yield f"{name}_sums", (*head, *parameters, sums(scopes), [])
+        yield f"{name}_fill", (*head, *parameters, *loss_parameters, *scaling, True, sums(scopes), loss, grads, [])
+        backward = (False, sums(scopes), torch.tensor(2.0, dtype=wide), torch.empty_like(x), [])
         yield f"{name}_backward", (*head, *parameters, *loss_parameters, *scaling, *backward)
-        yield f"{name}_elementwise", (*head, *parameters, *loss_parameters, request, True, sums(scopes), each)
+        yield f"{name}_elementwise", (*head, *parameters, *loss_parameters, request, True, sums(scopes), each, [])
 
 
 def detection_samples():
@@ -78,10 +78,10 @@ def detection_samples():
         ]
         grad_logits, grad_deltas = [torch.empty_like(t) for t in logits], [torch.empty_like(t) for t in deltas]
         buffers = (grad_logits, grad_deltas) if i % 3 else ([], [])
-        yield "detection_sums", (*head, sums(scopes))
-        yield "detection_fill", (*head, *loss, True, sums(scopes), outputs, *buffers)
+        yield "detection_sums", (*head, sums(scopes), [])
+        yield "detection_fill", (*head, *loss, True, sums(scopes), outputs, *buffers, [])
         seed = torch.ones((), dtype=wide)
-        yield "detection_backward", (*head, *loss, False, sums(scopes), seed, 2 * seed, grad_logits, grad_deltas)
+        yield "detection_backward", (*head, *loss, False, sums(scopes), seed, 2 * seed, grad_logits, grad_deltas, [])
 
 
 def box_samples():
