@@ -32,16 +32,23 @@ class TimedPath:
     prepare: Callable[[int], Any] | None = None
 
 
-def race(paths: dict[str, TimedPath], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every path in every round, interleaved. Round 0 warms up, untold."""
+def wall_seconds(call: Callable[[int], Any], number: int) -> float:
+    """Seconds of one call on the host's clock."""
+    start = time.perf_counter()
+    call(number)
+    return time.perf_counter() - start
+
+
+def race(
+    paths: dict[str, TimedPath], rounds: int, clock: Callable[[Callable[[int], Any], int], float] = wall_seconds
+) -> dict[str, list[float]]:
+    """Seconds of every path in every round, interleaved, by `clock(call, number)`. Round 0 warms up, untold."""
     times: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(rounds + 1):
         for name, path in paths.items():
             if path.prepare is not None:
                 path.prepare(number)
-            start = time.perf_counter()
-            path.call(number)
-            elapsed = time.perf_counter() - start
+            elapsed = clock(path.call, number)
             if number:
                 times[name].append(elapsed)
     return times
@@ -66,7 +73,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, '+' when it has changes; 'unknown' outside a checkout."""
+    """The checkout's commit, '+' when it has changes. Outside a checkout what IOUBAL_COMMIT says, or 'unknown'."""
     root = RESULTS.parent.parent
 
     def run(*arguments: str) -> str:
@@ -77,16 +84,23 @@ def commit() -> str:
         dirty = run("status", "--porcelain", "--untracked-files=no", "--", "csrc", "ioubal_kernels", "bench/*.py")
         return run("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("IOUBAL_COMMIT", "unknown")
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on."""
+def versions() -> dict[str, Any]:
+    """When, and of what, on any device."""
     return {
         "run": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "version": ik.__version__,
         "torch": torch.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on, on a CPU."""
+    return {
+        **versions(),
         "device": cpu_model(),
         "best_isa": ISA_NAMES[limit_isa(5)],
         "threads": torch.get_num_threads(),
