@@ -1,11 +1,14 @@
-"""The fused detection loss on the cpu backend against the float64 oracle, every element of both gradients."""
+"""The fused detection loss against the float64 oracle, every element of both gradients: the cpu backend, and the CUDA
+kernels over emulated threads."""
 
 import pytest
 import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import isa_levels, limit_isa
+from ioubal_kernels.ops import library
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ODD_LEVELS = ((9, 13), (4, 7), (3, 3), (1, 2), (1, 1))
@@ -43,8 +46,8 @@ def compare(flat, layout, *, padded=False, grad_scale=1.0, **options):
     tested = flat.padded() if padded else flat
     if layout != "flat":
         options.pop("anchors_per_level", None)
-    for isa in isa_levels():
-        limit_isa(isa)
+    for isa in library.isa_levels():
+        library.limit_isa(isa)
         got, used = run(tested.in_layout(layout), "cpu", grad_scale=grad_scale, **options)
         for name in ("classification", "localization", "mean_iou"):
             kind_budget = torch.float32 if name == "mean_iou" else budget

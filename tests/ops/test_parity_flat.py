@@ -1,11 +1,14 @@
-"""Flat losses on the cpu backend against the float64 oracle, loss and gradient, element by element."""
+"""Flat losses against the float64 oracle, loss and gradient, element by element: the cpu backend, and the CUDA kernels
+over emulated threads."""
 
 import pytest
 import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import isa_levels, limit_isa
+from ioubal_kernels.ops import library
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # rows x classes: vector tails, single classes, a block border (65,536 entries), COCO's and LVIS's class counts.
@@ -39,8 +42,8 @@ def run(function, x, *rest, backend, grad_output=None, **options):
 
 def compare(function, x, *rest, what, floor=testing.FLOOR, loss_floor=testing.FLOOR, **options):
     want_loss, want_grad = run(function, x.double(), *rest, backend="reference", **options)
-    for isa in isa_levels():
-        limit_isa(isa)
+    for isa in library.isa_levels():
+        library.limit_isa(isa)
         loss, grad = run(function, x, *rest, backend="cpu", **options)
         assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32) and grad.dtype == x.dtype
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
