@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .library import op
+
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
@@ -73,8 +75,10 @@ def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple
     return buffers, True
 
 
-def rescale_inplace(name: str, ctx: Any, grad_output: Tensor, grad_scale: float | Tensor) -> list[Tensor]:
-    """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies."""
+def rescale_inplace(
+    name: str, ctx: Any, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float
+) -> list[Tensor]:
+    """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies, if need be."""
     if torch.is_grad_enabled():  # create_graph: the buffer has no path to the logits that a guard could sit on
         raise NotImplementedError(f"{name}: {_NO_DOUBLE_BACKWARD}, without inplace=True")
     if not ctx.buffers:
@@ -83,10 +87,8 @@ def rescale_inplace(name: str, ctx: Any, grad_output: Tensor, grad_scale: float 
             " been handed out; use inplace=False to call backward again"
         )
     buffers, ctx.buffers = ctx.buffers, []
-    factor = grad_output.detach() / grad_scale
-    if not (factor.device.type == "cpu" and float(factor) == 1.0):
-        for buffer in buffers:
-            buffer.data.mul_(factor)  # .data: the version was already raised when the logits were overwritten
+    # .data: the version was already raised when the logits were overwritten
+    op("rescale", ctx.backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
     return buffers
 
 

@@ -27,6 +27,7 @@ from .workspace import detection_workspace, groups_of
 
 _NAME = "iou_balanced_detection_loss"
 _FIRST_MAP = 16  # position of the first map among the Function's arguments
+_MAX_LEVELS = 16  # kMaxLevels of csrc/cuda
 _MAX_LISTED = 64  # images whose boxes come as a list; kMaxImages of csrc/cuda
 _SCOPES = {"batch": 0, "level": 1, "image": 2}
 
@@ -122,8 +123,7 @@ class _DetectionLoss(torch.autograd.Function):
         want_logits, want_deltas = grad_cls is not None and ctx.wants[0], grad_loc is not None and ctx.wants[1]
         cls_filled = loc_filled = None
         if want_logits and ctx.inplace:
-            scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
-            grad_logits = rescale_inplace(_NAME, ctx, grad_cls, scale)
+            grad_logits = rescale_inplace(_NAME, ctx, grad_cls, grad_scale_tensor, ctx.expected)
         elif want_logits:
             grad_logits, cls_filled = take_buffers(ctx, logits)
         if want_deltas:
@@ -186,6 +186,13 @@ def _few_tensors(boxes: list[Tensor], labels: list[Tensor], backend: str) -> tup
     return [pad(boxes, True)], [pad(labels, True, -1)]
 
 
+def _check_levels(backend: str, levels: int) -> None:
+    if backend != "cpu" and levels > _MAX_LEVELS:
+        raise ValueError(
+            f"{_NAME}: the {backend} kernels take at most {_MAX_LEVELS} levels, got {levels}; use backend='reference'"
+        )
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else x.contiguous()
 
@@ -223,6 +230,7 @@ def detection_loss(
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     backend = library.backend_of(matched_idxs)
+    _check_levels(backend, max(len(cls_logits), len(level_sizes)))
     boxes, labels = _few_tensors([b.detach() for b in boxes], labels, backend)
     images = matched_idxs.shape[0]
     num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]

@@ -93,8 +93,7 @@ class _FlatLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if ctx.inplace:
             (grad_scale_tensor,) = ctx.saved_tensors
-            scale = ctx.expected if grad_scale_tensor is None else grad_scale_tensor
-            (grad,) = rescale_inplace(_PUBLIC[ctx.name], ctx, grad_output, scale)
+            (grad,) = rescale_inplace(_PUBLIC[ctx.name], ctx, grad_output, grad_scale_tensor, ctx.expected)
         else:
             x, second, third, weight, scope_ids, avg_factor, grad_scale_tensor, sums, *workspace = ctx.saved_tensors
             (grad,), filled = take_buffers(ctx, [x])

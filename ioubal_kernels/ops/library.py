@@ -59,6 +59,7 @@ SCHEMAS = [
     f" Tensor(b!)[] outputs, Tensor(c!)[] grad_logits, Tensor(d!)[] grad_deltas, {_SCRATCH}) -> ()",
     f"detection_backward.OVERLOAD({_DETECTION}, {_DETECTION_LOSS}, bool filled, Tensor sums, Tensor? grad_cls,"
     " Tensor? grad_loc, Tensor(a!)[] grad_logits, Tensor(b!)[] grad_deltas, Tensor[] workspace) -> ()",
+    "rescale.OVERLOAD(Tensor(a!)[] grads, Tensor grad_output, Tensor? grad_scale_tensor, float grad_scale) -> ()",
     "decode_boxes.OVERLOAD(Tensor deltas, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
     "decode_boxes_backward.OVERLOAD(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, int box_coder,"
     " Tensor(a!) grad) -> ()",

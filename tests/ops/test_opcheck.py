@@ -93,6 +93,7 @@ def box_samples():
         out = torch.empty(pred.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         yield "decode_boxes", (pred, anchors, W, i % 2, out)
         yield "decode_boxes_backward", (torch.ones_like(out), pred, anchors, W, i % 2, torch.empty_like(pred))
+        yield "rescale", ([pred.clone(), target.clone()], torch.tensor(2.0), None, float(i + 1))
         yield "encode_boxes", (boxes, anchors, W, i % 2, out)
         yield "paired_box_iou", (boxes, anchors, out[:, 0].contiguous())
         yield "delta_iou", (pred, target, W, i % 2, out[:, 0].contiguous())
