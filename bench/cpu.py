@@ -24,26 +24,9 @@ from ioubal_kernels import backends, testing
 from ioubal_kernels.ops.library import isa_levels, limit_isa
 
 from . import eager, timing
+from .inputs import ANCHORS, CLASSES, PER_LOCATION, retinanet_inputs
 
-CLASSES, PER_LOCATION = 80, 9
 MEMORY_PATHS = ("fused", "fused in place", "eager", "eager, authors' style")
-
-
-def retinanet_inputs(dtype: torch.dtype, layout: str, seed: int, small: bool = False) -> testing.DetectionInputs:
-    """One image: about 300 positives and 1,000 ignored anchors, logits around -4.6 as usual at the start."""
-    flat = testing.detection_inputs(
-        seed=seed,
-        images=1,
-        classes=CLASSES,
-        per_location=PER_LOCATION,
-        levels=((4, 4),) if small else testing.RETINANET_LEVELS,
-        positive_share=300 / 200700,
-        ignored_share=1000 / 200700,
-        max_boxes=10,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    flat.cls_logits = (torch.randn(flat.cls_logits.shape, generator=generator) * 1.5 - 4.6).to(dtype)
-    return flat.in_layout(layout).requiring_grad()
 
 
 def fused_step(inputs: testing.DetectionInputs, **options: Any) -> Tensor:
@@ -179,7 +162,7 @@ def timing_rows(dtype: torch.dtype, rounds: int, with_eager: bool) -> list[dict[
     times = timing.race(paths, rounds)
     limit_isa(5)
     base = timing.quantiles(times["copy of the logits"])
-    logits = 200700 * CLASSES
+    logits = ANCHORS * CLASSES
     rows = []
     for name, path in paths.items():
         q = timing.quantiles(times[name])

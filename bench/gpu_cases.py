@@ -132,6 +132,21 @@ def focal_cases() -> Iterator[Case]:
         yield focal_case(f"3000x{classes} positive {share} ignored {ignored}", draw, {})
 
 
+def in_place_cases() -> Iterator[Case]:
+    """The gradient written over the logits, and rescaled where grad_output is not the expected one."""
+    for dtype, scale in product(DTYPES, (1.0, 0.5)):
+
+        def evaluate(
+            backend: str, device: str, wide: bool, dtype: torch.dtype = dtype, scale: float = scale
+        ) -> list[Figure]:
+            inputs = testing.classification_inputs(rows=300, classes=21, dtype=dtype, device=device)
+            options = {} if wide else {"inplace": True, "grad_scale": scale}
+            rest = (inputs.labels, inputs.iou)
+            return flat_figures(ik.iou_balanced_sigmoid_focal_loss, inputs.logits, rest, backend, wide, **options)
+
+        yield Case("focal", f"focal {short(dtype)} in place, grad_scale {scale}", evaluate)
+
+
 def memory_cases() -> Iterator[Case]:
     """The same values at other addresses and strides: every alignment has its own path."""
     example = testing.classification_inputs(rows=70, classes=16).logits
@@ -274,6 +289,8 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"alpha": None, "eta": 0.0, "lambda_": 0.0},
     {"beta": 0.0, "box_weights": (10.0, 10.0, 5.0, 5.0)},
     {"eta": 4.0, "lambda_": 0.5, "alpha": 1.0},
+    {"inplace": True},
+    {"inplace": True, "grad_scale": 0.5},  # rescaled in the backward
 )
 
 
@@ -360,7 +377,8 @@ def box_cases() -> Iterator[Case]:
 
 def parity_cases() -> list[Case]:
     """Every case, in an order that mixes the ops: what a time limit cuts off is a share of each."""
-    generators = (focal_cases, memory_cases, cross_entropy_cases, smooth_l1_cases, detection_cases, box_cases)
+    flat = (focal_cases, in_place_cases, memory_cases, cross_entropy_cases, smooth_l1_cases)
+    generators = (*flat, detection_cases, box_cases)
     cases = [case for generator in generators for case in generator()]
     random.Random(0).shuffle(cases)
     return cases
