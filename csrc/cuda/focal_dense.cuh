@@ -284,7 +284,7 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
         Vec<T, kCount> again;
         again.load(x + u * locations);
         T* const to = out + u * locations;
-        if (!usual || k + u == next ||
+        if (!usual || k + u >= next ||  // what follows the next positive may hold another: `next` moves below
             !negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, to, ignored, sum)) {
           slow |= 1u << u;
         }
