@@ -124,10 +124,11 @@ class Workspace {
     at_ = static_cast<char*>(tensors[0].mutable_data_ptr());
     end_ = at_ + tensors[0].numel() * tensors[0].element_size();
   }
+  // Aligned to T only: a piece follows one of the same type without a gap, as the losses of two launches must.
   template <class T>
   T* take(int64_t count) {
-    char* const start = at_;
-    at_ += (count * static_cast<int64_t>(sizeof(T)) + 7) / 8 * 8;
+    char* const start = at_ + (0 - reinterpret_cast<uintptr_t>(at_)) % alignof(T);
+    at_ = start + count * static_cast<int64_t>(sizeof(T));
     STD_TORCH_CHECK(at_ <= end_, "ioubal_kernels: the workspace is too small by ", at_ - end_, " bytes");
     return reinterpret_cast<T*>(start);
   }
