@@ -1,0 +1,172 @@
+"""The dense pass's launch plans: layouts, widths of access, tiles, levels; each against the float64 oracle."""
+
+import cases
+import pytest
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels import testing
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CLASSES = (1, 2, 3, 7, 8, 16, 17, 80, 91)  # rows shorter than a vector, of whole vectors, across vectors
+
+
+def name_of(value):
+    return str(value).replace("torch.", "") if isinstance(value, torch.dtype) else None
+
+
+def rows_for(classes, tiles):
+    """Rows that need so many tiles of the flat pass, the last one short, whatever the dtype (16 bit: 8,192 entries)."""
+    return (tiles - 1) * 8192 // classes + 5
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_rows_of_any_length_over_several_tiles(dtype, classes):
+    """Aligned rows, rows across vectors (K % 4 != 0), rows shorter than a vector: three tiles, the last one short."""
+    inputs = testing.classification_inputs(seed=classes, rows=rows_for(classes, 3), classes=classes, dtype=dtype)
+    cases.check_focal(cases.placed(inputs.logits), inputs)
+
+
+@pytest.mark.parametrize("offset", (1, 2, 3, 4, 5, 7, 8))
+@pytest.mark.parametrize("classes", (3, 8, 80))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_logits_and_gradient_of_different_alignment(dtype, classes, offset):
+    """A gradient buffer is aligned; logits in the middle of a storage may not be: then entries come one by one."""
+    inputs = testing.classification_inputs(seed=offset, rows=4500 // classes, classes=classes, dtype=dtype)
+    for gamma in (2.0, 1.5):
+        cases.check_focal(cases.placed(inputs.logits, offset), inputs, gamma=gamma)
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3000))
+@pytest.mark.parametrize("offset", (1, 3, 7))
+@pytest.mark.parametrize("classes", (1, 3, 8, 91))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_in_place_at_any_address(dtype, classes, offset, rows):
+    """Logits and gradient share an address that is not a multiple of 16: a head of single entries, then vectors."""
+    inputs = testing.classification_inputs(seed=offset, rows=rows, classes=classes, dtype=dtype)
+    cases.check_focal(cases.placed(inputs.logits, offset), inputs, inplace=True)
+
+
+@pytest.mark.parametrize("gamma", (0.0, 1.0, 2.0, 0.7))
+@pytest.mark.parametrize("classes", (8, 5))
+def test_the_losses_one_by_one(classes, gamma):
+    """reduction="none" at every layout of rows: aligned, spanning, and single entries."""
+    for offset in (0, 3):
+        inputs = testing.classification_inputs(seed=offset, rows=1100, classes=classes)
+        options = {"reduction": "none", "gamma": gamma, "weight": inputs.weight}
+        cases.check_focal(cases.placed(inputs.logits, offset), inputs, **options)
+
+
+# H x W for every width of access: 8, 4, 2, 1 elements; from a plane of one location to more than 256 vectors.
+PLANES = {"8": (4, 6), "4": (2, 10), "2": (3, 2), "1": (3, 5), "one": (1, 1), "many": (24, 96)}
+
+
+@pytest.mark.parametrize("size", PLANES.values(), ids=PLANES)
+@pytest.mark.parametrize("classes", (1, 3, 16, 17, 80))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_planes_of_every_width(dtype, classes, size):
+    """NCHW maps; K = 17 and 80 are several chunks of classes, 80 whole groups of four and 17 not."""
+    if size == (24, 96) and classes == 80:
+        pytest.skip("covered by 17 classes")
+    inputs = testing.detection_inputs(
+        seed=classes, classes=classes, per_location=2, levels=(size,), layout="nchw", dtype=dtype, positive_share=0.3
+    )
+    cases.check_detection(cases.ends_exactly(inputs))
+
+
+@pytest.mark.parametrize("offset", (1, 2, 4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_planes_at_any_address(dtype, offset):
+    """A storage offset narrows the access of this level only."""
+    inputs = testing.detection_inputs(seed=offset, classes=5, levels=((4, 8), (4, 4)), layout="nchw", dtype=dtype)
+    logits = [cases.placed(inputs.cls_logits[0], offset), cases.placed(inputs.cls_logits[1])]
+    inputs.cls_logits = logits
+    cases.check_detection(inputs)
+    cases.check_detection(inputs, inplace=True)
+
+
+@pytest.mark.parametrize("classes", (1, 16, 17, 80, 91))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_detection_over_several_tiles(layout, classes):
+    """More than 16,384 entries per image and level: several tiles of both kinds, and several chunks of classes."""
+    height = 16_500 // (classes * 3 * 16) + 1
+    inputs = testing.detection_inputs(
+        seed=classes, images=2, classes=classes, per_location=3, levels=((height, 16), (3, 5)), layout=layout
+    )
+    cases.check_detection(cases.ends_exactly(inputs), (2.0, 1.0))
+
+
+MIXES = {
+    "planes and rows": "pr",
+    "rows and planes": "rp",
+    "two and two": "prpr",
+    "one location": "1",
+    "one location and planes": "1p",
+    "one location and rows": "r1",
+    "one location and both": "p1r",
+}
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("scope", ("batch", "level", "image"))
+def test_heads_of_several_layouts(mix, scope):
+    """Some levels NCHW, some channels_last, some of one location: two launches, one loss."""
+    levels = [(1, 1) if kind == "1" else (3 + i, 4) for i, kind in enumerate(mix)]
+    flat = testing.detection_inputs(seed=len(mix), images=3, classes=6, per_location=2, levels=levels)
+    maps = {"r": flat.in_layout("channels_last"), "p": flat.in_layout("nchw"), "1": flat.in_layout("nchw")}
+    for deltas in ("pr", "rp"):  # the deltas' layout is a matter of its own
+        mixed = maps["p"]
+        mixed.cls_logits = [cases.placed(maps[kind].cls_logits[i]) for i, kind in enumerate(mix)]
+        mixed.bbox_deltas = [maps[deltas[i % 2]].bbox_deltas[i] for i in range(len(mix))]
+        cases.check_detection(mixed, normalizer_scope=scope, normalize_loc=True)
+        cases.check_detection(mixed, (3.0, 1.0), normalizer_scope=scope, inplace=True)
+        maps["p"] = flat.in_layout("nchw")
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_sixteen_levels(layout):
+    """As many levels as a launch takes; flat ones are cut where the scopes are."""
+    levels = [(1 + i % 3, 1 + i % 5) for i in range(16)]
+    inputs = testing.detection_inputs(seed=3, images=2, classes=5, per_location=1, levels=levels, layout=layout)
+    options = {"anchors_per_level": inputs.level_sizes} if layout == "flat" else {}
+    cases.check_detection(inputs, normalizer_scope="level", **options)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_more_levels_than_a_launch_takes(layout):
+    """Seventeen levels are refused, not cut."""
+    levels = [(1, 2)] * 17
+    inputs = testing.detection_inputs(classes=2, per_location=1, levels=levels, layout=layout)
+    options = {"anchors_per_level": inputs.level_sizes} if layout == "flat" else {}
+    with pytest.raises((RuntimeError, ValueError), match="at most 16"):
+        ik.iou_balanced_detection_loss(*inputs.arguments(), normalizer_scope="level", backend="cpu", **options)
+
+
+@pytest.mark.parametrize("sizes", ((5, 0, 7), (1, 11), (12,), (4, 4, 4)))
+def test_flat_heads_cut_into_levels(sizes):
+    """The parts of a flat head start at any address; empty levels have a scope but no anchor."""
+    inputs = testing.detection_inputs(seed=1, images=3, classes=5, per_location=1, levels=((1, sum(sizes)),))
+    for dtype in DTYPES:
+        narrow = cases.map_heads(inputs, lambda t, d=dtype: t.to(d))
+        cases.check_detection(narrow, normalizer_scope="level", anchors_per_level=list(sizes), normalize_loc=True)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_deltas_of_any_strides(dtype, layout):
+    """The deltas are read and their gradient written wherever they lie."""
+    inputs = testing.detection_inputs(seed=5, images=2, classes=3, layout=layout, dtype=dtype, positive_share=0.4)
+    for lie in (cases.spread_out, lambda t: cases.placed(t, 1), lambda t: t.transpose(-1, -2).contiguous().mT):
+        cases.check_detection(cases.map_heads(inputs, None, lie), box_weights=(10.0, 10.0, 5.0, 5.0))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_deltas_over_several_tiles(layout):
+    """More than 1,024 anchors of a level, a last tile that is short, and logits that need no tile of their own."""
+    inputs = testing.detection_inputs(
+        seed=6, images=2, classes=1, per_location=3, levels=((20, 37), (9, 3)), layout=layout
+    )
+    cases.check_detection(cases.ends_exactly(inputs), (2.0, 1.0))
