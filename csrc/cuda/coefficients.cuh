@@ -44,8 +44,9 @@ struct CoefficientsTable {
   IOUBAL_DEVICE int64_t segments() const { return by_slot ? scopes : levels * images; }
   IOUBAL_DEVICE Segment segment(int64_t i) const {
     if (by_slot) return {static_cast<u32>(i), all_tiles, static_cast<u32>(scopes), i, 0};
-    const int64_t level = i / images, image = i % images;
-    return {tile0[level] + static_cast<u32>(image) * tiles[level], tiles[level], 1, scope.get(level, image, 0), image};
+    const u32 per_level = static_cast<u32>(images), level = static_cast<u32>(i) / per_level;  // 32 bits: a division
+    const u32 image = static_cast<u32>(i) - level * per_level;
+    return {tile0[level] + image * tiles[level], tiles[level], 1, scope.get(level, image, 0), image};
   }
   IOUBAL_DEVICE double divisor(const NumberRef& given, int64_t image, double standard) const {
     return given.tensor.data || given.value > 0 ? given.get(image) : standard;

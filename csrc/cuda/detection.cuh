@@ -38,7 +38,7 @@ struct DetectionProblem {
     const int64_t entry = place.image * level.image_stride +
                           (level.planes ? (a * classes + label) * level.locations + location
                                         : static_cast<int64_t>(place.position) * classes + label);
-    const Quad<double> anchor = anchors.get(place.anchor), gt = truth.box<double>(place.image, value);
+    const Quad<double> anchor = anchors.get(place.image, place.anchor), gt = truth.box<double>(place.image, value);
     double iou = 0, loc_loss = 0;
     const bool degenerate = is_degenerate(anchor) || is_degenerate(gt);
     if (!degenerate) {

@@ -64,7 +64,7 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   const int64_t scope = tb.dense.scope.get(l, image, anchor);
   const float w = c.location[image] * c.loc_norm[scope] * weight * static_cast<float>(deltas.scale.get());
   const Quad<double> target =
-      encode_box(tb.dense.labels.truth.box<double>(image, matched), tb.anchors.get(anchor), tb.loc.weights, tb.loc.coder);
+      encode_box(tb.dense.labels.truth.box<double>(image, matched), tb.anchors.get(image, anchor), tb.loc.weights, tb.loc.coder);
   const FloatRef pred = {level.deltas, deltas.type};
   const int64_t at = level.place.offset(image, location, level.width, a);
 #pragma unroll

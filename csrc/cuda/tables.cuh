@@ -81,8 +81,8 @@ struct AnchorRef {
   FloatRef boxes;
   bool own;
   int64_t per_image;
-  IOUBAL_DEVICE Quad<double> get(int64_t anchor) const {
-    const int64_t first = 4 * (own ? anchor : anchor % per_image);
+  IOUBAL_DEVICE Quad<double> get(int64_t image, int64_t anchor) const {  // anchor: in the whole batch
+    const int64_t first = 4 * (own ? anchor : anchor - image * per_image);
     return {{boxes[first], boxes[first + 1], boxes[first + 2], boxes[first + 3]}};
   }
 };
