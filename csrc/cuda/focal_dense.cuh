@@ -103,7 +103,7 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
                                                                 tb.gamma, loss);
   sum = fmaf(loss, w, sum);
   if constexpr (kOutput == kNone) return;
-  float value = w * (kOutput == kLoss ? loss * run.scale.value : gradient);
+  float value = ignored ? 0.f : w * (kOutput == kLoss ? loss * run.scale.value : gradient);  // also for a scale of inf
   if (positive) {
     const float weight = positive_weight(tb, run, anchor);
     loss = 0.f;

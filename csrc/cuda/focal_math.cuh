@@ -38,13 +38,13 @@ IOUBAL_DEVICE float log1p_over(float e) {
 struct Scale {
   float value;      // s
   float root = 1.f, inverse = 1.f;  // k and about 1 / k, or 1
-  bool usual;       // not folded, or finite and not 0: else the folded form would make NaN of it
+  bool usual;       // finite, and not 0 if folded: else the folded form, or 0 times inf at an ignored entry, is NaN
 };
 template <bool kFold>
 IOUBAL_DEVICE Scale make_scale(float s) {
   Scale scale;
   scale.value = s;
-  scale.usual = !kFold || (fabsf(s) < 1e30f && fabsf(s) > 1e-30f);
+  scale.usual = fabsf(s) < 1e30f && (!kFold || fabsf(s) > 1e-30f);
   if (kFold && scale.usual) {
     scale.inverse = 1.f / cbrtf(s);
     scale.root = rcp(scale.inverse);
