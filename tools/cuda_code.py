@@ -7,7 +7,8 @@ divisions (a subroutine of about 70 instructions; double precision's divisions a
 allowed).
 
 The budget is tests/packaging/cuda_budget.json: registers per kernel and architecture, instructions, which kernels have
-wide loads and stores. A key may be a pattern (`dense_*`); "allow" lists what a kernel may do in spite of the rules.
+wide loads and stores. A key may be a pattern (`dense_*`); "allow" says how much of what the rules forbid a kernel may
+do, such as {"spills": 40}, in bytes.
 After a change that is meant, `--write` puts in the present figures, rounded up, and new kernels; "wide" and "allow" of
 a kernel that is there already are changed by hand only.
 """
@@ -210,15 +211,16 @@ def entry_for(kernel: str, kernels: dict[str, dict]) -> tuple[str, dict] | None:
 
 def breaches_of(figures: Figures, architecture: str, entry: dict, comparable: bool) -> Iterator[str]:
     """What one kernel's code for one architecture breaks of the rules and of its budget."""
+    spilled = bool(figures.spills)  # which explains a stack and the use of local memory: once is enough
     rules = {
-        "stack": (figures.stack + figures.local, "bytes of stack or local memory"),
+        "stack": (0 if spilled else figures.stack + figures.local, "bytes of stack or local memory"),
         "spills": (figures.spills, "bytes spilled"),
-        "local memory": (figures.local_instructions, "local memory instructions"),
+        "local memory": (0 if spilled else figures.local_instructions, "local memory instructions"),
         "float atomics": (figures.float_atomics, "atomic additions of floats: their order is not fixed"),
         "64-bit division": (figures.divisions, "64-bit integer divisions"),
     }
     for rule, (count, what) in rules.items():
-        if count and rule not in entry.get("allow", ()):
+        if (count or 0) > entry.get("allow", {}).get(rule, 0):
             yield f"{count} {what}"
     for kind in entry.get("wide", ()):
         if getattr(figures, f"wide_{kind}") == 0:

@@ -81,8 +81,17 @@ def test_each_breach_is_named(cuda_code: ModuleType, name: str) -> None:
     number = name in ("registers", "instructions")
     assert cuda_code.violations(worse, budget, "13.1") == ([] if number else [words])
     if name in cuda_code.ALLOWABLE:
-        budget["kernels"]["rows<4>"]["allow"] = [name]
+        budget["kernels"]["rows<4>"]["allow"] = {name: value}
         assert cuda_code.violations(worse, budget, "13.0") == []
+        budget["kernels"]["rows<4>"]["allow"] = {name: value - 1}
+        assert cuda_code.violations(worse, budget, "13.0") == [words]
+
+
+def test_a_spill_is_one_breach(cuda_code: ModuleType) -> None:
+    """The stack that it lies on and the instructions that move it are no others."""
+    table = good(cuda_code, spills=36, stack=8, local_instructions=9)
+    budget = cuda_code.new_budget(table, {"nvcc": None, "kernels": {}}, "13.0")
+    assert cuda_code.violations(table, budget, "13.0") == ["rows<4> [sm_90]: 36 bytes spilled"]
 
 
 def test_kernels_without_budget_and_budgets_without_kernel(cuda_code: ModuleType) -> None:
@@ -100,7 +109,7 @@ def test_kernels_without_budget_and_budgets_without_kernel(cuda_code: ModuleType
 
 def test_written_budget(cuda_code: ModuleType, tmp_path: Path) -> None:
     """Rounded up; what is decided by hand and what was not built now stays."""
-    kept = {"rows<4>": {"registers": {"sm_80": 40, "sm_90": 96}, "wide": ["stores"], "allow": ["stack"]}, "gone": {}}
+    kept = {"rows<4>": {"registers": {"sm_80": 40, "sm_90": 96}, "wide": ["stores"], "allow": {"stack": 8}}, "gone": {}}
     written = cuda_code.new_budget(good(cuda_code), {"nvcc": "12.9", "kernels": kept}, "13.0")
     assert written == {
         "nvcc": "13.0",
@@ -109,14 +118,14 @@ def test_written_budget(cuda_code: ModuleType, tmp_path: Path) -> None:
                 "registers": {"sm_80": 40, "sm_90": 48},
                 "instructions": 128,
                 "wide": ["stores"],
-                "allow": ["stack"],
+                "allow": {"stack": 8},
             }
         },
     }
     path = tmp_path / "budget.json"
     cuda_code.write_budget(written, path)
     assert cuda_code.load_budget(path) == written
-    written["kernels"]["rows<4>"]["allow"] = ["everything"]
+    written["kernels"]["rows<4>"]["allow"] = {"everything": 1}
     cuda_code.write_budget(written, path)
     with pytest.raises(cuda_code.Missing, match="rows<4>: allow knows stack, .*, not everything"):
         cuda_code.load_budget(path)
