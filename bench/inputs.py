@@ -10,7 +10,8 @@ from ioubal_kernels import testing
 
 CLASSES, PER_LOCATION = 80, 9
 ANCHORS = 200700
-SMALL_LEVELS = ((4, 4),)
+SMALL_LEVELS = ((4, 4), (2, 2))
+SMALL_ANCHORS = PER_LOCATION * sum(h * w for h, w in SMALL_LEVELS)
 
 
 def retinanet_inputs(

@@ -108,10 +108,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def append_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Adds rows to bench/results/<name>.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Adds rows to <folder>/<name>.jsonl."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.jsonl"
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -1,0 +1,141 @@
+"""Everything that a GPU has to show of the CUDA kernels, in under nine minutes: ``make gpu-check``.
+
+Or ``python -m ioubal_kernels.bench.gpu_check --help``. Each section has its own result: "passed" only where all that
+was planned ran and held; "not run" or "partly run" with the reason otherwise. Exit status 0 when nothing failed, 1 when
+something did, 2 without a usable GPU. ``--device cpu`` is a dry run of the program itself on the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ioubal_kernels import backends
+
+from . import gpu_behaviour, gpu_cases, gpu_device, gpu_edges, gpu_large, gpu_opcheck, gpu_training, timing
+from .gpu_sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan, Section, Tally, run_all, run_section
+
+PROGRAM = "gpu-check"
+FEWEST_CASES = 400
+DRY_SHARE = 40  # a dry run takes every 40th parity case
+
+
+def device_facts(tally: Tally) -> None:
+    """The device answers; its facts are the report's."""
+    found = tally.check("facts", lambda: gpu_device.facts(tally.plan.device))
+    tally.facts["facts"] = found
+
+
+def parity(tally: Tally) -> None:
+    """Every case against the float64 oracle on the same device, loss and gradients element by element."""
+    plan = tally.plan
+    cases = gpu_cases.parity_cases()
+    assert len(cases) >= FEWEST_CASES, f"only {len(cases)} cases"
+    cases = cases[:: plan.few(1, DRY_SHARE)]
+    done: dict[str, int] = {}
+
+    def one(case: gpu_cases.Case) -> None:
+        gpu_cases.check(case, plan.backend, plan.device)
+        done[case.op] = done.get(case.op, 0) + 1
+
+    try:
+        tally.each([(case.name, lambda c=case: one(c)) for case in cases])
+    finally:
+        tally.facts["passed_by_op"] = done
+
+
+# The most telling ones first: what the time does not suffice for is at the end.
+SECTIONS = [
+    Section("device", device_facts, 60.0),
+    Section("special functions", gpu_edges.special_functions, 90.0),
+    Section("parity", parity, 240.0),
+    Section("edge cases", gpu_edges.edge_cases, 90.0),
+    Section("no host sync", gpu_behaviour.no_sync, 60.0),
+    Section("graphs", gpu_behaviour.graphs, 90.0),
+    Section("repeats", gpu_behaviour.repeats, 60.0),
+    Section("streams", gpu_behaviour.streams, 60.0),
+    Section("memory", gpu_behaviour.memory, 60.0),
+    Section("autocast", gpu_behaviour.autocast, 60.0),
+    Section("launches", gpu_behaviour.launches, 90.0),
+    Section("large", gpu_large.large, 120.0),
+    Section("torch.compile", gpu_behaviour.compiled, 120.0),
+    Section("training", gpu_training.training, 120.0),
+    Section("opcheck", gpu_opcheck.opcheck, 150.0),
+]
+
+
+def verdict(entries: dict[str, dict[str, Any]]) -> str:
+    """Of the whole: passed only if every section is."""
+    results = {entry["result"] for entry in entries.values()}
+    if FAILED in results:
+        return FAILED
+    return PASSED if results == {PASSED} else "incomplete"
+
+
+def show(name: str, entry: dict[str, Any]) -> None:
+    counts = f"{entry.get('checks', 0)}/{entry.get('planned', 0)}"
+    print(f"  {name:18s} {entry['result']:10s} {counts:>11s} {entry['seconds']:7.1f} s  {entry.get('reason', '')}")
+    for failure in entry.get("failures", [])[:5]:
+        print(f"      {failure}")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0])
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default 480)")
+    parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(names)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
+    parser.add_argument("--output", type=Path, help="the report; default bench/results/gpu_check-<device>.json")
+    options = parser.parse_args(arguments)
+    wanted = options.sections.split(",") if options.sections else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--sections: no section {sorted(unknown)}; there are {', '.join(names)}")
+    if options.budget <= 0:
+        parser.error(f"--budget must be positive, got {options.budget}")
+    dry = options.device == "cpu"
+    if dry and (reason := backends.unavailable_reason("cpu")):
+        print(f"{PROGRAM}: {reason}", file=sys.stderr)
+        return 2
+    if not dry and gpu_device.refuse_without_gpu(PROGRAM):
+        return 2
+    began = time.monotonic()
+    plan = Plan(options.device, options.device, dry, began + options.budget)
+    facts = gpu_device.facts(options.device)
+    path = options.output
+    if path is None and not dry:
+        path = timing.RESULTS / f"gpu_check-{gpu_device.slug(facts['device'])}.json"
+    entries = {name: {"result": NOT_RUN, "reason": "not reached", "seconds": 0.0} for name in names}
+    for name in set(names) - set(wanted):
+        entries[name]["reason"] = "not asked for"
+
+    def save() -> None:
+        report = {"report": "gpu_check", "verdict": verdict(entries), **facts, "budget_s": options.budget}
+        report |= {"seconds": round(time.monotonic() - began, 1), "sections": entries}
+        if path is not None:
+            gpu_device.write_report(path, report)
+
+    def on_entry(name: str, entry: dict[str, Any]) -> None:
+        entries[name] = entry
+        show(name, entry)
+        save()  # what is done survives whatever ends the program
+
+    print(f"{PROGRAM}: {facts['device']}, torch {facts['torch']}, commit {facts['commit']}", flush=True)
+    chosen = [section for section in SECTIONS if section.name in wanted]
+    if dry:
+        for section in chosen:
+            on_entry(section.name, run_section(section.run, plan)[0])
+    else:
+        run_all(chosen, plan, on_entry)
+    save()
+    results = [entry["result"] for entry in entries.values()]
+    parts = ", ".join(f"{results.count(r)} {r}" for r in (PASSED, FAILED, PARTLY, NOT_RUN) if r in results)
+    print(f"{PROGRAM}: {verdict(entries)}: {parts}; {time.monotonic() - began:.0f} s" + (f"; {path}" if path else ""))
+    return 1 if verdict(entries) == FAILED else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
