@@ -69,28 +69,25 @@ struct Row {
     at_target = exponential(logit);
   }
   // logsumexp(x) - x[target], without cancellation where the target has nearly all; not finite where a logit is not.
-  IOUBAL_DEVICE double loss() const {
-    if (at_target > 0.5f) return log1p(static_cast<double>(others) / at_target);
-    return log(static_cast<double>(sum())) + (static_cast<double>(top) - logit);
+  IOUBAL_DEVICE float loss() const {
+    return at_target > 0.5f ? log1pf(others / at_target) : logf(sum()) + (top - logit);
   }
 };
 
 // A row with a logit that is not finite, by one lane: loss, and `factor` times the gradient if `out` is there.
 template <class T>
-IOUBAL_DEVICE double limit_row(const T* x, T* out, int64_t columns, int64_t target, float factor) {
-  return softmax_limit<double>([&](int64_t k) { return static_cast<double>(load_one(x + k)); }, columns, target,
-                               [&](int64_t k, double slope) {
-                                 if (out) store_one(out + k, slope != slope ? static_cast<float>(slope)
-                                                                            : factor * static_cast<float>(slope));
-                               });
+IOUBAL_DEVICE float limit_row(const T* x, T* out, int64_t columns, int64_t target, float factor) {
+  return softmax_limit<float>([&](int64_t k) { return load_one(x + k); }, columns, target, [&](int64_t k, float slope) {
+    if (out) store_one(out + k, slope != slope ? slope : factor * slope);
+  });
 }
 
 // The loss of the row, in every lane, and its gradient if `out` is there.
 template <class T, int kCached>
-IOUBAL_DEVICE double row_loss(const T* x, T* out, int64_t columns, int64_t target, float factor) {
+IOUBAL_DEVICE float row_loss(const T* x, T* out, int64_t columns, int64_t target, float factor) {
   Row<T, kCached> row;
   row.read(x, columns, target);
-  const double loss = row.loss();
+  const float loss = row.loss();
   const bool finite = loss - loss == 0;
   if (out && finite) {
     const float p_factor = factor / row.sum();
@@ -99,7 +96,7 @@ IOUBAL_DEVICE double row_loss(const T* x, T* out, int64_t columns, int64_t targe
     });
   }
   if (finite) return loss;
-  double limit = 0;
+  float limit = 0;
   if (threadIdx.x % kWarp == 0) limit = limit_row(x, out, columns, target, factor);
   return __shfl_sync(~0u, limit, 0);
 }
@@ -129,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 3) cross_entropy_positives_kernel(co
   for (u32 left = __ballot_sync(~0u, positive); left; left &= left - 1) {
     const int owner = __ffs(static_cast<int>(left)) - 1;
     const int64_t target = __shfl_sync(~0u, label, owner);
-    const double loss =
+    const float loss =
         row_loss<T, kCached>(logits + (row0 + owner) * tb.columns, static_cast<T*>(nullptr), tb.columns, target, 1.f);
     if (static_cast<int>(lane) == owner) {
       terms.add_classification(tb.weight.get(row, 1.0) * loss, iou_power(tb.iou[row], tb.eta));

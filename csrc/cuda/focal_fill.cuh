@@ -108,7 +108,8 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
 
 // The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4) focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
+__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 2 : sizeof(T) == 4 ? 3 : 4)
+    focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
   const u32 first = deltas ? 0 : tb.deltas.tiles, last = tb.deltas.tiles + (logits ? tb.dense.tiles : 0);
