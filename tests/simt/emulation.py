@@ -2,7 +2,7 @@
 place of the C++ library's, so that the public functions with backend="cpu" run the CUDA code.
 
 ``build`` compiles (cached in build/, safe from several processes), ``emulated`` installs. Flavours: plain, for any
-process; asan, coverage and mutants for processes started with ``environment``.
+process; asan, coverage and mutants for processes of their own, see ``environment``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CSRC = ROOT / "csrc"
 FOLDERS = ("cuda", "math", "common")  # of csrc: what the kernels are made of
 TORCH = Path(torch.__file__).parent
 NAME = "_ioubal_simt.so"
+FLAVOUR = "IOUBAL_SIMT_FLAVOUR"  # environment: what build() without arguments builds
 KEPT_SECONDS = 24 * 3600  # how long builds of other sources stay
 
 FLAGS = (
@@ -100,8 +101,9 @@ def _compile(csrc: Path, flags: tuple[str, ...], folder: Path) -> None:
 
 
 @functools.cache
-def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
+def build(flavour: str | None = None, csrc: Path = CSRC) -> Path:
     """The library of a flavour, compiled if its sources, flags or compiler are new."""
+    flavour = flavour or os.environ.get(FLAVOUR) or "plain"
     flags = FLAVOURS[flavour]
     folder = ROOT / "build" / f"simt-{flavour}-{_identity(csrc, flags)}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ def build(flavour: str = "plain", csrc: Path = CSRC) -> Path:
 
 def environment(flavour: str) -> dict[str, str]:
     """For a process that is to load a library of this flavour: the sanitizers' runtimes come before all else."""
-    result = {**os.environ, "OMP_NUM_THREADS": "1", "IOUBAL_CHECK": "0"}
+    result = {**os.environ, "OMP_NUM_THREADS": "1", FLAVOUR: flavour}
     if "-fsanitize=address,undefined" in FLAVOURS[flavour]:
         names = ("libasan.so", "libubsan.so")
         found = [
