@@ -4,10 +4,11 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow build lint format bench-cpu cuda-code clean
+.PHONY: help demo test test-slow build lint format bench-cpu cuda-code gpu-check gpu-bench gpu-sanitize clean
 
 JOBS ?= 2
 RUN ?= runs/demo
+BUDGET ?= 510
 # In development a CPU library that cannot be built is an error; IOUBAL_BUILD_CPU=0 or auto accepts pure Python. The CUDA
 # library is built where nvcc is, GPU or not; IOUBAL_BUILD_CUDA=1 makes an error of what prevents it.
 export IOUBAL_BUILD_CPU ?= 1
@@ -32,8 +33,9 @@ READY := $(VENV)/.dependencies-$(DEPENDENCIES)
 endif
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 	@echo "  PYTHON=/path/to/python uses an existing environment; JOBS=$(JOBS) test processes; RUN=$(RUN) is the demo's folder"
+	@echo "  BUDGET=$(BUDGET) seconds for a gpu target, the build included; ARGS= more options of its program (ARGS=--help)"
 
 demo: build  ## make the synthetic data, train and compare both losses, write runs/demo/report.html
 	$(PY) -m ioubal_kernels demo -o "$(RUN)"
@@ -64,6 +66,22 @@ bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap;
 
 cuda-code: build  ## check the GPU machine code against its budget: registers, spills, wide loads; no GPU needed
 	$(PY) tools/cuda_code.py
+
+# On a GPU, for the one architecture that is there; without a usable GPU one line and an error, before anything is built.
+# What the build took is taken off the program's time.
+ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu_arch.py $@) && \
+    TORCH_CUDA_ARCH_LIST="$$arch" IOUBAL_BUILD_CUDA=1 $(MAKE) --no-print-directory build && \
+    left=$$(( $(BUDGET) + began - $$(date +%s) )) && test $$left -gt 0 && budget="--budget $$left" && \
+    $(PY) -m ioubal_kernels.bench
+
+gpu-check: $(READY)  ## everything the CUDA kernels must hold, on this machine's GPU
+	$(ON_GPU).gpu_check $$budget $(ARGS)
+
+gpu-bench: $(READY)  ## device time of the losses beside a copy, on this machine's GPU; stores the rows
+	$(ON_GPU).gpu $$budget $(ARGS)
+
+gpu-sanitize: $(READY)  ## compute-sanitizer's four tools over small cases
+	$(ON_GPU).gpu_sanitize $$budget $(ARGS)
 
 clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*

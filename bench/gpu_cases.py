@@ -294,6 +294,11 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
 )
 
 
+def described(value: Any) -> str:
+    """An option's value in a case's name."""
+    return f"{short(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else str(value)
+
+
 def detection_cases() -> Iterator[Case]:
     variants = product(
         DTYPES,
@@ -323,7 +328,7 @@ def detection_cases() -> Iterator[Case]:
         yield detection_case(name, draw, layout, padded=True)
     for dtype, layout, options in product(DTYPES, testing.LAYOUTS, PARAMETERS):
         draw = {"seed": 11, "images": 3, "classes": 4, "dtype": dtype}
-        name = ", ".join(f"{k} {list(v.shape) if isinstance(v, Tensor) else v}" for k, v in options.items())
+        name = ", ".join(f"{k} {described(v)}" for k, v in options.items())
         yield detection_case(f"{short(dtype)} {layout} {name}", draw, layout, **options)
     for dtype, offset in product(DTYPES, (1, 2, 3, 4, 8)):
         draw = {"seed": 5, "images": 2, "classes": 16, "levels": ((20, 20),), "dtype": dtype}

@@ -82,9 +82,18 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
+def without_folders(value: Any) -> Any:
+    """A report's texts with the names of files only: the folders are this machine's affair."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", value)
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    return [without_folders(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """The whole report or the old file: a killed program leaves no half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(without_folders(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(beside, path)

@@ -75,7 +75,7 @@ class Peer:
             return False
         try:
             return importlib.util.find_spec(self.package) is None
-        except ModuleNotFoundError:  # of a parent package
+        except ImportError:  # of a parent package
             return True
 
 

@@ -1,0 +1,304 @@
+"""The GPU programs without a GPU: dry runs on the CPU kernels, reports that claim nothing they did not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels import ops, testing
+from ioubal_kernels.bench import (
+    gpu,
+    gpu_arch,
+    gpu_cases,
+    gpu_check,
+    gpu_device,
+    gpu_paths,
+    gpu_sanitize,
+    gpu_sections,
+    gpu_training,
+    inputs,
+    peers,
+    timing,
+)
+
+pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+RESULTS = {"passed", "failed", "not run", "partly run"}
+
+
+def plan(seconds: float = 60.0) -> gpu_sections.Plan:
+    return gpu_sections.Plan("cpu", "cpu", True, time.monotonic() + seconds)
+
+
+# ---------------------------------------------------------------------------------------------- without a GPU
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("program", (gpu_check, gpu, gpu_sanitize, gpu_arch), ids=lambda p: p.__name__)
+def test_without_a_gpu_one_line_and_nothing_written(program, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", "gpu-check"])
+    assert (program.main() if program is gpu_arch else program.main([])) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and "no usable GPU" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- gpu_check
+
+QUICK = "device,special functions,parity,edge cases,repeats,graphs,streams,memory,autocast,large"
+
+
+def run_check(tmp_path, *arguments: str) -> tuple[int, dict]:
+    path = tmp_path / "report.json"
+    code = gpu_check.main(["--device", "cpu", "--output", str(path), *arguments])
+    return code, json.loads(path.read_text())
+
+
+def test_the_dry_run_reports_every_section(tmp_path, capsys):
+    code, report = run_check(tmp_path, "--sections", QUICK)
+    assert code == 0 and report["dry_run"] and report["verdict"] == "incomplete"
+    assert {"device", "torch", "commit", "version", "run", "budget_s", "seconds"} <= set(report)
+    sections = report["sections"]
+    assert set(sections) == {section.name for section in gpu_check.SECTIONS}
+    for name, entry in sections.items():
+        assert entry["result"] in RESULTS, name
+        if entry["result"] == "passed":
+            assert entry["checks"] == entry["planned"] > 0 and entry["failed"] == 0, name
+        else:
+            assert entry["reason"], name
+    assert {n for n, e in sections.items() if e["result"] == "passed"} == set(QUICK.split(",")) - {
+        "graphs", "streams", "memory",
+    }  # fmt: skip
+    assert sections["training"]["reason"] == "not asked for" and sections["graphs"]["reason"] == "needs a GPU"
+    assert "incomplete: 7 passed, 8 not run" in capsys.readouterr().out
+
+
+def test_a_failed_case_fails_the_whole(tmp_path, monkeypatch):
+    right = gpu_cases.check
+
+    def wrong(case, backend, device):
+        assert case.op != "smooth_l1", "made wrong"
+        right(case, backend, device)
+
+    monkeypatch.setattr(gpu_cases, "check", wrong)
+    code, report = run_check(tmp_path, "--sections", "parity")
+    entry = report["sections"]["parity"]
+    assert code == 1 and report["verdict"] == "failed" and entry["result"] == "failed"
+    assert 0 < entry["failed"] < entry["checks"] and "made wrong" in entry["failures"][0]
+
+
+def test_out_of_time_is_never_passed(tmp_path):
+    code, report = run_check(tmp_path, "--sections", "parity,edge cases", "--budget", "0.0001")
+    assert code == 0 and report["verdict"] == "incomplete"
+    assert {e["result"] for e in report["sections"].values()} == {"not run"}
+    tally = gpu_sections.Tally(plan())
+    tally.each([("first", lambda: setattr(tally.plan, "deadline", 0.0)), ("second", lambda: None)])
+    assert tally.result()["result"] == "partly run" and tally.result()["checks"] == 1
+
+
+def test_a_section_that_raises_or_cannot_run():
+    def raises(tally):
+        tally.check("fine", lambda: None)
+        raise ValueError("broken")
+
+    def absent(tally):
+        raise gpu_sections.NotRun("needs what is not here")
+
+    def nothing(tally):
+        tally.each([])
+
+    entry, usable = gpu_sections.run_section(raises, plan())
+    assert entry["result"] == "failed" and "broken" in entry["reason"] and usable
+    assert gpu_sections.run_section(absent, plan())[0]["result"] == "not run"
+    assert gpu_sections.run_section(nothing, plan())[0]["result"] == "not run"
+
+
+def section_passes(tally):
+    tally.check("fine", lambda: None)
+
+
+def section_dies(tally):
+    os._exit(7)
+
+
+def section_hangs(tally):
+    time.sleep(100)
+
+
+def test_a_section_that_dies_or_hangs_does_not_take_the_others_along():
+    sections = [
+        gpu_sections.Section("dies", section_dies),
+        gpu_sections.Section("passes", section_passes),
+        gpu_sections.Section("hangs", section_hangs, limit=1.0),
+    ]
+    found = {}
+    gpu_sections.run_all(sections, plan(), lambda name, entry: found.update({name: entry}))
+    assert list(found) == ["dies", "passes", "hangs"]
+    assert found["dies"]["result"] == "failed" and "exit code 7" in found["dies"]["reason"]
+    assert found["hangs"]["result"] == "failed" and "did not end" in found["hangs"]["reason"]
+    assert found["passes"]["result"] == "passed"
+
+
+def test_the_parity_matrix_is_large_and_its_names_tell_the_cases_apart():
+    cases = gpu_cases.parity_cases()
+    assert len(cases) >= 400 and len({case.name for case in cases}) == len(cases)
+    assert {case.op for case in cases} == {"focal", "cross_entropy", "smooth_l1", "detection", "boxes"}
+    for word in ("float32", "bfloat16", "float16", "nchw", "channels_last", "padded", "listed", "fovea", "image"):
+        assert any(word in case.name for case in cases), word
+
+
+def test_training_curves_are_held_to_the_spread_of_the_reference():
+    base = [[1.0, 0.5], [0.9, 0.4], [0.8, 0.3]]
+    shifted = lambda by: [[a + by, b + by] for a, b in base]  # noqa: E731
+    reference = [base, base, shifted(1e-5)]
+    facts = gpu_training.compare(shifted(5e-5), reference)
+    assert facts["steps"] == 3 and 0.4 < facts["worst_share_of_tolerance"] < 0.6
+    with pytest.raises(AssertionError, match="part by"):
+        gpu_training.compare(shifted(2e-4), reference)
+    with pytest.raises(AssertionError):
+        gpu_training.compare(shifted(float("nan")), reference)
+
+
+def test_reports_hold_no_folders_and_are_whole(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    text = "Frame in /opt" + "/lib/libx.so:12, forward/backward"
+    gpu_device.write_report(path, {"lines": [text]})
+    assert json.loads(path.read_text()) == {"lines": ["Frame in libx.so:12, forward/backward"]}
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+    assert gpu_device.slug("NVIDIA H200") == "nvidia-h200"
+
+
+# ---------------------------------------------------------------------------------------------- gpu benchmark
+
+
+def run_bench(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
+    code = gpu.main(["--device", "cpu", "--rounds", "1", "--replays", "1", "--output", str(tmp_path), *arguments])
+    path = tmp_path / "dry-run.jsonl"
+    return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("only", ("retinanet batch 2", "cross entropy 81", "smooth L1", "decode", "eager PyTorch"))
+def test_the_benchmarks_rows(only, tmp_path):
+    if only == "eager PyTorch":
+        pytest.importorskip("torchvision")
+    code, rows = run_bench(tmp_path, "--only", only)
+    assert code == 0 and rows
+    for row in rows:
+        assert row["result"] == "measured" and row["median_ms"] > 0 and row["parity"] and row["dry_run"]
+        assert {"device", "torch", "commit", "version", "dtype", "rounds", "timing", "x_copy"} <= set(row)
+    if only.startswith("retinanet"):
+        assert {row["layout"] for row in rows} == set(testing.LAYOUTS)
+        assert all("eager_wall_ms" in row for row in rows if row["path"] == "fused")
+
+
+def test_the_most_important_cases_come_first():
+    first = [job.name for job in gpu.jobs()[:6]]
+    assert all("batch 16" in name for name in first) and len({job.name for job in gpu.jobs()}) == len(gpu.jobs())
+    assert {layout for layout in testing.LAYOUTS if any(layout in name for name in first)} == set(testing.LAYOUTS)
+
+
+def test_a_wrong_path_gets_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_paths, "Oracle", lambda flat: _Disagrees())
+    code, rows = run_bench(tmp_path, "--only", "retinanet batch 1 flat float32")
+    assert code == 1 and [row["result"] for row in rows] == ["wrong"] and "median_ms" not in rows[0]
+
+
+class _Disagrees:
+    def check_losses(self, got, what):
+        raise AssertionError("made wrong")
+
+
+def test_out_of_memory_and_out_of_time(tmp_path, monkeypatch, capsys):
+    def too_large(bench, case):
+        raise torch.OutOfMemoryError("made too large")
+
+    monkeypatch.setattr(gpu_paths, "retinanet_rows", too_large)
+    code, rows = run_bench(tmp_path, "--only", "retinanet batch 1 flat float32")
+    assert code == 0 and [row["result"] for row in rows] == ["out of memory"]
+    code, rows = run_bench(tmp_path / "none", "--budget", "0.0001")
+    assert code == 0 and rows == [] and "not run, out of time" in capsys.readouterr().out
+
+
+def test_a_peer_that_is_absent_or_wrong_has_a_row_without_a_figure():
+    bench = gpu_paths.Bench("cpu", "cpu", True, 1, 1)
+    absent = peers.Peer("absent", "nothing", lambda heads: None, graph=False, package="no_such_package_here")
+    (row,) = gpu_paths.peer_rows(bench, 1, torch.float32, absent)
+    assert row["result"] == "not installed" and "median_ms" not in row
+    wrong = peers.Peer("wrong", "all", lambda h: lambda: [torch.tensor(-1.0)], graph=False, balanced=True)
+    (row,) = gpu_paths.peer_rows(bench, 1, torch.float32, wrong)
+    assert row["result"] == "another loss" and "median_ms" not in row
+
+
+def test_the_static_form_is_the_same_loss():
+    heads = inputs.retinanet_inputs(torch.float32, "flat", 0, small=True, images=3)
+    heads.matched_idxs[:, :9] = 0
+    cls, loc = peers.static_loss(*peers.padded(heads).arguments())
+    want = ik.iou_balanced_detection_loss(*heads.double().arguments(), backend="reference")
+    torch.testing.assert_close(cls.double(), want.classification, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loc.double(), want.localization, rtol=1e-5, atol=0)
+
+
+def test_the_table_is_short():
+    def row(batch, layout, dtype, path):
+        return {
+            "job": "", "case": "retinanet", "batch": batch, "layout": layout, "dtype": dtype, "path": path,
+            "median_ms": 1.0, "eager_wall_ms": 1.0, "result": "measured",
+        }  # fmt: skip
+
+    dtypes = ("float32", "bfloat16", "float16")
+    rows = [row(b, la, d, "fused") for b in (1, 2, 4, 8, 16) for la in testing.LAYOUTS for d in dtypes]
+    rows += [row(16, "flat", d, f"path {i}") for i in range(30) for d in dtypes]
+    rows += [{"job": f"job {i}", "result": "out of memory"} for i in range(40)]
+    lines = gpu.table(rows, ["left out"] * 40)
+    assert len(lines) <= 60 and "not run" in lines[-1] and "batch 16  flat" in lines[1]
+    assert gpu.table([], [])
+
+
+# ---------------------------------------------------------------------------------------------- sanitizers
+
+RAN = "\n".join(f"case {i + 1}: a name" for i in range(64))
+CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}\n========= ERROR SUMMARY: 0 errors\n"
+RACES = CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "result", "errors"),
+    (
+        (CLEAN, 0, "passed", 0),
+        (RACES, 0, "passed", 0),
+        (CLEAN.replace("0 errors", "3 errors"), 99, "failed", 3),
+        (CLEAN.replace("0 errors", "1 error"), 0, "failed", 1),
+        (CLEAN, 1, "failed", 0),  # the cases themselves failed
+        (CLEAN.replace("case 64: a name\n", ""), 0, "partly run", 0),
+        ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", 1, "not run", None),
+        ("Permission denied\n", 1, "not run", None),
+        (RAN, None, "partly run", None),
+        ("", None, "not run", None),
+        (f"{RAN}\n========= Invalid __global__ read of size 4 bytes\n", None, "failed", 1),
+    ),
+)  # fmt: skip
+def test_a_tools_verdict(output, status, result, errors):
+    entry = gpu_sanitize.judge(output, status, 64)
+    assert entry["result"] == result and entry.get("errors") == errors
+    assert result == "passed" or entry["reason"]
+
+
+def test_a_tool_is_stopped_in_time_and_sees_no_caching_allocator():
+    echo = [sys.executable, "-c", "import os; print('case 1: ' + os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'])"]
+    assert gpu_sanitize.run_tool(echo, 1, 20)["cases"] == 1
+    slow = [sys.executable, "-c", "import time; print('case 1: a', flush=True); time.sleep(60)"]
+    entry = gpu_sanitize.run_tool(slow, 2, 1.0)
+    assert entry["result"] == "partly run" and entry["cases"] == 1 and entry["seconds"] < 20
+
+
+def test_the_sanitizers_cases_run(capsys):
+    assert gpu_sanitize.main(["--run-cases", "--device", "cpu", "--cases", "24"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 24
+    assert gpu_sanitize.CASES >= 60 and len(gpu_cases.small_cases(gpu_sanitize.CASES)) == gpu_sanitize.CASES
