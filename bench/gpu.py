@@ -9,6 +9,7 @@ wrong or failed, 2 without a usable GPU. ``--device cpu`` is a dry run of the pr
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         found, well = measure(job, bench)
         if not dry:
             usable = alive()
+            gc.collect()  # of captured graphs and what they hold
             torch.cuda.empty_cache()
         took[job.kind] = max(took.get(job.kind, 0.0), time.monotonic() - start)
         good = good and well and usable

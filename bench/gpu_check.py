@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default 480)")
     parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
+    parser.add_argument("--no-child", action="store_true", help="run the sections in this process, for debugging")
     parser.add_argument("--output", type=Path, help="the report; default bench/results/gpu_check-<device>.json")
     options = parser.parse_args(arguments)
     wanted = options.sections.split(",") if options.sections else names
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(f"{PROGRAM}: {facts['device']}, torch {facts['torch']}, commit {facts['commit']}", flush=True)
     chosen = [section for section in SECTIONS if section.name in wanted]
-    if dry:
+    if options.no_child:
         for section in chosen:
             on_entry(section.name, run_section(section.run, plan)[0])
     else:

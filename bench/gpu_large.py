@@ -93,7 +93,7 @@ def detection(tally: Tally, layout: str, images: int) -> None:
         part.normal_(-4.6, 1.5, generator=generator)
     heads = replace(heads, cls_logits=logits, bbox_deltas=heads.bbox_deltas.to(torch.bfloat16))
     tested = heads.in_layout(layout)
-    del heads, logits
+    del heads, logits, part  # else the flat logits stay beside the maps
     for t in tested.heads():
         t.requires_grad_()
     options = {"eta": 0.0, "lambda_": 0.0, "avg_factor": 1.0}

@@ -57,7 +57,7 @@ QUICK = "device,special functions,parity,edge cases,repeats,graphs,streams,memor
 
 def run_check(tmp_path, *arguments: str) -> tuple[int, dict]:
     path = tmp_path / "report.json"
-    code = gpu_check.main(["--device", "cpu", "--output", str(path), *arguments])
+    code = gpu_check.main(["--device", "cpu", "--no-child", "--output", str(path), *arguments])
     return code, json.loads(path.read_text())
 
 
