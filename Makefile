@@ -71,7 +71,8 @@ cuda-code: build  ## check the GPU machine code against its budget: registers, s
 # What the build took is taken off the program's time.
 ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu_arch.py $@) && \
     TORCH_CUDA_ARCH_LIST="$$arch" IOUBAL_BUILD_CUDA=1 $(MAKE) --no-print-directory build && \
-    left=$$(( $(BUDGET) + began - $$(date +%s) )) && test $$left -gt 0 && budget="--budget $$left" && \
+    left=$$(( $(BUDGET) + began - $$(date +%s) )) && budget="--budget $$left" && \
+    { test $$left -gt 0 || { echo "$@: the build took all of BUDGET=$(BUDGET) seconds; again: it is built now" >&2; exit 1; }; } && \
     $(PY) -m ioubal_kernels.bench
 
 gpu-check: $(READY)  ## everything the CUDA kernels must hold, on this machine's GPU
