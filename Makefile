@@ -69,20 +69,20 @@ cuda-code: build  ## check the GPU machine code against its budget: registers, s
 
 # On a GPU, for the one architecture that is there; without a usable GPU one line and an error, before anything is built.
 # What the build took is taken off the program's time.
-ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu_arch.py $@) && \
+ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu/arch.py $@) && \
     TORCH_CUDA_ARCH_LIST="$$arch" IOUBAL_BUILD_CUDA=1 $(MAKE) --no-print-directory build && \
     left=$$(( $(BUDGET) + began - $$(date +%s) )) && budget="--budget $$left" && \
     { test $$left -gt 0 || { echo "$@: the build took all of BUDGET=$(BUDGET) seconds; again: it is built now" >&2; exit 1; }; } && \
-    $(PY) -m ioubal_kernels.bench
+    $(PY) -m ioubal_kernels.bench.gpu
 
 gpu-check: $(READY)  ## everything the CUDA kernels must hold, on this machine's GPU
-	$(ON_GPU).gpu_check $$budget $(ARGS)
+	$(ON_GPU).check $$budget $(ARGS)
 
 gpu-bench: $(READY)  ## device time of the losses beside a copy, on this machine's GPU; stores the rows
-	$(ON_GPU).gpu $$budget $(ARGS)
+	$(ON_GPU).speed $$budget $(ARGS)
 
 gpu-sanitize: $(READY)  ## compute-sanitizer's four tools over small cases
-	$(ON_GPU).gpu_sanitize $$budget $(ARGS)
+	$(ON_GPU).sanitize $$budget $(ARGS)
 
 clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*

@@ -12,20 +12,17 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import ops, testing
-from ioubal_kernels.bench import (
-    gpu,
-    gpu_arch,
-    gpu_cases,
-    gpu_check,
-    gpu_device,
-    gpu_paths,
-    gpu_sanitize,
-    gpu_sections,
-    gpu_training,
-    inputs,
-    peers,
-    timing,
-)
+from ioubal_kernels.bench import inputs, timing
+from ioubal_kernels.bench.gpu import arch as gpu_arch
+from ioubal_kernels.bench.gpu import cases as gpu_cases
+from ioubal_kernels.bench.gpu import check as gpu_check
+from ioubal_kernels.bench.gpu import device as gpu_device
+from ioubal_kernels.bench.gpu import paths as gpu_paths
+from ioubal_kernels.bench.gpu import peers
+from ioubal_kernels.bench.gpu import sanitize as gpu_sanitize
+from ioubal_kernels.bench.gpu import sections as gpu_sections
+from ioubal_kernels.bench.gpu import speed as gpu
+from ioubal_kernels.bench.gpu import training as gpu_training
 
 pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

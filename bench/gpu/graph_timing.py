@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu_device
+from . import device as gpu_device
 
 Step = Callable[[], list[Tensor]]
 HOLD_CYCLES = 2_000_000  # about a millisecond: the queue fills before the first replay starts

@@ -12,9 +12,9 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
-from .gpu_cases import short
-from .gpu_paths import COPY, Bench, Path, Row, copy_path, race_rows
-from .gpu_timing import Step, capture, sets_beyond_cache, wall_ms
+from .cases import short
+from .graph_timing import Step, capture, sets_beyond_cache, wall_ms
+from .paths import COPY, Bench, Path, Row, copy_path, race_rows
 
 CROSS_ENTROPY = {81: 2_000_000, 1204: 131_072}  # columns: rows
 SMOOTH_L1_ROWS, DECODED = 1 << 22, 16 * 200700

@@ -17,8 +17,8 @@ import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops.library import OVERLOAD, SCHEMAS, op
 
-from .gpu_cases import DTYPES
-from .gpu_sections import Plan, Tally
+from .cases import DTYPES
+from .sections import Plan, Tally
 
 SAMPLES = 10
 Sample = tuple[Any, ...]

@@ -1,7 +1,7 @@
 """Time of the losses on a GPU, beside a copy of the logits: ``make gpu-bench``.
 
-Or ``python -m ioubal_kernels.bench.gpu --help``. Device time is that of replayed CUDA graphs; the eager wall time has a
-column of its own. A path is compared with the float64 oracle before it is timed: a wrong one gets no figure. The most
+Or ``python -m ioubal_kernels.bench.gpu.speed --help``. Device time is that of replayed CUDA graphs; the eager wall time
+has a column of its own. A path is compared with the float64 oracle before it is timed: a wrong one gets no figure. The most
 important cases come first; what the time does not suffice for is listed as not run. Exit status 0, 1 when a path was
 wrong or failed, 2 without a usable GPU. ``--device cpu`` is a dry run of the program itself on the CPU kernels.
 """
@@ -21,10 +21,13 @@ import torch
 
 from ioubal_kernels import backends, testing
 
-from . import gpu_device, gpu_flat, gpu_paths, timing
-from .gpu_cases import short
-from .gpu_paths import Bench, RetinaNet, Row
-from .gpu_sections import alive
+from .. import timing
+from . import device as gpu_device
+from . import flat as gpu_flat
+from . import paths as gpu_paths
+from .cases import short
+from .paths import Bench, RetinaNet, Row
+from .sections import alive
 
 PROGRAM = "gpu-bench"
 WIDE, HALF = (torch.float32, torch.bfloat16), torch.float16

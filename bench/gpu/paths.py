@@ -12,10 +12,10 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
-from . import inputs as bench_inputs
-from . import timing
-from .gpu_cases import short
-from .gpu_timing import Step, capture, clock_of, clocks_under_load, sets_beyond_cache, wall_ms
+from .. import inputs as bench_inputs
+from .. import timing
+from .cases import short
+from .graph_timing import Step, capture, clock_of, clocks_under_load, sets_beyond_cache, wall_ms
 from .peers import PEERS, Peer
 
 COPY = "copy of the logits"

@@ -20,7 +20,7 @@ import torch
 
 from ioubal_kernels import testing
 
-from .gpu_sections import NotRun, Plan, Tally
+from .sections import NotRun, Plan, Tally
 
 NEEDED = ("torchvision", "yaml", "PIL", "rich")  # nothing is evaluated, so no pycocotools
 FACTOR = 10.0

@@ -1,6 +1,6 @@
 """Everything that a GPU has to show of the CUDA kernels, in under nine minutes: ``make gpu-check``.
 
-Or ``python -m ioubal_kernels.bench.gpu_check --help``. Each section has its own result: "passed" only where all that
+Or ``python -m ioubal_kernels.bench.gpu.check --help``. Each section has its own result: "passed" only where all that
 was planned ran and held; "not run" or "partly run" with the reason otherwise. Exit status 0 when nothing failed, 1 when
 something did, 2 without a usable GPU. ``--device cpu`` is a dry run of the program itself on the CPU kernels.
 """
@@ -15,8 +15,15 @@ from typing import Any
 
 from ioubal_kernels import backends
 
-from . import gpu_behaviour, gpu_cases, gpu_device, gpu_edges, gpu_large, gpu_opcheck, gpu_training, timing
-from .gpu_sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan, Section, Tally, run_all, run_section
+from .. import timing
+from . import behaviour as gpu_behaviour
+from . import cases as gpu_cases
+from . import device as gpu_device
+from . import edges as gpu_edges
+from . import large as gpu_large
+from . import opcheck as gpu_opcheck
+from . import training as gpu_training
+from .sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan, Section, Tally, run_all, run_section
 
 PROGRAM = "gpu-check"
 FEWEST_CASES = 400

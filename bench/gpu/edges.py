@@ -15,8 +15,8 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
-from .gpu_cases import DTYPES, Case, Figure, check, detection_case, flat_figures, short
-from .gpu_sections import Plan, Tally
+from .cases import DTYPES, Case, Figure, check, detection_case, flat_figures, short
+from .sections import Plan, Tally
 
 Check = tuple[str, Callable[[], Any]]
 

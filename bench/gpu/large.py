@@ -13,8 +13,8 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
-from . import inputs as bench_inputs
-from .gpu_sections import NotRun, Plan, Tally
+from .. import inputs as bench_inputs
+from .sections import NotRun, Plan, Tally
 
 CHUNK = 1 << 27  # elements of one float64 step of the oracle, which keeps about 15 tensors of them
 SAMPLED = 4096  # rows whose gradient is compared at each place

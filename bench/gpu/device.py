@@ -15,8 +15,8 @@ import torch
 
 from ioubal_kernels import backends
 
-from . import timing
-from .gpu_arch import no_gpu_reason, refusal
+from .. import timing
+from .arch import no_gpu_reason, refusal
 
 SMI_FIELDS = {
     "driver": "driver_version",

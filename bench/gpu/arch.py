@@ -1,4 +1,4 @@
-"""This machine's GPU as TORCH_CUDA_ARCH_LIST names it: ``python bench/gpu_arch.py NAME`` prints "9.0".
+"""This machine's GPU as TORCH_CUDA_ARCH_LIST names it: ``python bench/gpu/arch.py NAME`` prints "9.0".
 
 Runs before the package is built or installed, so it imports torch and nothing else. Without a usable GPU: one line that
 begins with NAME, exit status 2.

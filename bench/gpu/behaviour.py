@@ -15,9 +15,9 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
-from . import inputs as bench_inputs
-from .gpu_cases import Case, Figure, check, short
-from .gpu_sections import NotRun, Plan, Tally
+from .. import inputs as bench_inputs
+from .cases import Case, Figure, check, short
+from .sections import NotRun, Plan, Tally
 
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 4, 1
 MEMORY_EXTRA, MEMORY_IN_PLACE = 1.1, 0.05  # x logits

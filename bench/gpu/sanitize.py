@@ -1,6 +1,6 @@
 """compute-sanitizer's four tools over small cases of every op: ``make gpu-sanitize``.
 
-Or ``python -m ioubal_kernels.bench.gpu_sanitize --help``. Each tool runs this module again with ``--run-cases``: the
+Or ``python -m ioubal_kernels.bench.gpu.sanitize --help``. Each tool runs this module again with ``--run-cases``: the
 cases forward and backward, without the oracle, and labels and matches that point out of bounds. A tool has "passed"
 only if it said so itself, after all the cases ran. Exit status 0 when no tool found anything, 1 when one did, 2 without
 a usable GPU.
@@ -26,8 +26,11 @@ import torch
 
 from ioubal_kernels import testing
 
-from . import gpu_cases, gpu_device, gpu_edges, timing
-from .gpu_sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan
+from .. import timing
+from . import cases as gpu_cases
+from . import device as gpu_device
+from . import edges as gpu_edges
+from .sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan
 
 PROGRAM = "gpu-sanitize"
 CASES = 64
@@ -166,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         gpu_device.write_report(path, {**report, "seconds": round(time.monotonic() - began, 1), "tools": tools})
 
     save()
-    program = [sys.executable, "-m", "ioubal_kernels.bench.gpu_sanitize", "--run-cases", "--cases", str(options.cases)]
+    program = [sys.executable, "-m", "ioubal_kernels.bench.gpu.sanitize", "--run-cases", "--cases", str(options.cases)]
     for i, name in enumerate(wanted):
         if sanitizer is not None:
             left = options.budget - (time.monotonic() - began)

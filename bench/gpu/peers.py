@@ -117,13 +117,13 @@ def padded(heads: testing.DetectionInputs) -> testing.DetectionInputs:
 
 
 def make_eager(heads: testing.DetectionInputs) -> Step:
-    from . import eager
+    from .. import eager
 
     return both_losses(eager.eager_loss, heads)
 
 
 def make_authors(heads: testing.DetectionInputs) -> Step:
-    from . import eager
+    from .. import eager
 
     labels = labels_of(heads)
     iou = torch.full(labels.shape, 0.7, device=labels.device)
@@ -131,7 +131,7 @@ def make_authors(heads: testing.DetectionInputs) -> Step:
 
 
 def make_compiled(heads: testing.DetectionInputs) -> Step:
-    from . import eager
+    from .. import eager
 
     torch._dynamo.reset()
     return both_losses(torch.compile(eager.eager_loss), heads)
