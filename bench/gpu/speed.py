@@ -1,9 +1,10 @@
 """Time of the losses on a GPU, beside a copy of the logits: ``make gpu-bench``.
 
-Or ``python -m ioubal_kernels.bench.gpu.speed --help``. Device time is that of replayed CUDA graphs; the eager wall time
-has a column of its own. A path is compared with the float64 oracle before it is timed: a wrong one gets no figure. The most
-important cases come first; what the time does not suffice for is listed as not run. Exit status 0, 1 when a path was
-wrong or failed, 2 without a usable GPU. ``--device cpu`` is a dry run of the program itself on the CPU kernels.
+Or ``python -m ioubal_kernels.bench.gpu.speed --help``. Device time is that of replayed CUDA graphs; the eager wall
+time has a column of its own. A path is compared with the float64 oracle before it is timed: a wrong one gets no
+figure. The most important cases come first; what the time does not suffice for is listed as not run. Exit status 0, 1
+when a path was wrong or failed, 2 without a usable GPU. ``--device cpu`` is a dry run of the program itself on the
+CPU kernels.
 """
 
 from __future__ import annotations

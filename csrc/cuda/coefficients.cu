@@ -5,7 +5,7 @@
 namespace ioubal::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) coefficients_kernel(const IOUBAL_GRID_CONSTANT CoefficientsTable tb) {
+__global__ void __launch_bounds__(kThreads, 3) coefficients_kernel(const IOUBAL_GRID_CONSTANT CoefficientsTable tb) {
   coefficients_block(tb);
 }
 
