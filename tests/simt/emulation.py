@@ -45,7 +45,7 @@ FLAVOURS = {
     "plain": ("-O1", "-g0"),
     "asan": ("-O1", "-g1", *SANITIZERS),
     "coverage": ("-O0", "-g0", "--coverage", "-fprofile-abs-path"),
-    "mutants": ("-O1", "-g0"),
+    "mutants": ("-O1", "-g0", "-include", "mutant.h"),
 }
 
 
@@ -145,11 +145,16 @@ class Kernels:
         torch.ops.load_library(str(path))
         self._symbols = ctypes.CDLL(str(path))
         self._symbols.simt_seed.argtypes = [ctypes.c_uint]
+        self._symbols.simt_mutant.argtypes = [ctypes.c_int]
         self._symbols.simt_launches.restype = ctypes.c_ulong
 
     def seed(self, seed: int) -> None:
         """Draws the order of blocks, warps and lanes of all later launches."""
         self._symbols.simt_seed(seed)
+
+    def mutant(self, number: int) -> None:
+        """Chooses a wrong version of the kernels; 0: none."""
+        self._symbols.simt_mutant(number)
 
     @property
     def launches(self) -> int:

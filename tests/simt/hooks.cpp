@@ -1,4 +1,5 @@
 // What the tests ask of the emulation inside a library of kernels (emulation.py).
+#include "mutant.h"
 #include "simt.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -8,3 +9,6 @@ EXPORTED void simt_seed(unsigned seed) { simt::seed(seed); }
 
 // Launches so far.
 EXPORTED unsigned long simt_launches() { return simt::launches(); }
+
+// Chooses a mutant, in a library that has them.
+EXPORTED void simt_mutant(int number) { simt::mutant = number; }

@@ -1,0 +1,281 @@
+"""Wrong versions of the CUDA kernels, which the tests must notice.
+
+One library holds them all (mutant schemata): every marked expression becomes ``simt::mutant == k ? new : old``, so that
+one compilation serves, and a process chooses its mutant at run time. A line of the table is
+
+    file, context with the «replaced» text, what replaces it, what is wrong
+
+The context must occur once in the file, whatever its line breaks; replaced text that ends with ";" is a
+statement. A change of the kernels that moves a context is an error here: change the table with it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import emulation
+
+
+class Mutant(NamedTuple):
+    file: str  # of csrc
+    context: str
+    new: str
+    why: str
+
+    @property
+    def old(self) -> str:
+        return re.search("«(.*)»", self.context, re.S)[1]
+
+
+_POSITIVES = (
+    ("if (lane == 0) counts[warp] = total; «__syncthreads();»", ";", "no barrier before the counts are read"),
+    ("at += __popc(collected[i]); } «__syncthreads();»", ";", "no barrier before the list is read"),
+    ("out[slot * kPartials + q] += sum; «__syncthreads();»", ";", "no barrier between two sums in one scratch"),
+    ("while (l + 1 < tb.levels && «tile >= tb.level[l + 1].tile0»", "tile > tb.level[l + 1].tile0", "level off by one"),
+    ("«place.position < positions»;", "true", "rows past the end of a level"),
+    ("«unit < units» && place.position", "unit <= units", "a unit past the end"),
+    ("at += «i < warp ? counts[i] : 0»;", "i <= warp ? counts[i] : 0", "list places off by a warp"),
+    ("list[at + «__popc(collected[i] & ((1u << lane) - 1))»]", "lane", "list places by lane, with holes"),
+    ("__ballot_sync(~0u, «collect || value != kBackground»)", "collect", "ignored rows look like plain background"),
+    (
+        "for (u32 first = 0; «first < count»; first += kThreads)",
+        "first == 0 && count > 0",
+        "positives past 256 dropped",
+    ),
+    ("terms.slot == slot || («terms.slot < 0 && slot == 0»)", "false", "bad rows are not counted"),
+    ("«(image * groups + place.a) * level.words»", "(image + place.a) * level.words", "planes' bits in wrong words"),
+    ("place.position = unit / groups * kWarp + «entry % kWarp»;", "(entry + 1) % kWarp", "neighbours' places swapped"),
+    ("image * tb.anchors_per_image + «level.first_anchor» +", "0", "every level's anchors are the first's"),
+    ("tb.partial + static_cast<int64_t>(tile) * «tb.slots * kPartials»", "kPartials", "sums of tiles over each other"),
+)
+_COEFFICIENTS = (
+    (
+        "if (lane == 0) tb.segment_sums[i * kPartials + q] = sum; } } «__syncthreads();»",
+        ";",
+        "sums read before written",
+    ),
+    ("sums.data[i] = sum; } «__syncthreads();»", ";", "the normalisers before their sums"),
+    ("cls_loss = block_sum(cls_loss, scratch); «__syncthreads();»", ";", "two sums in one scratch"),
+    ("atomicAdd(tb.ticket, 1u) == gridDim.x - 1; } «__syncthreads();»", ";", "who is last read before it is known"),
+    ("«*tb.ticket = 0;»", ";", "the ticket is not reset"),
+    ("atomicAdd(tb.ticket, 1u) == «gridDim.x - 1»", "gridDim.x / 2", "a block in the middle adds up"),
+    ("tb.segment(s).scope == «row - 1»", "row", "the next scope's sums"),
+    ("for (u32 j = lane; «j < segment.count»; j += kWarp)", "j + 1 < segment.count", "the last tile dropped"),
+    ("tile0[level] + «image * tiles[level]»", "image", "tiles of other images"),
+    ("sums.cls_normalizer(i, «tb.eps»)", "0.0", "eps dropped"),
+    ("tb.loc_norm[i] = static_cast<float>(«tb.normalize_loc»", "!tb.normalize_loc", "Eq. 6 for 7"),
+    (
+        "tb.negative[i] = static_cast<float>(«tb.focal.negative_factor()»",
+        "tb.focal.positive_factor()",
+        "alpha for 1 - alpha",
+    ),
+    ("const double loc = tb.w_loc / tb.divisor(«tb.loc_divisor»", "tb.cls_divisor", "the other loss's divisor"),
+    ("bad ? NAN : «tb.rows_count_all» ?", "false", "softmax positives counted twice"),
+    ("const bool bad = «sums.shared(Sums::kBad) != 0»", "false", "bad labels do not poison"),
+    ("«count > 0» ? static_cast<float>", "true", "0 / 0 as mean IoU"),
+    ("column == Sums::kClsPlain ? «kPartClsPlain»", "kPartClsWeighted", "S is D"),
+    ("static_cast<float>(sum + «*tb.positives_loss»)", "0.f", "the positives' loss is lost"),
+)
+_FOCAL = (
+    ("(«value != kBackground && value != kIgnore») || scope", "value != kBackground", "ignored rows as positives"),
+    ("value < kIgnore || «value >= classes» ||", "false", "a label past the classes as an index"),
+    ("weight[row] = static_cast<float>(balance * «sample»)", "1.0", "the positives' row weight"),
+    ("«out.slot = scope_id;»", ";", "every positive in the first scope"),
+)
+_DEVICE = (
+    ("scratch[threadIdx.x / kWarp] = value; «__syncthreads();»", ";", "warps' sums read before written"),
+    ("«i < kThreads / kWarp»; ++i) total += scratch[i]", "i + 1 < kThreads / kWarp", "the last warp's sum dropped"),
+    ("__umulhi(2 * n, multiplier) >> «shift»", "(shift ? shift - 1 : 0)", "division by half"),
+    ("tensor[«per_image ? image : 0»]", "0", "one divisor for all images"),
+    ("words[j / 2] & 0xffff0000u : «words[j / 2] << 16»", "words[j / 2]", "bfloat16 with its neighbour's bits"),
+)
+_TABLES = (
+    ("«label >= 0 && label < classes» ? label", "label >= 0", "a class beyond the last as an index"),
+    ("return «value == kIgnore» ? kIgnore", "false", "ignored rows count as background"),
+    ("«value < truth.count(image)» ? truth.label", "value <= truth.count(image)", "one box too many"),
+    ("«id >= 0 && id < count» ? id : -1", "id >= 0", "a scope out of range as an index"),
+    ("level * level_step + «image * image_step»", "0", "one scope for all images"),
+    ("4 * («own ? anchor : anchor - image * per_image»)", "anchor - image * per_image", "the first image's anchors"),
+    ("location / width * row + «location % width * column»", "location % width * row", "a column for a row"),
+    ("const int64_t first = 4 * («padded ? image * counts[0] + i : i»)", "i", "the first image's boxes"),
+)
+_DETECTION = (
+    ("«is_degenerate(anchor) || is_degenerate(gt)»", "is_degenerate(anchor)", "gt boxes without area"),
+    ("iou_power(iou, «focal.eta»)", "loc.lambda", "lambda for eta"),
+    ("loc_weight[place.anchor] = «degenerate» ?", "false", "0^0 of degenerate boxes"),
+    (
+        "«(a * classes + label) * level.locations + location»",
+        "(label * level.anchors + a) * level.locations + location",
+        "channel order k, a",
+    ),
+    ("«label < 0» || label >= classes", "false", "padding boxes as positives"),
+)
+_DENSE = (
+    (
+        "value = «positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss)»;",
+        "-positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss)",
+        "the sign of a positive's gradient",
+    ),
+    ("ignored || positive ? kOff : «logit»", "logit + 1.f", "the one-by-one path's logit"),
+    ("«ignored || positive» ? kOff", "positive", "ignored entries count"),
+    ("if («positive») { const float weight", "false", "positives keep a negative's place"),
+    (
+        "tb.coefficients.positive[run.image] * «tb.coefficients.cls_norm[scope]»",
+        "tb.coefficients.cls_norm[0]",
+        "the first scope's normaliser",
+    ),
+    ("«sum = fmaf(loss, w, sum);»", "sum += loss;", "row weights ignored"),
+    (
+        "label == static_cast<int64_t>(«e - row * tb.classes.divisor»)",
+        "e - row * tb.classes.divisor + 1",
+        "the class before the label",
+    ),
+    ("(«2u << (last - first)») - 1", "1u << (last - first)", "the last row of a vector unseen"),
+    ("__funnelshift_r(low, «high», first % 32)", "low", "rows in the next word unseen"),
+    (
+        "if («e0 + (kVectorsInFlight - 1) * kStep + kCount <= size») {",
+        "e0 + (kVectorsInFlight - 1) * kStep + kCount <= size + 1",
+        "a vector past the end",
+    ),
+    ("e < e1 + kCount && «e < size»; ++e)", "e + 1 < size", "the last entry missed"),
+    ("«tile == 0» && threadIdx.x < head", "false", "no head before the first multiple of 16"),
+    ("«first_class + tb.class_chunk < classes» ? first_class", "true", "the last chunk past the classes"),
+    ("if («y == kIgnore») ignored |= 1u << j;", "false", "ignored locations of planes"),
+    ("y >= first_class && «y < next») next", "true", "not the first positive of a column"),
+    ("«k + u >= next» ||", "k + u == next", "a second positive of a group of classes missed"),
+    ("«next - k >= kVectorsInFlight») {", "next - k > kVectorsInFlight - 2", "a positive at a group's end missed"),
+    ("if (y > k && «y < next») next", "false", "a column's second positive missed"),
+    ("for (; «k < last_class»; ++k, x += locations", "k + 1 < last_class", "the chunk's last class missed"),
+    ("level.words + «at / 32»] >> at % 32", "0", "the bits of the first locations"),
+    ("run.scale.inverse * «run.scale.inverse * sum»", "sum", "half unfolded"),
+    ("«sum < 1e35f»;", "true", "NaN derivatives of infinite logits kept"),
+    ("«image * level.image_stride», level, image, make_scale", "0", "every image writes the first's gradient"),
+)
+_MATH = (
+    ("«kFold && scale.usual») {", "kFold", "folding a scale of 0"),
+    ("return -negative_entry<kGamma, false, true>(«-x», scale", "x", "a positive with a negative's probability"),
+    ("const float capped = kSafe ? «fminf(softplus, 1e30f)»", "softplus", "0 * inf at infinite logits"),
+    ("modulator = «gamma == 0.f» ? 1.f", "false", "0 * inf for gamma = 0"),
+    ("fmaf(fmaf(-2.f, p, 2.f * s.root), softplus, «p»)", "2.f * p", "a term of the folded derivative"),
+    ("loss = fmaf(kSafe ? «p2 * squared» : p2", "p2", "losses of two paths in different units"),
+    ("const float one_minus_p = «x >= 0.f ? e * r : r»", "r", "1 - p of large logits"),
+)
+_FILL = (
+    ("«if (weight == 0.f) return out;»", ";", "a positive without area gets a gradient"),
+    ("c.location[image] * «c.loc_norm[scope]» * weight", "1.f", "the localisation normaliser"),
+    ("const u32 row = (chunk * kLocRepeat + «k») * kThreads", "0", "rows written four times, others never"),
+    ("if («location >= level.locations») break;", "location > level.locations", "a location past the end"),
+    ("if («labels.get(image, anchor) >= 0») {", "labels.get(image, anchor) > 0", "positives of class 0"),
+    ("deltas ? 0 : «tb.deltas.tiles», last", "0", "deltas that need nothing written again"),
+    ("tb.deltas.tiles > 0 && «!tb.deltas.filled()»", "tb.deltas.filled()", "the predicate inverted"),
+    ("logits = «!tb.dense.filled()»", "true", "a pass for nothing"),
+    ("level.place.offset(image, location, level.width, «a»); #pragma", "0", "the first anchor's deltas"),
+    ("out.set(at + j * «level.out_place.coordinate»", "1", "strided coordinates"),
+)
+_SOFTMAX = (
+    ("lane + i * kWarp < «columns») f(", "columns - 1", "the last column of a row"),
+    ("k == target ? «-row.others»", "row.others", "the sign of the target's gradient"),
+    ("k == target ? 0.f : exponential(x_k); }); others = «warp_sum(total)»", "total", "a lane's share of the sum"),
+    ("positive = !bad && label >= 0 && «label != tb.background»", "true", "background rows as positives"),
+    ("if («bad») terms.part[kPartBad] = 1;", "false", "bad labels do not poison"),
+    ("logits + (row0 + «owner») * tb.columns", "0", "the warp's first row for all"),
+    ("store_one(out + k, «0.f»); } if (label", "1.f", "ignored rows' gradient"),
+    (
+        "block_sum(«lane == 0 ? sum * tb.coefficients.negative[0] : 0.0», scratch)",
+        "sum * tb.coefficients.negative[0]",
+        "a row counted by 32 lanes",
+    ),
+    ("return «at_target > 0.5f» ? log1pf", "at_target > 2.f", "the cancelling form for confident rows"),
+    ("k = lane; k < «columns»; k += kWarp) f(", "columns - 1", "the last column of a wide row"),
+)
+_SMOOTH_L1 = (
+    ("weight.get(weight_columns == 2 ? «4 * r + j» : r, 1.0)", "r", "one weight for four coordinates"),
+    ("if («lambda != 0») row.balance", "false", "no IoU weight"),
+    ("tb.w_loc * tb.grad_rows[«r»]", "0", "the first row's grad_output"),
+    ("const double w = «scope < 0» ? NAN", "false", "a bad scope as an index"),
+)
+_BOXES = (
+    ("r < «tb.rows»; r +=", "tb.rows - 1", "the last box"),
+    ("decode_box_backward(«a», b, BoxTable", "b", "gradient and deltas swapped"),
+)
+_RESCALE = (
+    ("if («first < tb.head») store_one", "false", "the head keeps its scale"),
+    ("if («rest + first < tb.count») store_one", "false", "the tail keeps its scale"),
+    ("if («factor == 1.0») return;", "false", "a pass for nothing"),
+)
+_PLANS = (
+    ("level.locations % v == 0 && «address(level.x) % (v * size) == 0»", "true", "vectors of misaligned planes"),
+    ("«x % 16 == out % 16»", "true", "vectors of a misaligned gradient"),
+    ("«x % 16 == 0 && out % 16 == 0 && level.image_stride * size % 16 == 0»", "true", "spanning rows as aligned ones"),
+    ("tb.tiles += level.tiles * «images»;", "1", "tiles of the first image only"),
+)
+_LAUNCHERS = (
+    ("return «loc.lambda != focal.eta || focal.eta == 0»", "loc.lambda != focal.eta", "0^0 of degenerate boxes"),
+    (
+        "finish.tiles = «static_cast<u32>(tb.dense.partial - finish.partial) + tb.dense.tiles»",
+        "tb.dense.tiles",
+        "the loss of one of two launches",
+    ),
+    ("«if (!last) tb.finish.loss = nullptr;»", ";", "a loss finished by the first of two launches"),
+    ("«tb.deltas.tiles = 0;»  // once", ";", "deltas written by both launches"),
+    (
+        "place.coordinate == 1 && «(place.image | place.anchor | place.row | place.column) % 4 == 0»",
+        "true",
+        "vectors of misaligned deltas",
+    ),
+)
+_FILES = {
+    "cuda/focal.cuh": _FOCAL,
+    "cuda/focal_fill.cu": _PLANS,
+    "cuda/detection.cu": _LAUNCHERS,
+    "cuda/positives.cuh": _POSITIVES,
+    "cuda/coefficients.cuh": _COEFFICIENTS,
+    "cuda/device.cuh": _DEVICE,
+    "cuda/tables.cuh": _TABLES,
+    "cuda/detection.cuh": _DETECTION,
+    "cuda/focal_dense.cuh": _DENSE,
+    "cuda/focal_math.cuh": _MATH,
+    "cuda/focal_fill.cuh": _FILL,
+    "cuda/cross_entropy.cuh": _SOFTMAX,
+    "cuda/smooth_l1.cuh": _SMOOTH_L1,
+    "cuda/boxes.cuh": _BOXES,
+    "cuda/rescale.cuh": _RESCALE,
+}
+TABLE = [Mutant(file, *line) for file, lines in _FILES.items() for line in lines]
+
+
+def _place(text: str, mutant: Mutant) -> tuple[int, int]:
+    """Where the replaced text lies."""
+    before, old, after = re.split("[«»]", mutant.context)
+    parts = (r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in (before, old, after))
+    found = list(re.finditer("{}({}){}".format(*parts), text))
+    if len(found) != 1:
+        raise ValueError(f"{mutant.file}: {len(found)} places for the mutant {mutant.context!r} ({mutant.why})")
+    return found[0].span(1)
+
+
+def _schema(old: str, number: int, new: str) -> str:
+    chosen = f"simt::mutant == {number}"
+    if old.endswith(";"):
+        return f"{{ if ({chosen}) {{ {new} }} else {{ {old} }} }}"
+    return f"({chosen} ? ({new}) : ({old}))"
+
+
+def write_sources(target: Path) -> None:
+    """A copy of csrc with all mutants in it, each behind its number in TABLE, from 1."""
+    for folder in emulation.FOLDERS:
+        shutil.copytree(emulation.CSRC / folder, target / folder)
+    for file in _FILES:
+        text = (emulation.CSRC / file).read_text(encoding="utf-8")
+        places = [(*_place(text, m), number, m) for number, m in enumerate(TABLE, 1) if m.file == file]
+        places.sort(reverse=True)
+        end_of_last = len(text)
+        for first, last, number, mutant in places:
+            if last > end_of_last:
+                raise ValueError(f"{file}: two mutants overlap, one is {mutant.context!r}")
+            text = text[:first] + _schema(text[first:last], number, mutant.new) + text[last:]
+            end_of_last = first
+        (target / file).write_text(text, encoding="utf-8")
