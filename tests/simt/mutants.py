@@ -32,11 +32,10 @@ class Mutant(NamedTuple):
 
 _POSITIVES = (
     ("if (lane == 0) counts[warp] = total; «__syncthreads();»", ";", "no barrier before the counts are read"),
-    ("at += __popc(collected[i]); } «__syncthreads();»", ";", "no barrier before the list is read"),
     ("out[slot * kPartials + q] += sum; «__syncthreads();»", ";", "no barrier between two sums in one scratch"),
     ("while (l + 1 < tb.levels && «tile >= tb.level[l + 1].tile0»", "tile > tb.level[l + 1].tile0", "level off by one"),
     ("«place.position < positions»;", "true", "rows past the end of a level"),
-    ("«unit < units» && place.position", "unit <= units", "a unit past the end"),
+    ("tb.special && lane == 0 && «unit < units») {", "unit <= units", "a word of bits past the end"),
     ("at += «i < warp ? counts[i] : 0»;", "i <= warp ? counts[i] : 0", "list places off by a warp"),
     ("list[at + «__popc(collected[i] & ((1u << lane) - 1))»]", "lane", "list places by lane, with holes"),
     ("__ballot_sync(~0u, «collect || value != kBackground»)", "collect", "ignored rows look like plain background"),
@@ -180,7 +179,6 @@ _SOFTMAX = (
     ("k == target ? «-row.others»", "row.others", "the sign of the target's gradient"),
     ("k == target ? 0.f : exponential(x_k); }); others = «warp_sum(total)»", "total", "a lane's share of the sum"),
     ("positive = !bad && label >= 0 && «label != tb.background»", "true", "background rows as positives"),
-    ("if («bad») terms.part[kPartBad] = 1;", "false", "bad labels do not poison"),
     ("logits + (row0 + «owner») * tb.columns", "0", "the warp's first row for all"),
     ("store_one(out + k, «0.f»); } if (label", "1.f", "ignored rows' gradient"),
     (
@@ -204,7 +202,6 @@ _BOXES = (
 _RESCALE = (
     ("if («first < tb.head») store_one", "false", "the head keeps its scale"),
     ("if («rest + first < tb.count») store_one", "false", "the tail keeps its scale"),
-    ("if («factor == 1.0») return;", "false", "a pass for nothing"),
 )
 _PLANS = (
     ("level.locations % v == 0 && «address(level.x) % (v * size) == 0»", "true", "vectors of misaligned planes"),
@@ -220,12 +217,6 @@ _LAUNCHERS = (
         "the loss of one of two launches",
     ),
     ("«if (!last) tb.finish.loss = nullptr;»", ";", "a loss finished by the first of two launches"),
-    ("«tb.deltas.tiles = 0;»  // once", ";", "deltas written by both launches"),
-    (
-        "place.coordinate == 1 && «(place.image | place.anchor | place.row | place.column) % 4 == 0»",
-        "true",
-        "vectors of misaligned deltas",
-    ),
 )
 _FILES = {
     "cuda/focal.cuh": _FOCAL,

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import cases
+import edges
 import emulation
 import torch
 
@@ -53,6 +54,10 @@ def rows_problems() -> Iterator[Problem]:
     for rows, classes, offset in itertools.product((1, 40, 700), (1, 3, 7, 21, 91), (0, 1, 3, 6)):
         seed, rows = next(seeds), min(rows, 20_000 // classes)
         yield "spanning rows", partial(focal_rows, seed, rows, classes, DTYPES[seed % 3], offset, inplace=offset > 0)
+    # Whole vectors, but not aligned. A factor of 0.5 rounds nothing again.
+    for classes, offset, factor in itertools.product((8, 16, 5), (1, 2, 3), (1.0, 0.5)):
+        options = {"inplace": True, "grad_output": torch.tensor(factor)}
+        yield "spanning rows", partial(focal_rows, next(seeds), 300, classes, DTYPES[offset % 3], offset, **options)
     for rows, classes, offset in itertools.product((1, 33, 260), (1, 4, 8, 21), (1, 2, 5)):
         for options in ({}, {"reduction": "none"}):
             seed = next(seeds)
@@ -141,6 +146,9 @@ def detection_problems() -> Iterator[Problem]:
             "factors": next(factors),
             "padded": seed % 4 == 1,
         }
+        options |= {"eps": 0.3 if seed % 3 == 1 else 0.0, "w_loc": 1.5, "cls_weight": 0.7}
+        if seed % 5 == 3:
+            options["avg_factor"] = (torch.tensor(3.0), torch.arange(2.0, 3 + seed % 3))
         options |= {"cut": layout == "flat" and scope == "level", "shared_anchors": seed % 5 != 2}
         options |= {"images": 1 + seed % 3, "classes": classes, "per_location": per_location, "levels": levels}
         family = "planes" if layout == "nchw" else "detection rows"
@@ -197,86 +205,11 @@ def boxes_problems() -> Iterator[Problem]:
         yield "boxes", partial(boxes, seed, rows, dtype, coder)
 
 
-# ---------------------------------------------------------------------------------------------- what poisons
-
-
-def poisoned(seed, layout):
-    """An index, a class or a scope that is none: NaN as loss, no access out of bounds. Ignored anchors: never felt."""
-    inputs = testing.detection_inputs(seed=seed, images=2, classes=4, per_location=2, levels=((5, 4),), layout=layout)
-    inputs.matched_idxs[1, int((inputs.matched_idxs[1] == -1).nonzero()[0])] = len(inputs.gt_boxes[1])
-    rows = testing.classification_inputs(seed=seed, rows=300, classes=4, softmax=True)
-    rows.labels[200], rows.scope_ids[100] = 4, 3
-    wrong = rows.labels.clone(), {"scope_ids": rows.scope_ids, "num_scopes": 3}
-    for change in ("index", "class"):
-        if change == "class":
-            inputs.matched_idxs.clamp_(max=0)
-            inputs.gt_labels[1][0] = 4
-            inputs.matched_idxs[1, 0] = 0
-        out = ik.iou_balanced_detection_loss(*cases.ends_exactly(inputs).arguments(), backend="cpu")
-        assert out.classification.isnan() and out.localization.isnan(), f"{change}, {layout}"
-    for labels, scopes in ((wrong[0], {}), (rows.labels.clamp(0, 3), wrong[1])):
-        for loss in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
-            logits = cases.placed(rows.logits).requires_grad_()
-            value = loss(logits, labels, rows.iou, **scopes, backend="cpu")
-            value.backward()
-            assert value.isnan() and bool(logits.grad.isfinite().all()), f"{loss.__name__}, {layout}"
-    pred, target = testing.delta_inputs(seed=seed, rows=300)
-    assert ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], backend="cpu").isnan()
-    each = ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], reduction="none", normalize=True, backend="cpu")
-    assert each[100].isnan() and int(each.isnan().sum()) == 1
-
-
-def ignored(seed, layout, dtype):
-    flat = testing.detection_inputs(
-        seed=seed, classes=5, per_location=3, levels=((8, 6), (3, 5)), ignored_share=0.4, dtype=dtype
-    )
-    flat.cls_logits[flat.matched_idxs == testing.IGNORE] = float("nan")
-    flat.bbox_deltas[flat.matched_idxs < 0] = float("inf")
-    flat.anchors[3, 2:] = flat.anchors[3, :2]  # without area
-    flat.matched_idxs[0, 3], flat.gt_boxes[1][0, 2:] = 0, flat.gt_boxes[1][0, :2]
-    for exponents in ((1.5, 1.5), (0.0, 0.0)):
-        cases.check_detection(
-            flat.in_layout(layout), eta=exponents[0], lambda_=exponents[1], avg_factor=torch.tensor([3.0, 5.0])
-        )
-
-
-def extreme(layout, dtype, gamma):
-    """Infinite logits, in place with another grad_output, and a scale of 0."""
-    x = testing.extreme_logits(dtype)
-    flat = testing.detection_inputs(seed=6, images=1, classes=4, levels=((len(x) // 4, 4),), dtype=dtype)
-    count = flat.cls_logits.numel()
-    flat.cls_logits.copy_(x.repeat(count // len(x) + 1)[:count].view_as(flat.cls_logits))
-    cases.check_detection(flat.in_layout(layout), gamma=gamma)
-    for factors in ((0.0, 0.0), (2.0, 1.0)):
-        inputs = testing.detection_inputs(
-            seed=7, images=2, classes=7, per_location=1, levels=((2, 5), (1, 1)), dtype=dtype
-        )
-        cases.check_detection(inputs.in_layout(layout), factors, gamma=gamma, inplace=factors[0] > 0)
-
-
-def mixed(seed):
-    """Heads of both layouts: two launches, one loss."""
-    inputs = testing.detection_inputs(seed=seed, images=3, classes=6, levels=((4, 5), (3, 4), (1, 1)), layout="nchw")
-    inputs.cls_logits[seed % 2] = inputs.cls_logits[seed % 2].contiguous(memory_format=torch.channels_last)
-    cases.check_detection(inputs, normalizer_scope="image")
-
-
-def poison_problems() -> Iterator[Problem]:
-    for seed, layout in enumerate(testing.LAYOUTS):
-        yield "poison", partial(poisoned, seed, layout)
-    for seed, (layout, dtype) in enumerate(itertools.product(testing.LAYOUTS, (F32, BF16))):
-        yield "ignored", partial(ignored, seed, layout, dtype)
-        for gamma in (2.0, 1.5):
-            yield "extreme", partial(extreme, layout, dtype, gamma)
-    for seed in range(4):
-        yield "mixed", partial(mixed, seed)
-
-
 # ---------------------------------------------------------------------------------------------- the program
 
 
 def problems(reduced: bool = False) -> Iterator[Problem]:
-    """All of them; reduced: every seventh of each family, the first of small ones."""
+    """All of them; reduced: every seventh of each family, and the edges."""
     seen: dict[str, int] = collections.Counter()
     for make in (
         rows_problems,
@@ -284,11 +217,11 @@ def problems(reduced: bool = False) -> Iterator[Problem]:
         smooth_l1_problems,
         detection_problems,
         boxes_problems,
-        poison_problems,
+        edges.problems,
     ):
         for family, problem in make():
             seen[family] += 1
-            if not reduced or seen[family] % 7 == 1:
+            if not reduced or seen[family] % 7 == 1 or make is edges.problems:
                 yield family, problem
 
 

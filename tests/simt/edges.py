@@ -1,0 +1,176 @@
+"""Problems for the emulated kernels at the edges: what poisons, what must not be felt, what must not be touched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import cases
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels import testing
+from ioubal_kernels.ops import detection, flat
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def poisoned(seed, layout):
+    """An index, a class or a scope that is none: NaN as loss, no access out of bounds. Ignored anchors: never felt."""
+    inputs = testing.detection_inputs(seed=seed, images=2, classes=4, per_location=2, levels=((5, 4),), layout=layout)
+    inputs.matched_idxs[1, int((inputs.matched_idxs[1] == -1).nonzero()[0])] = len(inputs.gt_boxes[1])
+    rows = testing.classification_inputs(seed=seed, rows=300, classes=4, softmax=True)
+    rows.labels[200], rows.scope_ids[100] = 4, 3
+    wrong = rows.labels.clone(), {"scope_ids": rows.scope_ids, "num_scopes": 3}
+    for change in ("index", "class"):
+        if change == "class":
+            inputs.matched_idxs.clamp_(max=0)
+            inputs.gt_labels[1][0] = 4
+            inputs.matched_idxs[1, 0] = 0
+        used = cases.ends_exactly(inputs).requiring_grad()
+        if change == "index":  # what lies behind the labels is a class
+            used.gt_labels = [torch.cat((t, torch.zeros(1, dtype=t.dtype)))[:-1] for t in used.gt_labels]
+        out = ik.iou_balanced_detection_loss(*used.arguments(), backend="cpu")
+        (2 * out.classification + out.localization).backward()
+        assert out.classification.isnan() and out.localization.isnan(), f"{change}, {layout}"
+        assert all(bool(t.grad.isfinite().all()) for t in used.heads()), f"{change}, {layout}"
+    for labels, scopes in ((wrong[0], {}), (rows.labels.clamp(0, 3), wrong[1])):
+        for loss in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
+            logits = cases.placed(rows.logits).requires_grad_()
+            value = loss(logits, labels, rows.iou, **scopes, backend="cpu")
+            value.backward()
+            assert value.isnan() and bool(logits.grad.isfinite().all()), f"{loss.__name__}, {layout}"
+    pred, target = testing.delta_inputs(seed=seed, rows=300)
+    assert ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], backend="cpu").isnan()
+    each = ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], reduction="none", normalize=True, backend="cpu")
+    assert each[100].isnan() and int(each.isnan().sum()) == 1
+
+
+def ignored(seed, layout, dtype):
+    flat = testing.detection_inputs(
+        seed=seed, classes=5, per_location=3, levels=((8, 6), (3, 5)), ignored_share=0.4, dtype=dtype
+    )
+    flat.cls_logits[flat.matched_idxs == testing.IGNORE] = float("nan")
+    flat.bbox_deltas[flat.matched_idxs < 0] = float("inf")
+    flat.anchors[3, 2:] = flat.anchors[3, :2]  # without area
+    flat.matched_idxs[0, 3], flat.gt_boxes[1][0, 2:] = 0, flat.gt_boxes[1][0, :2]
+    for exponents in ((1.5, 1.5), (0.0, 0.0)):
+        cases.check_detection(
+            flat.in_layout(layout), eta=exponents[0], lambda_=exponents[1], avg_factor=torch.tensor([3.0, 5.0])
+        )
+
+
+def extreme(layout, dtype, gamma):
+    """Infinite logits, in place with another grad_output, and a scale of 0."""
+    x = testing.extreme_logits(dtype)
+    flat = testing.detection_inputs(seed=6, images=1, classes=4, levels=((len(x) // 4, 4),), dtype=dtype)
+    count = flat.cls_logits.numel()
+    flat.cls_logits.copy_(x.repeat(count // len(x) + 1)[:count].view_as(flat.cls_logits))
+    cases.check_detection(flat.in_layout(layout), gamma=gamma)
+    for factors in ((0.0, 0.0), (2.0, 1.0)):
+        inputs = testing.detection_inputs(
+            seed=7, images=2, classes=7, per_location=1, levels=((2, 5), (1, 1)), dtype=dtype
+        )
+        cases.check_detection(inputs.in_layout(layout), factors, gamma=gamma, inplace=factors[0] > 0)
+
+
+def mixed(seed):
+    """Heads of both layouts: two launches, one loss."""
+    inputs = testing.detection_inputs(seed=seed, images=3, classes=6, levels=((4, 5), (3, 4), (1, 1)), layout="nchw")
+    inputs.cls_logits[seed % 2] = inputs.cls_logits[seed % 2].contiguous(memory_format=torch.channels_last)
+    cases.check_detection(inputs, normalizer_scope="image")
+
+
+def misaligned_planes(offset, dtype):
+    inputs = testing.detection_inputs(seed=offset, classes=5, levels=((4, 8), (2, 8)), layout="nchw", dtype=dtype)
+    cases.check_detection(cases.map_heads(inputs, partial(cases.placed, offset=offset)))
+
+
+def scopes_over_tiles(dtype):
+    """Several scopes and several tiles of the positives."""
+    inputs = testing.classification_inputs(seed=1, rows=2500, classes=8, dtype=dtype)
+    scopes = {"scope_ids": inputs.scope_ids, "num_scopes": 3, "eps": 0.3}
+    cases.check_focal(inputs.logits, inputs, **scopes)
+    cases.check_focal(inputs.logits, inputs, alpha=1.0)  # negatives count nothing: a scale of 0 in the forward
+
+
+def one_short_of_a_tile(rows, classes):
+    """Entries that end one before a vector does; what lies behind them would change the loss."""
+    inputs = testing.classification_inputs(seed=2, rows=rows, classes=classes)
+    store = torch.full((rows + 1, classes), 5.0)
+    store[:rows] = inputs.logits
+    cases.check_focal(store[:rows], inputs)
+
+
+def many_segments(seed):
+    """More sums than a warp has lanes: five levels of nine images."""
+    levels = ((2, 3), (2, 2), (1, 2), (1, 1), (3, 2))
+    inputs = testing.detection_inputs(seed=seed, images=9, classes=3, per_location=1, levels=levels, positive_share=0.5)
+    options = {"anchors_per_level": inputs.level_sizes, "normalizer_scope": "level"}
+    cases.check_detection(inputs, normalize_loc=True, **options)
+
+
+def extreme_rows(gamma, offset):
+    x = testing.extreme_logits(F32).reshape(-1, 1)
+    for label in (0, -1):
+        inputs = testing.classification_inputs(rows=len(x), classes=1)
+        inputs.labels, inputs.iou = torch.full((len(x),), label), torch.linspace(0, 1, len(x))
+        cases.check_focal(cases.placed(x, offset), inputs, gamma=gamma)
+
+
+def untouched(layout):
+    """Buffers that were filled for this grad_output are left as they are, whatever they hold; else written."""
+    take = detection.take_buffers
+
+    def sevens(ctx, inputs, name="buffers"):
+        return [torch.full_like(x, 7.0) for x in inputs], True
+
+    rows = testing.classification_inputs(seed=3, rows=90, classes=5, softmax=True)
+    pred, target = testing.delta_inputs(seed=3, rows=90)
+    try:
+        detection.take_buffers = flat.take_buffers = sevens
+        for factors in ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0)):
+            inputs = testing.detection_inputs(seed=4, classes=5, layout=layout).requiring_grad()
+            out = ik.iou_balanced_detection_loss(*inputs.arguments(), backend="cpu")
+            (factors[0] * out.classification + factors[1] * out.localization).backward()
+            heads = inputs.heads()
+            for i, head in enumerate(heads):
+                kept = factors[i >= len(heads) // 2] == 1.0
+                assert bool((head.grad == 7.0).all()) == kept, f"{layout}, factors {factors}, head {i}"
+        for function, x, rest in (
+            (ik.iou_balanced_sigmoid_focal_loss, rows.logits, (rows.labels, rows.iou)),
+            (ik.iou_balanced_cross_entropy, rows.logits, (rows.labels, rows.iou)),
+            (ik.iou_balanced_smooth_l1_loss, pred, (target,)),
+        ):
+            for factor in (1.0, 2.0):
+                leaf = x.clone().requires_grad_()
+                (factor * function(leaf, *rest, backend="cpu")).backward()
+                assert bool((leaf.grad == 7.0).all()) == (factor == 1.0), function.__name__
+    finally:
+        detection.take_buffers = flat.take_buffers = take
+
+
+def problems() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(family, what runs one problem); as in sweep.py."""
+    for offset, dtype in itertools.product((1, 2), (F32, BF16)):
+        yield "edges", partial(misaligned_planes, offset, dtype)
+    for dtype in (F32, F16):
+        yield "edges", partial(scopes_over_tiles, dtype)
+    for size in ((195, 21), (1365, 3), (585, 7)):
+        yield "edges", partial(one_short_of_a_tile, *size)
+    for seed in range(3):
+        yield "edges", partial(many_segments, seed)
+    for gamma, offset in itertools.product((0.0, 2.0), (0, 1)):
+        yield "edges", partial(extreme_rows, gamma, offset)
+    for layout in testing.LAYOUTS:
+        yield "edges", partial(untouched, layout)
+
+    for seed, layout in enumerate(testing.LAYOUTS):
+        yield "poison", partial(poisoned, seed, layout)
+    for seed, (layout, dtype) in enumerate(itertools.product(testing.LAYOUTS, (F32, BF16))):
+        yield "ignored", partial(ignored, seed, layout, dtype)
+        for gamma in (2.0, 1.5):
+            yield "extreme", partial(extreme, layout, dtype, gamma)
+    for seed in range(4):
+        yield "mixed", partial(mixed, seed)
