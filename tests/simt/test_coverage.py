@@ -58,7 +58,7 @@ def test_line_coverage_of_the_kernels() -> None:
     environment = emulation.environment("coverage")
     tests = ("test_launchers.py", "test_hostile_inputs.py")
     for command in (
-        [sys.executable, HERE / "sweep.py", library, "0"],
+        [sys.executable, HERE / "sweep.py", library, "0", "--reduced"],
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(HERE / name for name in tests)],
     ):
         done = subprocess.run(
