@@ -88,11 +88,11 @@ clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# The package in place (-e). Again only when its packaging changes; what the library needs, `build` above compiles.
+# The package in place (-e). Again only when its packaging changes. pip would compile without a word: `build` above does it.
 $(STATE)/.installed-$(PACKAGING): | $(READY)
 	@mkdir -p $(STATE)
 	@rm -f $(STATE)/.installed-*
-	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	IOUBAL_BUILD_CPU=0 IOUBAL_BUILD_CUDA=0 $(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 # Dependencies first, without building: the library needs torch to be there.
