@@ -290,7 +290,8 @@ def build_library(library: Library, cache: Path) -> tuple[Path, dict]:
     say(f"{library.title}: {tools.version}, torch {torch_version}, {len(sources)} sources, {jobs} at a time")
     if tools.threads and changed:
         say(
-            f"compiling {len(changed)} of them takes minutes (TORCH_CUDA_ARCH_LIST=9.0: one architecture; IOUBAL_BUILD_CUDA=0: none)"
+            f"compiling {len(changed)} of them takes minutes"
+            " (TORCH_CUDA_ARCH_LIST=9.0: one architecture; IOUBAL_BUILD_CUDA=0: none)"
         )
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda source: compile_object(tools, source, objects[source], options), changed))
