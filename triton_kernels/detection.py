@@ -204,27 +204,27 @@ def detection_positives_kernel(
     done = tl.zeros((), tl.int32)
     while done < count:
         listed, mask = listed_at(marks, done, count, TILE, LANES)
-        position = first + listed
-        anchor = anchor0 + position
-        value = tl.load(matched_idxs + anchor, mask=mask, other=-1).to(tl.int64)
-        known = mask & (value >= 0) & (value < boxes_here)
-        label = tl.load(labels + value, mask=known, other=-1).to(tl.int64)
+        row = first + listed
+        anchor = anchor0 + row
+        match = tl.load(matched_idxs + anchor, mask=mask, other=-1).to(tl.int64)
+        known = mask & (match >= 0) & (match < boxes_here)
+        label = tl.load(labels + match, mask=known, other=-1).to(tl.int64)
         good = known & (label >= 0) & (label < CLASSES)
         label = tl.where(good, label, -1).to(tl.int32)
-        location = position // per_location
-        a = position - location * per_location
+        cell = row // per_location
+        a = row - cell * per_location
         entry = tl.where(
             planes != 0,
-            (a * CLASSES + label).to(tl.int64) * locations + location,
-            position.to(tl.int64) * CLASSES + label,
+            (a * CLASSES + label).to(tl.int64) * locations + cell,
+            row.to(tl.int64) * CLASSES + label,
         )
         entry += tl.cast(image, tl.int64) * pick(lv.image_stride, level)
         logit = tl.load(pick(lv.logits, level).to(tl.pointer_type(T)) + entry, mask=good, other=0.0)
         t0, t1, t2, t3, degenerate = load_target(
-            lv, gt, anchors, level, image, position, value, good, anchors_per_image, w0, w1, w2, w3, BOX_T, PADDED,
+            lv, gt, anchors, level, image, row, match, good, anchors_per_image, w0, w1, w2, w3, BOX_T, PADDED,
             OWN_ANCHORS, FOVEA,
         )  # fmt: skip
-        p0, p1, p2, p3 = load_deltas(lv, level, image, position, good & (degenerate == 0), DELTA_T)
+        p0, p1, p2, p3 = load_deltas(lv, level, image, row, good & (degenerate == 0), DELTA_T)
         iou = delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA)
         l0, g0 = smooth_l1(p0 - t0, beta)
         l1, g1 = smooth_l1(p1 - t1, beta)
