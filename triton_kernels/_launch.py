@@ -25,6 +25,8 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
+# Without a limit of its own ptxas aims at more programs per multiprocessor than are of use, and spills.
+MAX_REGISTERS = 128
 PARTS = tl.constexpr(9)  # the sums of a tile of positives, see positives_kernel
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import positives
 from ._launch import (
+    MAX_REGISTERS,
     TYPES,
     Workspace,
     cdiv,
@@ -634,6 +635,7 @@ class _Detection:
             EXPECTED_GIVEN=expected[0] is not None,
             BLOCK=LOC_BLOCK,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
         )
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPES, cdiv, gamma_case, level_of, number, pack, pick, pointer, power_of_two, programs_of, widest
+from ._launch import MAX_REGISTERS, TYPES, cdiv, gamma_case, level_of, number, pack, pick, pointer, power_of_two, programs_of, widest
 from ._math import OFF, focal_negative, weighted_loss
 from .coefficients import BATCH, IMAGE, LEVEL, Scratch, finish_loss
 from .positives import IGNORED, INVALID, POSITIVE, Marks
@@ -66,7 +66,7 @@ def positive_value(marks, positive, norm, scale, anchor, mask, OUTPUT: tl.conste
     """What a positive's own entry gets: its gradient, or its loss."""
     if OUTPUT == LOSS:
         loss = tl.load(pointer(marks.loss, tl.float32) + anchor, mask=mask, other=0.0)
-        return weighted_loss(positive * norm * scale, loss)
+        return weighted_loss(tl.zeros_like(loss) + positive * norm * scale, loss)
     else:
         slope = tl.load(pointer(marks.slope, tl.float32) + anchor, mask=mask, other=0.0)
         return slope * (positive * norm * scale)
@@ -445,5 +445,6 @@ class DensePass:
             PLANES=plan["planes"],
             SUM_BLOCK=SUM_BLOCK,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
             **plan["consts"],
         )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import detection, focal
+from . import boxes, cross_entropy, detection, focal, rescale, smooth_l1
 
+_LOSSES = {"focal": focal, "cross_entropy": cross_entropy, "smooth_l1": smooth_l1}
+_BOXES = ("decode_boxes", "decode_boxes_backward", "encode_boxes", "paired_box_iou", "delta_iou")
 OPS: dict[str, Callable[..., None]] = {
-    name: getattr(module, name)
-    for module, names in (
-        (detection, ("detection_sums", "detection_fill", "detection_backward")),
-        (focal, ("focal_sums", "focal_fill", "focal_backward", "focal_elementwise")),
-    )
-    for name in names
+    **{f"detection_{step}": getattr(detection, f"detection_{step}") for step in ("sums", "fill", "backward")},
+    **{
+        f"{name}_{step}": getattr(module, f"{name}_{step}")
+        for name, module in _LOSSES.items()
+        for step in ("sums", "fill", "backward", "elementwise")
+    },
+    **{name: getattr(boxes, name) for name in _BOXES},
+    "rescale": rescale.rescale,
 }

@@ -28,10 +28,11 @@ def rows_workspace(
     if backend == "cpu":
         return []
     if backend == "triton":
-        # Rows per tile of sums; the focal loss also keeps 13 bytes per row and a list of 2 per anchor of a tile.
-        tile = {"focal": 1024, "cross_entropy": 8, "smooth_l1": 128}[name]
+        # Rows per tile of sums; kept per row: 13 bytes and a list of 2 (focal), 4 (cross entropy).
+        wide = max(min(2048 >> (columns - 1).bit_length(), 256), 1) if columns else 1
+        tile = {"focal": 1024, "cross_entropy": wide, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
-        kept = (4 * rows + 512 * tiles + rows * columns // 4096 + rows // 4096) if name == "focal" else tiles
+        kept = 4 * rows + 512 * tiles + rows * columns // 4096 + rows // 4096 if name == "focal" else rows + tiles
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     dense_tiles = rows * columns // (4 * _ROWS) + rows // _ROWS + _PIECES
