@@ -23,13 +23,26 @@ def _nearest_bfloat16(data: Any, source: tl.dtype, target: tl.dtype, rounding: A
     return _convert_float(data, source, target, rounding).reshape(data.shape)
 
 
+_patched: set[str] = set()  # modules whose language this launch has patched
+_launch = interpreter.GridExecutor.__call__
+
+
+def _new_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _patched.clear()
+    return _launch(self, *args, **kwargs)
+
+
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function called from a kernel. The launch has patched the language already: doing so in every call, as the
-    interpreter does, takes half of its time."""
+    """A function called from a kernel. The interpreter patches the language in every such call, which takes half of its
+    time; once per module and launch is enough."""
+    if self.fn.__module__ not in _patched:
+        interpreter._patch_lang(self.fn)
+        _patched.add(self.fn.__module__)
     return self.rewrite()(*args, **kwargs)
 
 
 def install() -> None:
     interpreter._convert_float = _nearest_bfloat16
+    interpreter.GridExecutor.__call__ = _new_launch
     interpreter.InterpretedFunction.__call__ = _call
     np.seterr(all="ignore")  # lanes without an element compute anything
