@@ -1,6 +1,7 @@
 """IoU-balanced softmax cross entropy over logits (R, K): a program owns a few whole rows.
 
-A row's logits stay in registers up to 2,048 columns; longer ones are read again, from the cache.
+A row's logits stay in registers up to 2,048 columns; longer ones are read again, from the cache. Rows of a program are
+counted from its first one, in 32 bits.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from .coefficients import BY_ID, Coefficients, clear_tickets, finish_loss, take_
 from .focal import no_rows
 from .positives import store_sums
 
-ENTRIES = 2048  # logits of a program
-MAX_ROWS = 256
+ENTRIES = 1024  # logits of a program, or one row
+MAX_COLUMNS = 2048
+MAX_ROWS = 128
 SUM_BLOCK = 2048
 
 
@@ -46,9 +48,7 @@ def log_plus_one(r):
 
 
 @triton.jit
-def row_terms(
-    x_ptr, row, mask, target, K: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
+def row_terms(x_ptr, row, mask, target, K: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
     """Of rows with these targets: the first columns' logits, the largest logit, the target's exponential and the
     others' sum, the loss, and for rows with infinite logits how many are +inf and whether there is no limit."""
     k = tl.arange(0, COLUMNS)
@@ -108,7 +108,9 @@ def cross_entropy_positives_kernel(
     VECTOR: tl.constexpr,
 ):
     clear_tickets(sc)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    local = tl.arange(0, ROWS)
+    row = row0 + local
     inside = row < rows
     label = tl.load(labels + row, mask=inside, other=-1).to(tl.int64)
     invalid = label >= K
@@ -125,7 +127,7 @@ def cross_entropy_positives_kernel(
     weighted = tl.zeros((ROWS,), tl.float64)
     if tl.max(positive.to(tl.int32), 0) > 0:
         target = tl.where(positive, label, 0).to(tl.int32)
-        _, _, _, _, row_loss, _, _ = row_terms(logits, row, positive, target, K, COLUMNS, VECTOR)
+        _, _, _, _, row_loss, _, _ = row_terms(logits + row0 * K, local, positive, target, K, COLUMNS, VECTOR)
         loss = row_loss.to(tl.float64)
         if WEIGHTED:
             loss *= tl.load(weight + row, mask=positive, other=0.0).to(tl.float64)
@@ -183,7 +185,9 @@ def cross_entropy_kernel(
             tile = tiles
     shared = tl.load(pointer(sc.negative, tl.float32))
     while tile < tiles:
-        row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row0 = tile.to(tl.int64) * ROWS
+        local = tl.arange(0, ROWS)
+        row = row0 + local
         inside = row < rows
         label = tl.load(labels + row, mask=inside, other=-1).to(tl.int64)
         invalid = label >= K
@@ -201,7 +205,7 @@ def cross_entropy_kernel(
             sample = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)
         target = tl.where(counted, label, 0).to(tl.int32)
         first, top, own, others, loss, infinite, undefined = row_terms(
-            logits, row, counted, target, K, COLUMNS, VECTOR
+            logits + row0 * K, local, counted, target, K, COLUMNS, VECTOR
         )
         loss = tl.where(counted, weighted_loss(balance, sample * loss), 0.0)
         loss = tl.where(inside & invalid, float("nan"), loss)
@@ -216,15 +220,16 @@ def cross_entropy_kernel(
                 factor = tl.full((ROWS,), 1.0, tl.float32) * (wanted.to(tl.float32) * shared)
             factor *= sample * balance
             store_gradient(
-                out, first, row, tl.arange(0, COLUMNS), inside, counted, target, top, own, others, infinite, undefined,
+                out + row0 * K, first, local, tl.arange(0, COLUMNS), inside, counted, target, top, own, others, infinite, undefined,
                 factor, K, VECTOR,
             )  # fmt: skip
             for start in range(COLUMNS, K, COLUMNS):
                 k = start + tl.arange(0, COLUMNS)
-                x = load_columns(logits, row, k, counted, K, VECTOR)
+                x = load_columns(logits + row0 * K, local, k, counted, K, VECTOR)
                 store_gradient(
-                    out, x, row, k, inside, counted, target, top, own, others, infinite, undefined, factor, K, VECTOR
-                )
+                    out + row0 * K, x, local, k, inside, counted, target, top, own, others, infinite, undefined,
+                    factor, K, VECTOR,
+                )  # fmt: skip
         tile += tl.num_programs(0)
     if WANT_LOSS:
         finish_loss(addresses[1], tiles, sc, addresses[2], SUM_BLOCK)
@@ -271,12 +276,12 @@ class _SoftmaxLoss:
         self.logits, self.labels, self.iou, self.weight, self.scope_ids = logits, labels, iou, weight, scope_ids
         self.scopes, self.background, self.eta = num_scopes, background, eta
         self.rows, self.columns = logits.shape
-        width = min(power_of_two(self.columns), ENTRIES)
+        width = min(power_of_two(self.columns), MAX_COLUMNS)
         self.consts = {
             "K": self.columns,
             "WEIGHTED": weight is not None,
             "BY_SCOPE": scope_ids is not None,
-            "ROWS": min(ENTRIES // width, MAX_ROWS),
+            "ROWS": max(min(ENTRIES // width, MAX_ROWS), 1),
             "COLUMNS": width,
             "num_warps": 4,
         }

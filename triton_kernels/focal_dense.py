@@ -387,7 +387,7 @@ class DensePass:
             aligned = vector == 16 // size
             per_group = next(width for width in (8, 4, 2, 1) if self.classes % width == 0)
             per_group = per_group if per_group * size >= 16 or not aligned else 1
-            block, loop = 2048, 4
+            block, loop = (2048, 4) if per_group > 1 else (1024, 8)  # GROUP 1: a mark of its own per entry
             most = max(level.rows * self.classes for level in group)
             while block > 256 and block * loop >= 2 * most:  # small inputs: programs without much idle space
                 block, loop = (block, loop // 2) if loop > 1 else (block // 2, loop)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Workspace, cdiv, number, on_device, pointer, programs_of
+from ._launch import MAX_REGISTERS, Workspace, cdiv, number, on_device, pointer, programs_of
 from ._math import balance_share, delta_iou, iou_power, smooth_l1, weighted_loss
 from .coefficients import BY_ID, Coefficients, clear_tickets, take_scratch
 from .focal import no_rows
@@ -202,6 +202,7 @@ class _SmoothL1Loss:
             "BY_SCOPE": scope_ids is not None,
             "ROWS": ROWS,
             "num_warps": 4,
+            "maxnreg": MAX_REGISTERS,
         }
         self.rows = pred.shape[0]
         self.tiles = cdiv(self.rows, ROWS)

@@ -29,7 +29,7 @@ def rows_workspace(
         return []
     if backend == "triton":
         # Rows per tile of sums; kept per row: 13 bytes and a list of 2 (focal), 4 (cross entropy).
-        wide = max(min(2048 >> (columns - 1).bit_length(), 256), 1) if columns else 1
+        wide = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1
         tile = {"focal": 1024, "cross_entropy": wide, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
         kept = 4 * rows + 512 * tiles + rows * columns // 4096 + rows // 4096 if name == "focal" else rows + tiles
