@@ -1,8 +1,8 @@
 """What the launchers share: numbers as kernels take them, scratch memory, tables of levels, the device.
 
 Level tables are tuples of integers, one per level, so that one launch serves all levels. Triton compiles a kernel anew
-for an integer argument of 1 and for one divisible by 16, in tuples always: ``pack`` hides both, and shapes that change from
-step to step compile nothing.
+for an integer argument of 1 and for one divisible by 16, in tuples always: ``pack`` hides both, and shapes that change
+from step to step compile nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def pointer(address, T: tl.constexpr):
 
 
 @triton.jit
+def pointer_at(addresses, i, T: tl.constexpr):
+    """Entry i of packed addresses as a pointer to T; that of an empty tensor may be 0, a 32-bit integer."""
+    return tl.cast(pick(addresses, i), tl.int64).to(tl.pointer_type(T))
+
+
+@triton.jit
 def number(tensor, value, GIVEN: tl.constexpr):
     """A number that is still in a tensor on the device (GIVEN), or a float64 that the host knows."""
     if GIVEN:
@@ -105,7 +111,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def programs_of(tiles: int, may_skip: bool, x: Tensor) -> int:
-    """Programs of a pass. A pass that may find that there is nothing to do is small: its programs loop over the tiles."""
+    """Programs of a pass. One that may find that there is nothing to do is small: its programs loop over the tiles."""
     if not may_skip:
         return tiles
     return min(tiles, 4 * _multiprocessors(x.device.index) if x.is_cuda else 2)

@@ -1,7 +1,7 @@
 """The formulas of csrc/math for Triton kernels: the same names, element by element on blocks of any shape.
 
-The dense pass computes in float32 with two special-function instructions per logit; what a positive needs is computed in
-the dtype of its arguments, which is float64 in the losses: positives are few, and everything else is weighted by them.
+The dense pass computes in float32 with two special-function instructions per logit; what a positive needs is computed
+in the dtype of its arguments, float64 in the losses: positives are few, and everything else is weighted by them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def ex2(t):
     if INTERPRET:
         return tl.exp2(t)
     # tl.exp2 is ex2.approx without .ftz: two multiplications, a comparison and a selection more.
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -39,9 +37,7 @@ def rcp(u):
     if INTERPRET:
         return 1.0 / u
     # A division is 8 instructions and a branch.
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

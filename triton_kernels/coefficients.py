@@ -1,8 +1,8 @@
 """The second kernel of every loss: from the positives' sums to the coefficients of the dense pass, and to what is known
 of the losses by then. And the end of the dense pass: the sum of its tiles.
 
-Sums run in a fixed order, so that every run gives the same bits: the only atomic operation is the integer counter by which
-the program that finishes last knows that it does.
+Sums run in a fixed order, so that every run gives the same bits: the only atomic operation is the integer counter by
+which the program that finishes last knows that it does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import PARTS, Workspace, level_of, pack, pick, pointer, unpack
+from ._launch import PARTS, Workspace, pack, pick, pointer, unpack
 from ._math import normalizer, weighted_loss
 
 # Columns of a tile's sums, and of row 0 and the scopes' rows of the tensor `sums` (csrc/common/sums.h).

@@ -14,7 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import MAX_REGISTERS, TYPES, cdiv, gamma_case, level_of, number, pack, pick, pointer, power_of_two, programs_of, widest
+from ._launch import (
+    MAX_REGISTERS,
+    TYPES,
+    cdiv,
+    gamma_case,
+    level_of,
+    number,
+    pack,
+    pick,
+    pointer,
+    pointer_at,
+    power_of_two,
+    programs_of,
+    widest,
+)
 from ._math import OFF, focal_negative, weighted_loss
 from .coefficients import BATCH, IMAGE, LEVEL, Scratch, finish_loss
 from .positives import IGNORED, INVALID, POSITIVE, Marks
@@ -92,8 +106,8 @@ def rows_tile(
     row0 = first // K  # 32 bits from here on: 64-bit indices would cost a register each
     col0 = first - row0 * K
     offset = tl.cast(image, tl.int64) * pick(lv.image_stride, level) + first
-    x_ptr = (pick(lv.x, level)).to(tl.pointer_type(T)) + offset
-    out_ptr = (pick(lv.out, level)).to(tl.pointer_type(T)) + offset
+    x_ptr = pointer_at(lv.x, level, T) + offset
+    out_ptr = pointer_at(lv.out, level, T) + offset
     anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level) + row0
     code = pointer(marks.code, tl.int8) + anchor0
     negative = tl.load(pointer(sc.negative, tl.float32) + image)
@@ -190,8 +204,8 @@ def planes_tile(
         own = positive_value(marks, positive, norm, scale, anchor, label >= 0, OUTPUT)
     base = tl.cast(image, tl.int64) * pick(lv.image_stride, level)
     base += (tl.cast(a, tl.int64) * K + first_class) * locations
-    x_ptr = (pick(lv.x, level)).to(tl.pointer_type(T)) + base
-    out_ptr = (pick(lv.out, level)).to(tl.pointer_type(T)) + base
+    x_ptr = pointer_at(lv.x, level, T) + base
+    out_ptr = pointer_at(lv.out, level, T) + base
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK, CLASSES):
         k = start + tl.arange(0, CLASSES)
@@ -392,7 +406,13 @@ class DensePass:
             while block > 256 and block * loop >= 2 * most:  # small inputs: programs without much idle space
                 block, loop = (block, loop // 2) if loop > 1 else (block // 2, loop)
             span = power_of_two((block * loop - 1) // self.classes + 2)
-            consts = {"VECTOR": vector if aligned else 1, "GROUP": per_group, "BLOCK": block, "LOOP": loop, "SPAN": span}
+            consts = {
+                "VECTOR": vector if aligned else 1,
+                "GROUP": per_group,
+                "BLOCK": block,
+                "LOOP": loop,
+                "SPAN": span,
+            }
             tiles = [cdiv(level.rows * self.classes, block * loop) for level in group]
             counts = [self.images * tile for tile in tiles]
         starts = [sum(counts[:i]) for i in range(len(counts))]

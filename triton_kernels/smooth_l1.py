@@ -152,7 +152,9 @@ def smooth_l1_kernel(
         if BY_SCOPE:
             scope = tl.load(scope_ids + row, mask=inside, other=0).to(tl.int64)
             known = inside & (scope >= 0) & (scope < scopes)
-            factor = tl.where(known, balance * tl.load(norm + scope, mask=known, other=0.0).to(tl.float64), float("nan"))
+            factor = tl.where(
+                known, balance * tl.load(norm + scope, mask=known, other=0.0).to(tl.float64), float("nan")
+            )
         else:
             factor = balance * tl.load(norm).to(tl.float64)
         if EACH:
@@ -212,9 +214,7 @@ class _SmoothL1Loss:
     def coefficients(self, sums: Tensor, compute_sums: bool, **options: Any) -> None:
         if compute_sums:
             sizes = (self.rows, self.scopes, self.tiles)
-            smooth_l1_positives_kernel[(self.tiles,)](
-                self.scratch, *self.tensors, *sizes, *self.numbers, **self.consts
-            )
+            smooth_l1_positives_kernel[(self.tiles,)](self.scratch, *self.tensors, *sizes, *self.numbers, **self.consts)
         Coefficients(
             self.scratch,
             sums,

@@ -1,8 +1,8 @@
 """The op schemas, their fakes, and the compiled libraries that implement them.
 
 A schema is declared here once; a backend registers kernels for its overload of it: ``.cpp`` for the C++ libraries,
-``.triton`` for the Triton kernels (``with_triton.py``). Ops are out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that
-imports and fake tensors work.
+``.triton`` for the Triton kernels (with_triton.py). Ops are out-variants: Python allocates, the op fills, every element.
+Without a library the schemas still exist, so that imports and fake tensors work.
 """
 
 from __future__ import annotations

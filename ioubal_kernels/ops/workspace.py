@@ -21,9 +21,7 @@ def _tensor(doubles: int, floats: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(doubles + floats // 2 + _PIECES, dtype=torch.float64, device=device)]
 
 
-def rows_workspace(
-    backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device
-) -> list[Tensor]:
+def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
     """For the loss `name` over rows (R, K); empty for the CPU kernels, which need none."""
     if backend == "cpu":
         return []

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for a GPU architecture, without a GPU, and reads what the machine code costs.
 
 The launchers themselves choose the variants: they run on CPU tensors with a driver that only compiles. The figures are
-held against triton_budget.json; `python tests/triton/aot.py --write` renews it, and its difference belongs into the same
-commit as the change that is meant.
+held against triton_budget.json; `python tests/triton/aot.py --write` renews it, and its difference belongs into the
+same commit as the change that is meant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton's interpreter as these tests use it: faster, and with the GPU's rounding to bfloat16. Needs TRITON_INTERPRET=1."""
+"""Triton's interpreter as these tests use it: faster, and with the GPU's rounding to bfloat16."""
 
 from __future__ import annotations
 
