@@ -220,8 +220,8 @@ def cross_entropy_kernel(
                 factor = tl.full((ROWS,), 1.0, tl.float32) * (wanted.to(tl.float32) * shared)
             factor *= sample * balance
             store_gradient(
-                out + row0 * K, first, local, tl.arange(0, COLUMNS), inside, counted, target, top, own, others, infinite,
-                undefined, factor, K, VECTOR,
+                out + row0 * K, first, local, tl.arange(0, COLUMNS), inside, counted, target, top, own, others,
+                infinite, undefined, factor, K, VECTOR,
             )  # fmt: skip
             for start in range(COLUMNS, K, COLUMNS):
                 k = start + tl.arange(0, COLUMNS)

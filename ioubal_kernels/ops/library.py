@@ -1,7 +1,7 @@
 """The op schemas, their fakes, and the compiled libraries that implement them.
 
 A schema is declared here once; a backend registers kernels for its overload of it: ``.cpp`` for the C++ libraries,
-``.triton`` for the Triton kernels (with_triton.py). Ops are out-variants: Python allocates, the op fills, every element.
+``.triton`` for the Triton kernels (with_triton.py). Ops are out-variants: Python allocates, the op fills every element.
 Without a library the schemas still exist, so that imports and fake tensors work.
 """
 
