@@ -213,7 +213,7 @@ def _automatic(device_type: str, float64: bool) -> Backend:
             continue
         reason = row.unavailable()
         if reason is None:
-            if reasons:
+            if reasons and row.device is None:
                 _warn_fallback(device_type, reasons)
             return row
         reasons.append(f"{row.name}: {reason}")

@@ -1,7 +1,7 @@
 """The first kernel of every focal loss: finds the positives and computes, in float64, what all else is weighted by.
 
 A program looks through a tile of anchors, collects its positives, which cluster, and works on them side by side. It
-leaves, per anchor, a code (int8: what the dense pass must know of it) and, at positives only, the class and the slope of the
+leaves, per anchor, a code (int8: what the dense pass must know) and, at positives only, the class and the slope of the
 weighted loss, so that the dense pass needs neither boxes nor a second evaluation.
 """
 

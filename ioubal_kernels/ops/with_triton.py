@@ -102,8 +102,12 @@ def unavailable() -> str | None:
                 "no GPU usable here: torch.cuda.is_available() is false (no NVIDIA GPU, or no driver for CUDA"
                 f" {torch.version.cuda}); use backend='cpu' on CPU tensors"
             )
-        if torch.cuda.get_device_capability() < _CAPABILITY:
-            found = ".".join(map(str, torch.cuda.get_device_capability()))
+        try:
+            capability = torch.cuda.get_device_capability()
+        except (RuntimeError, AssertionError) as error:
+            return f"the GPU does not answer ({error})"
+        if capability < _CAPABILITY:
+            found = ".".join(map(str, capability))
             return f"the GPU's compute capability is {found}, the kernels need 8.0; build the CUDA library instead"
         # Triton compiles its launcher, a small C file, at the first use.
         if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
