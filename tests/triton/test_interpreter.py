@@ -1,5 +1,5 @@
-"""The kernels in Triton's interpreter, through the public functions with backend="triton" on CPU tensors, in processes of
-their own. Every tensor ends at a page that must not be touched; what is not written is NaN."""
+"""The kernels in Triton's interpreter: the public functions with backend="triton" on CPU tensors, in processes of their
+own. Every tensor ends at a page that must not be touched; what is not written is NaN."""
 
 import os
 import re
@@ -10,35 +10,23 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# pytest's selection within interpreted/: quick ones, then the rest of the detection loss.
+# Selections within interpreted/ and the least number of cases: quick ones, then the rest of the detection loss.
 QUICK = {
-    "detection": ("test_detection.py", "test_detection or test_nothing_there or test_bitwise", 60),
+    "detection": ("test_detection.py", "test_detection or test_nothing_there or test_bitwise", 59),
     "focal": ("test_flat.py", "focal or addresses", 150),
     "other flat losses, boxes": ("test_flat.py", "not (focal or addresses)", 100),
 }
 SLOW = {"detection": ("test_detection.py", "not (test_detection or test_nothing_there or test_bitwise)", 50)}
 
 
-def interpret(*arguments: str, timeout: int = 900, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **variables}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-W",
-        "ignore",
-        *arguments,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=1200)
 
 
 def check(file: str, selection: str, least: int) -> None:
-    done = interpret(str(HERE / "interpreted" / file), "-k", selection)
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", selection)
+    done = run("-m", "pytest", *options, str(HERE / "interpreted" / file))
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-500:]
 
@@ -74,26 +62,19 @@ print("not noticed")
 
 
 @pytest.mark.parametrize("arguments", ("x, torch.zeros(101)", "torch.zeros(101), y"), ids=("read", "write"))
-def test_an_access_out_of_bounds_is_a_crash(arguments: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
-    # A kernel's source is read from its file.
-    code = PROBE.format(arguments=arguments)
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, runpy, tempfile, pathlib\nf = pathlib.Path(tempfile.mkdtemp(), 'probe.py')\n"
-         "f.write_text(sys.stdin.read())\nrunpy.run_path(str(f))"],
-        input=code, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+def test_an_access_out_of_bounds_is_a_crash(arguments: str, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE.format(arguments=arguments), encoding="utf-8")
+    done = run(str(probe))
     assert done.returncode < 0 and "within bounds" in done.stdout and "not noticed" not in done.stdout, done.stderr
 
 
 def test_the_interpreter_is_taken_by_name_only() -> None:
     """CPU tensors are not sent to an interpreter unasked; without it the backend takes CUDA tensors only."""
     code = (
-        "import torch, ioubal_kernels as ik\nfrom ioubal_kernels import backends\n"
-        "cpu = torch.device('cpu')\n"
-        "print(backends.choose('op', None, cpu, False).__name__, backends.choose('op', 'triton', cpu, False).__name__)\n"
+        "import torch\nfrom ioubal_kernels import backends\nfor name in (None, 'triton'):\n"
+        "    print(backends.choose('op', name, torch.device('cpu'), False).__name__)\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    done = run("-c", code)
     automatic, named = done.stdout.split()
     assert not automatic.endswith("with_triton") and named == "ioubal_kernels.ops.with_triton", done.stderr
