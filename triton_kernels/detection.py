@@ -192,6 +192,7 @@ class _Detection:
             TILE=positives.TILE,
             LANES=positives.LANES,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
         )
 
     def coefficients(self, sums: Tensor, compute_sums: bool) -> Coefficients:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import positives
-from ._launch import Workspace, cdiv, on_device, pointer
+from ._launch import MAX_REGISTERS, Workspace, cdiv, on_device, pointer
 from ._math import balance_share, focal_positive, iou_power, weighted_loss
 from .coefficients import BATCH, BY_ID, Coefficients, clear_tickets, take_scratch
 from .focal_dense import GRADIENT, LOSS, NOTHING, DenseLevel, DensePass
@@ -142,6 +142,7 @@ class _FlatFocal:
                 TILE=positives.TILE,
                 LANES=positives.LANES,
                 num_warps=4,
+                maxnreg=MAX_REGISTERS,
             )
         Coefficients(
             self.scratch, sums, self.tiles, self.scopes, BY_ID.value, compute_sums, alpha=self.alpha, **options

@@ -20,8 +20,8 @@ from ioubal_kernels.ops import workspace
 def detection() -> None:
     levels = ((3, 4), (2, 1))
     for layout, scope, options in (
-        ("nchw", "level", {"gamma": 1.5, "box_coder": "fovea"}),
-        ("flat", "image", {"eps": 0.3, "normalize_loc": True, "avg_factor": torch.tensor([3.0, 4.0])}),
+        ("flat", "level", {"gamma": 1.5, "box_coder": "fovea"}),
+        ("nchw", "image", {"eps": 0.3, "normalize_loc": True, "avg_factor": torch.tensor([3.0, 4.0])}),
         ("channels_last", "batch", {"eta": 0.0, "lambda_": 2.0, "beta": 0.5}),
     ):
         inputs = testing.detection_inputs(

@@ -15,8 +15,12 @@ QUICK = {
     "detection": ("test_detection.py", "test_detection or test_nothing_there or test_bitwise", 59),
     "focal": ("test_flat.py", "focal or addresses", 150),
     "other flat losses, boxes": ("test_flat.py", "not (focal or addresses)", 100),
+    "hostile": ("test_hostile.py", "not extreme", 45),
 }
-SLOW = {"detection": ("test_detection.py", "not (test_detection or test_nothing_there or test_bitwise)", 50)}
+SLOW = {
+    "extreme logits": ("test_hostile.py", "extreme", 24),
+    "detection": ("test_detection.py", "not (test_detection or test_nothing_there or test_bitwise)", 50),
+}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
