@@ -1,7 +1,7 @@
 """Seeded faults in the Triton kernels: every one must be noticed by a few problems in the interpreter."""
 
-import mutants
 import pytest
+import triton_mutants as mutants
 
 pytestmark = pytest.mark.slow
 GROUPS = 4  # one test each, so that processes share them

@@ -1,6 +1,6 @@
 """Seeded faults in the Triton kernels, each of which a test must notice. Runs in a process with TRITON_INTERPRET=1.
 
-A mutant is one replaced piece of source text, in a copy of the kernels. `python mutants.py` runs all.
+A mutant is one replaced piece of source text, in a copy of the kernels. `python triton_mutants.py` runs all.
 """
 
 from __future__ import annotations
@@ -169,12 +169,12 @@ def changed(folder: Path, mutant: tuple[str, str, str]) -> Path:
 
 
 def survives(mutant: tuple[str, str, str] | None) -> bool:
-    """Whether the problems of mutant_cases.py pass; None: the kernels as they are."""
+    """Whether the problems of triton_mutant_cases.py pass; None: the kernels as they are."""
     with tempfile.TemporaryDirectory() as folder:
         copy = KERNELS if mutant is None else changed(Path(folder), mutant)
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "IOUBAL_CHECK": "0"}
         only = [] if mutant is None else [mutant[0]]
-        command = [sys.executable, "-W", "ignore", str(HERE / "mutant_cases.py"), str(copy), *only]
+        command = [sys.executable, "-W", "ignore", str(HERE / "triton_mutant_cases.py"), str(copy), *only]
         return subprocess.run(command, capture_output=True, env=environment, timeout=600).returncode == 0
 
 
