@@ -160,6 +160,7 @@ def rows_tile(
                 norm = scope_norm(sc, nu, scope_level, image, anchor0 + row, found, scopes, SCOPE)
                 own = positive_value(marks, positive, norm, scale, anchor0 + row, label >= 0, OUTPUT)
                 value = tl.where(label[:, None] == column, own[:, None], value)
+                value = tl.where((seen == IGNORED)[:, None], 0.0, value)  # also for a factor of inf
                 if OUTPUT == LOSS:
                     value = tl.where((seen == INVALID)[:, None], float("nan"), value)
             tl.store(out_at, value.to(T), mask=mask[:, None])
@@ -227,6 +228,7 @@ def planes_tile(
             value = slope * factor
             if special:
                 value = tl.where(label[None, :] == (first_class + k)[:, None], own[None, :], value)
+                value = tl.where((seen == IGNORED)[None, :], 0.0, value)  # also for a factor of inf
             tl.store(out_at, value.to(T), mask=mask)
     if WANT_LOSS:
         tl.store(pointer(partial, tl.float32) + tile, tl.sum(acc, 0) * negative)

@@ -1,5 +1,5 @@
-"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py FOLDER [FILE]` runs the kernels in
-FOLDER until one fails; FILE, the changed one, chooses which come first."""
+"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py FOLDER [FILE]` runs the
+kernels in FOLDER until one fails; FILE, the changed one, chooses which come first."""
 
 from __future__ import annotations
 

@@ -40,6 +40,18 @@ def test_ignored_anchors_vanish_whatever_their_logits(layout, bad):
     assert all(head.grad.isfinite().all() for head in used.heads())
 
 
+@pytest.mark.parametrize("layout", ("flat", "nchw"))
+def test_an_infinite_grad_output_leaves_ignored_anchors_at_zero(layout):
+    inputs = testing.detection_inputs(seed=3, images=1, classes=3, ignored_share=0.4)
+    ignored = inputs.matched_idxs == ik.IGNORE
+    used = inputs.in_layout(layout).requiring_grad()
+    out = ik.iou_balanced_detection_loss(*used.arguments(), backend="triton")
+    (out.classification * math.inf).backward()
+    logits = used.heads()[: len(used.heads()) // 2]
+    grad = logits[0].grad if layout == "flat" else testing.from_levels([x.grad for x in logits], inputs.per_location)
+    assert bool((grad[ignored] == 0).all()) and bool(grad[~ignored].isinf().any())
+
+
 def test_a_nan_logit_stays_in_its_row():
     inputs = testing.classification_inputs(rows=40, classes=8)
     labels = torch.full((40,), -1)
