@@ -22,7 +22,7 @@ def detection() -> None:
     for layout, scope, options in (
         ("flat", "level", {"gamma": 1.5, "box_coder": "fovea"}),
         ("nchw", "image", {"eps": 0.3, "normalize_loc": True, "avg_factor": torch.tensor([3.0, 4.0])}),
-        ("channels_last", "batch", {"eta": 0.0, "lambda_": 2.0, "beta": 0.5}),
+        ("channels_last", "batch", {"eta": 2.0, "lambda_": 0.0, "beta": 0.5}),
     ):
         inputs = testing.detection_inputs(
             seed=7, images=2, classes=5, per_location=2, levels=levels, layout=layout, positive_share=0.4,
@@ -39,12 +39,12 @@ def detection() -> None:
 
 
 def focal() -> None:
-    for gamma, options in ((2.0, {"reduction": "none"}), (1.0, {"scopes": True}), (0.0, {"grad_scale": 2.0})):
+    for gamma, options in ((2.0, {"reduction": "none"}), (1.0, {"scopes": True, "eta": 0.0}), (0.0, {"grad_scale": 2.0})):
         rows = testing.classification_inputs(seed=2, rows=40, classes=11, positive_share=0.4)
-        rows.iou[::3] = 1.0
+        rows.iou[::3], rows.iou[1::3] = 1.0, 0.0
         options = dict(options)
         if options.pop("scopes", False):
-            options = {"weight": rows.weight, "scope_ids": rows.scope_ids, "num_scopes": rows.num_scopes}
+            options |= {"weight": rows.weight, "scope_ids": rows.scope_ids, "num_scopes": rows.num_scopes}
         check_flat(ik.iou_balanced_sigmoid_focal_loss, rows.logits, rows.labels, rows.iou, gamma=gamma, **options)
     rows = testing.classification_inputs(rows=33, classes=7)
     store = torch.zeros(rows.logits.numel() + 1)[1:].view(33, 7).copy_(rows.logits)
