@@ -35,7 +35,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "ioubal_kernels"
-INSTALLED_AS = {f"{PACKAGE}.bench": "bench"}  # package name -> top-level folder; a folder that is not there is left out
+# package name -> top-level folder; a folder that is not there is left out
+INSTALLED_AS = {f"{PACKAGE}.bench": "bench", f"{PACKAGE}.triton_kernels": "triton_kernels"}
 INFO = "_build_info.json"
 MIN_TORCH = (2, 11)
 # No instruction-set flag on any platform: the source picks the instruction set when it runs.

@@ -32,12 +32,19 @@ class Backend:
     device: str | None  # the device type it takes, None for any
     float64: bool
     unavailable: Callable[[], str | None]  # None when usable, else why not and what to do
+    automatic: bool = True  # whether automatic choice may take it
 
 
 def _load_ops() -> ModuleType:
     from . import ops
 
     return ops
+
+
+def _load_triton() -> ModuleType:
+    from .ops import with_triton
+
+    return with_triton
 
 
 def _load_reference() -> ModuleType:
@@ -72,10 +79,15 @@ def _cuda_reason() -> str | None:
     return reason
 
 
-def _absent_reason(name: str) -> Callable[[], str | None]:
-    message = f"this version has no {name} backend yet; use backend='reference' for tensors on a GPU"
-    return lambda: message
+def _triton_reason() -> str | None:
+    try:
+        return _load_triton().unavailable()
+    except ImportError as error:
+        return f"ioubal_kernels.ops cannot be imported ({error})"
 
+
+# Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors, slowly: for tests, so only by name.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 # Automatic choice goes through the rows in this order.
 _BACKENDS = {
@@ -83,7 +95,7 @@ _BACKENDS = {
     for row in (
         Backend("cpu", _load_ops, "cpu", True, _cpu_reason),
         Backend("cuda", _load_ops, "cuda", False, _cuda_reason),
-        Backend("triton", _load_ops, "cuda", False, _absent_reason("triton")),
+        Backend("triton", _load_triton, "cpu" if _INTERPRETED else "cuda", False, _triton_reason, not _INTERPRETED),
         Backend("reference", _load_reference, None, True, lambda: None),
     )
 }
@@ -197,11 +209,11 @@ def _resolve(op: str, name: str | None, is_argument: bool, device: torch.device,
 def _automatic(device_type: str, float64: bool) -> Backend:
     reasons = []
     for row in _BACKENDS.values():
-        if row.device not in (None, device_type) or (float64 and not row.float64):
+        if row.device not in (None, device_type) or (float64 and not row.float64) or not row.automatic:
             continue
         reason = row.unavailable()
         if reason is None:
-            if reasons:
+            if reasons and row.device is None:
                 _warn_fallback(device_type, reasons)
             return row
         reasons.append(f"{row.name}: {reason}")

@@ -149,7 +149,7 @@ def libraries() -> dict[str, Any]:
     """What the build of this copy says of itself, and what loading said."""
     library = importlib.import_module("ioubal_kernels.ops.library")
     found = {}
-    for backend in library.OVERLOAD:
+    for backend in library.LIBRARIES:
         info = dict(library.build_info().get(backend) or {"built": False, "reason": "no build of this copy has run"})
         if info["built"] or library.available(backend):
             info["loaded"] = library.load_error(backend) or True

@@ -36,38 +36,60 @@ class _DecodeBoxes(torch.autograd.Function):
         return None, grad, None, None, None
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
+def decode_boxes(
+    deltas: Tensor,
+    anchors: Tensor,
+    *,
+    weights: Sequence[float],
+    box_coder: str = "delta",
+    backend: str | None = None,
+) -> Tensor:
     """Boxes (..., 4); see ``functional.decode_boxes``."""
     refuse_transforms("decode_boxes", deltas)
     anchors = anchors.detach().contiguous()
-    return _DecodeBoxes.apply(
-        library.backend_of(deltas), deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder]
-    )
+    backend = backend or library.backend_of(deltas)
+    return _DecodeBoxes.apply(backend, deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
 
 
 def _constant(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.detach().contiguous(), b.detach().contiguous()
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor, *, weights: Sequence[float], box_coder: str = "delta") -> Tensor:
+def encode_boxes(
+    boxes: Tensor,
+    anchors: Tensor,
+    *,
+    weights: Sequence[float],
+    box_coder: str = "delta",
+    backend: str | None = None,
+) -> Tensor:
     """Deltas (..., 4), without gradient; see ``functional.encode_boxes``."""
     boxes, anchors = _constant(boxes, anchors)
     out = torch.empty(boxes.shape, dtype=result_dtype(boxes, anchors), device=boxes.device)
-    op("encode_boxes", library.backend_of(boxes))(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
+    backend = backend or library.backend_of(boxes)
+    op("encode_boxes", backend)(boxes, anchors, [float(w) for w in weights], CODERS[box_coder], out)
     return out
 
 
-def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def paired_box_iou(boxes1: Tensor, boxes2: Tensor, *, backend: str | None = None) -> Tensor:
     """IoU (...) of aligned boxes, without gradient."""
     boxes1, boxes2 = _constant(boxes1, boxes2)
     out = torch.empty(boxes1.shape[:-1], dtype=result_dtype(boxes1, boxes2), device=boxes1.device)
-    op("paired_box_iou", library.backend_of(boxes1))(boxes1, boxes2, out)
+    op("paired_box_iou", backend or library.backend_of(boxes1))(boxes1, boxes2, out)
     return out
 
 
-def delta_iou(pred_deltas: Tensor, target_deltas: Tensor, *, weights: Sequence[float], box_coder: str) -> Tensor:
+def delta_iou(
+    pred_deltas: Tensor,
+    target_deltas: Tensor,
+    *,
+    weights: Sequence[float],
+    box_coder: str,
+    backend: str | None = None,
+) -> Tensor:
     """IoU (...) of the boxes that two sets of deltas stand for, without gradient."""
     pred, target = _constant(pred_deltas, target_deltas)
     out = torch.empty(pred.shape[:-1], dtype=result_dtype(pred, target), device=pred.device)
-    op("delta_iou", library.backend_of(pred))(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
+    backend = backend or library.backend_of(pred)
+    op("delta_iou", backend)(pred, target, [float(w) for w in weights], CODERS[box_coder], out)
     return out

@@ -222,6 +222,7 @@ def detection_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
     if inplace:
@@ -229,7 +230,7 @@ def detection_loss(
     refuse_transforms(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
-    backend = library.backend_of(matched_idxs)
+    backend = backend or library.backend_of(matched_idxs)
     _check_levels(backend, max(len(cls_logits), len(level_sizes)))
     boxes, labels = _few_tensors([b.detach() for b in boxes], labels, backend)
     images = matched_idxs.shape[0]

@@ -63,7 +63,7 @@ class _FlatLoss(torch.autograd.Function):
         wanted = grad_enabled and ctx.needs_input_grad[2]
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=x.device)
         inputs = (x, second, third, weight, scope_ids, num_scopes, *sum_parameters)
-        workspace = rows_workspace(backend, x.shape[0], x.shape[1], num_scopes, x.device)
+        workspace = rows_workspace(backend, name, x.shape[0], x.shape[1], num_scopes, x.device)
         world_size = 1.0
         if process_group is not None:
             op(f"{name}_sums", backend)(*inputs, sums, workspace)
@@ -126,7 +126,7 @@ class _ElementwiseLoss(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=x.device)
         inputs = (x, second, third, weight, scope_ids, num_scopes, *sum_parameters)
-        workspace = rows_workspace(backend, x.shape[0], x.shape[1], num_scopes, x.device)
+        workspace = rows_workspace(backend, name, x.shape[0], x.shape[1], num_scopes, x.device)
         if process_group is not None:
             op(f"{name}_sums", backend)(*inputs, sums, workspace)
             torch.distributed.all_reduce(sums, group=process_group)
@@ -172,9 +172,10 @@ def _apply(
     process_group: Any,
     grad_scale: Any,
     inplace: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     refuse_transforms(_PUBLIC[name], x)
-    backend = library.backend_of(x)
+    backend = backend or library.backend_of(x)
     common = (name, backend, x, second, third, weight, scope_ids, num_scopes or 1, sum_parameters, loss_parameters)
     if reduction == "none":
         return _ElementwiseLoss.apply(*common, process_group)
@@ -207,6 +208,7 @@ def sigmoid_focal_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    backend: str | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with the focal loss; see ``functional.iou_balanced_sigmoid_focal_loss``."""
     columns = logits.shape[-1]
@@ -233,6 +235,7 @@ def sigmoid_focal_loss(
         process_group=process_group,
         grad_scale=grad_scale,
         inplace=inplace,
+        backend=backend,
     )
     return loss.reshape(logits.shape) if reduction == "none" else loss
 
@@ -252,6 +255,7 @@ def cross_entropy(
     num_scopes: int | None,
     process_group: Any,
     grad_scale: float | Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with softmax cross entropy; see ``functional.iou_balanced_cross_entropy``."""
     loss = _apply(
@@ -268,6 +272,7 @@ def cross_entropy(
         avg_factor=avg_factor,
         process_group=process_group,
         grad_scale=grad_scale,
+        backend=backend,
     )
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
@@ -290,6 +295,7 @@ def smooth_l1_loss(
     num_scopes: int | None,
     process_group: Any,
     grad_scale: float | Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """Eq. 5 to 7; see ``functional.iou_balanced_smooth_l1_loss``."""
     return _apply(
@@ -306,4 +312,5 @@ def smooth_l1_loss(
         avg_factor=avg_factor,
         process_group=process_group,
         grad_scale=grad_scale,
+        backend=backend,
     )

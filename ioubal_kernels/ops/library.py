@@ -1,8 +1,8 @@
 """The op schemas, their fakes, and the compiled libraries that implement them.
 
-A schema is declared here once; a backend registers kernels for its overload of it (``.cpp`` for the C++ libraries). Ops
-are out-variants: Python allocates, the op fills, every element. Without a library the schemas still exist, so that
-imports and fake tensors work.
+A schema is declared here once; a backend registers kernels for its overload of it: ``.cpp`` for the C++ libraries,
+``.triton`` for the Triton kernels (with_triton.py). Ops are out-variants: Python allocates, the op fills every element.
+Without a library the schemas still exist, so that imports and fake tensors work.
 """
 
 from __future__ import annotations
@@ -72,10 +72,12 @@ VALUE_SCHEMAS = [
     "check_labels.OVERLOAD(Tensor labels, int num_classes, int min_label) -> int",
     "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",
 ]
-OVERLOAD = {"cpu": "cpp", "cuda": "cpp"}  # backend -> overload; the dispatch key tells the two libraries apart
+# backend -> overload; the dispatch key tells the two libraries apart
+OVERLOAD = {"cpu": "cpp", "cuda": "cpp", "triton": "triton"}
+LIBRARIES = ("cpu", "cuda")  # backends that are compiled
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_LIBRARY_FILES = {backend: _PACKAGE / f"_ioubal_{backend}.so" for backend in OVERLOAD}
+_LIBRARY_FILES = {backend: _PACKAGE / f"_ioubal_{backend}.so" for backend in LIBRARIES}
 _library = torch.library.Library("ioubal", "DEF")
 
 
@@ -89,8 +91,8 @@ def _define() -> None:
             _library.define(schema.replace("OVERLOAD", overload))
             name = schema.split("(")[0].replace("OVERLOAD", overload)
             torch.library.register_fake(f"ioubal::{name}", _no_output, lib=_library)
-        for schema in VALUE_SCHEMAS:
-            _library.define(schema.replace("OVERLOAD", overload))
+    for schema in VALUE_SCHEMAS:
+        _library.define(schema.replace("OVERLOAD", "cpp"))
     # Instruction set in use: 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16; a limit >= 0 caps the choice.
     _library.define("cpu_isa(int limit) -> int")
 
@@ -132,7 +134,7 @@ def available(backend: str) -> bool:
 
 
 def backend_of(x: Tensor) -> str:
-    """The backend whose kernels take a tensor."""
+    """The compiled library whose kernels take a tensor."""
     return "cuda" if x.is_cuda else "cpu"
 
 

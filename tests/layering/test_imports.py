@@ -46,7 +46,8 @@ def layer_name(module: str) -> str:
 def sources() -> list[tuple[str, Path]]:
     """(dotted name below ioubal_kernels, file) of every Python file that the package is made of."""
     found = [(path.relative_to(PACKAGE), path) for path in sorted(PACKAGE.rglob("*.py"))]
-    found += [(path.relative_to(ROOT), path) for path in sorted((ROOT / "bench").rglob("*.py"))]
+    for folder in ("bench", "triton_kernels"):
+        found += [(path.relative_to(ROOT), path) for path in sorted((ROOT / folder).rglob("*.py"))]
     return [(".".join(name.with_suffix("").parts), path) for name, path in found]
 
 

@@ -49,7 +49,9 @@ def test_wheel_has_the_library_and_one_tag_for_all_pythons(wheel: Path, sources:
     assert "ioubal_kernels/_ioubal_cpu.so" in names
     assert info_of(wheel)["built"] is True and info_of(wheel)["reason"] is None
     modules = {path.relative_to(sources).as_posix() for path in (sources / "ioubal_kernels").rglob("*.py")}
-    modules |= {f"ioubal_kernels/{path.relative_to(sources).as_posix()}" for path in (sources / "bench").rglob("*.py")}
+    for folder in ("bench", "triton_kernels"):
+        found = (sources / folder).rglob("*.py")
+        modules |= {f"ioubal_kernels/{path.relative_to(sources).as_posix()}" for path in found}
     assert modules - names == set()
     assert not [name for name in names if name.startswith(("tests", "csrc", "tools"))]
 

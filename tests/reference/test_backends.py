@@ -1,7 +1,9 @@
 """Choosing a backend: automatic, by argument, by use_backend, by environment; absent ones; the one warning."""
 
 import asyncio
+import re
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import backends, ops, testing
+from ioubal_kernels.ops import with_triton
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +80,56 @@ def test_no_float64_on_a_gpu_but_in_the_reference(name: str) -> None:
     assert chosen(device="cuda", float64=True) == "reference"
 
 
-def test_unwritten_backend_says_so() -> None:
-    assert "triton" not in ik.available_backends()
-    with pytest.raises(RuntimeError, match="backend 'triton' is not available: this version has no triton backend yet"):
+TRITON_CASES = {
+    "no CUDA build": (None, True, (9, 0), "gcc", None, "is not a CUDA build; install one that is"),
+    "no GPU": ("13.0", False, (9, 0), "gcc", None, "no GPU usable here"),
+    "old GPU": ("13.0", True, (7, 5), "gcc", None, "the GPU's compute capability is 7.5, the kernels need 8.0"),
+    "no compiler": ("13.0", True, (9, 0), None, None, "triton needs a C compiler"),
+    "not installed": ("13.0", True, (9, 0), "gcc", "triton is not installed", "triton is not installed"),
+    "usable": ("13.0", True, (9, 0), "gcc", None, None),
+}
+
+
+@pytest.mark.parametrize("case", TRITON_CASES)
+def test_triton_backend_says_what_is_missing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    version, gpu, capability, compiler, broken, words = TRITON_CASES[case]
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(with_triton.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(with_triton, "_import_reason", lambda: broken)
+    monkeypatch.setattr(ops, "load_error", lambda backend: "not built")
+    assert ("triton" in ik.available_backends()) == (words is None)
+    if words is None:  # without the CUDA library it is the automatic choice
+        assert chosen(device="cuda") == chosen("triton", "cuda") == "with_triton"
+        monkeypatch.setattr(ops, "load_error", lambda backend: None)
+        backends._chosen.clear()
+        assert chosen(device="cuda") == "ops"
+        return
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: .*" + re.escape(words)):
         chosen("triton", "cuda")
+
+
+@pytest.mark.parametrize("error", (ImportError("no libtriton"), OSError("bad file"), AttributeError("half of it")))
+def test_a_broken_triton_breaks_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(with_triton.importlib, "import_module", broken)
+    monkeypatch.setattr(with_triton.importlib.util, "find_spec", lambda name: object())
+    reason = with_triton._import_reason.__wrapped__()
+    assert type(error).__name__ in reason and str(error) in reason and "reinstall" in reason
+
+
+def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(with_triton.importlib, "import_module", lambda name: types.SimpleNamespace(__version__="3.5.1"))
+    monkeypatch.setattr(with_triton.importlib.util, "find_spec", lambda name: object())
+    assert "triton 3.5.1 is too old" in with_triton._import_reason.__wrapped__()
+
+
+def test_triton_takes_no_cpu_tensors() -> None:
+    with pytest.raises(ValueError, match="'triton' takes cuda tensors, got tensors on cpu"):
+        chosen("triton", "cpu")
 
 
 CUDA_CASES = {

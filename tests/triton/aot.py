@@ -1,0 +1,206 @@
+"""Compiles every Triton kernel for a GPU architecture, without a GPU, and reads what the machine code costs.
+
+The launchers themselves choose the variants: they run on CPU tensors with a driver that only compiles. The figures are
+held against triton_budget.json; `python tests/triton/aot.py --write` renews it, and its difference belongs into the
+same commit as the change that is meant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = Path(__file__).with_name("triton_budget.json")
+CAPABILITIES = (80, 90, 100)
+DTYPES = ("float32", "bfloat16", "float16")
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import ioubal_kernels as ik  # noqa: E402
+from ioubal_kernels import backends, testing  # noqa: E402
+from ioubal_kernels.ops import library, with_triton  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class CompileOnly:
+    """A driver for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def figures(kernel: Any) -> dict[str, int]:
+    """Registers, spilled instructions, 16-byte accesses, and float atomics, which there must be none of."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(kernel.asm["cubin"])
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = run([TOOLS / "cuobjdump", "-res-usage", file]).stdout
+        code = run([TOOLS / "nvdisasm", "-c", file]).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128\b", code)),
+        "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.f(?:16|32|64)", kernel.asm["ptx"])),
+    }
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a training step and the other functions launch, by name; every kernel in every layout it has."""
+
+    def detection(layout: str, levels: Any, classes: int = 80, **options: Any) -> None:
+        inputs = testing.detection_inputs(
+            images=2, classes=classes, per_location=9, levels=levels, layout=layout, dtype=dtype
+        ).requiring_grad()
+        out = ik.iou_balanced_detection_loss(*inputs.arguments(), backend="triton", **options)
+        (out.classification + out.localization).backward()
+
+    def flat(function: Any, classes: int, weighted: bool, reduction: str) -> None:
+        rows = testing.classification_inputs(rows=200, classes=classes, softmax=True, dtype=dtype)
+        options: dict[str, Any] = {}
+        if weighted:
+            options = {"weight": rows.weight, "scope_ids": rows.scope_ids, "num_scopes": rows.num_scopes}
+        x = rows.logits.requires_grad_()
+        function(x, rows.labels, rows.iou, backend="triton", reduction=reduction, **options).sum().backward()
+
+    def smooth_l1() -> None:
+        pred, target = testing.delta_inputs(dtype=dtype)
+        ik.iou_balanced_smooth_l1_loss(pred.requires_grad_(), target, backend="triton").backward()
+
+    def boxes() -> None:
+        pred, target = testing.delta_inputs(dtype=dtype)
+        ik.decode_boxes(pred.requires_grad_(), target, backend="triton").sum().backward()
+        ik.encode_boxes(pred.detach(), target, backend="triton")
+        ik.paired_box_iou(pred.detach(), target, backend="triton")
+        ik.delta_iou(pred.detach(), target, backend="triton")
+
+    def in_place() -> None:
+        rows = testing.classification_inputs(rows=200, classes=80, dtype=dtype)
+        x = rows.logits.requires_grad_()
+        ik.iou_balanced_sigmoid_focal_loss(x * 1, rows.labels, rows.iou, backend="triton", inplace=True).backward()
+
+    focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
+    wide, mixed = ((32, 64), (16, 32)), ((32, 64), (5, 7))
+    yield "detection flat", lambda: detection("flat", wide)
+    yield "detection nchw", lambda: detection("nchw", mixed)
+    yield "detection channels_last 91", lambda: detection("channels_last", wide, 91, gamma=1.5, box_coder="fovea")
+    yield "focal weighted", lambda: flat(focal, 80, True, "mean")
+    yield "focal none", lambda: flat(focal, 80, False, "none")
+    yield "cross entropy 81", lambda: flat(softmax, 81, True, "mean")
+    yield "cross entropy 4096", lambda: flat(softmax, 4096, False, "none")
+    yield "smooth L1", smooth_l1
+    yield "boxes", boxes
+    yield "in place", in_place
+
+
+def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> dict[str, dict[str, int]]:
+    """Figures of every compiled kernel by "sm_90 bfloat16 case: kernel #n"."""
+    triton.runtime.driver.set_active(CompileOnly(capability))
+    found: dict[str, dict[str, int]] = {}
+    seen: dict[str, Any] = {}
+    label = ""
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel is not None and kernel.hash not in seen:
+            seen[kernel.hash] = kernel
+            name, n = self.__name__, 1
+            while f"{label}: {name} #{n}" in found:
+                n += 1
+            found[f"{label}: {name} #{n}"] = figures(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    for schema in library.SCHEMAS:
+        name = schema.split(".")[0]
+        library._library.impl(f"{name}.triton", with_triton._kernel(name), "CPU")
+    row = backends._BACKENDS["triton"]
+    backends._BACKENDS["triton"] = dataclasses.replace(row, device="cpu", unavailable=lambda: None)
+    try:
+        for dtype in dtypes:
+            for name, case in cases(getattr(torch, dtype)):
+                if only is None or name == only:
+                    label = f"sm_{capability} {dtype} {name}"
+                    case()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def breaches(found: dict[str, dict[str, int]], budget: dict[str, list[int]]) -> list[str]:
+    """What is wrong, one line each. The budget holds [registers, wide loads, wide stores] per kernel."""
+    wrong = []
+    for name, got in found.items():
+        for figure in ("stack", "local", "float_atomics"):
+            if got[figure]:
+                wrong.append(f"{name}: {figure} {got[figure]}")
+        if name not in budget:
+            wrong.append(f"{name}: not in {BUDGET.name}")
+            continue
+        registers, loads, stores = budget[name]
+        if got["registers"] > registers:
+            wrong.append(f"{name}: {got['registers']} registers, {registers} allowed")
+        if got["wide_loads"] < loads or got["wide_stores"] < stores:
+            wrong.append(f"{name}: {got['wide_loads']} and {got['wide_stores']} wide accesses, not {loads}, {stores}")
+    return wrong
+
+
+def read_budget() -> dict[str, list[int]]:
+    return json.loads(BUDGET.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
+    parser.add_argument("--case", help="only this one")
+    parser.add_argument("--write", action="store_true", help="renew the budget")
+    options = parser.parse_args()
+    found: dict[str, dict[str, int]] = {}
+    for capability in options.capability or CAPABILITIES:
+        found |= compile_all(capability, options.dtype or list(DTYPES), options.case)
+    for name, got in found.items():
+        print(name, got, flush=True)
+    if options.write:
+        budget = read_budget() if BUDGET.exists() else {}
+        budget |= {name: [got["registers"], got["wide_loads"], got["wide_stores"]] for name, got in found.items()}
+        lines = [f"  {json.dumps(name)}: {json.dumps(budget[name])}" for name in sorted(budget)]
+        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        return 0
+    wrong = breaches(found, read_budget())
+    print("\n".join(wrong) or f"{len(found)} kernels within the budget")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Runs inside a process with TRITON_INTERPRET=1; see test_interpreter.py."""
+
+import guarded
+import interpreter
+import pytest
+import torch
+
+from ioubal_kernels.ops import workspace
+
+interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def guard(monkeypatch):
+    """Gradient buffers and scratch memory end at guard pages and are NaN before they are written."""
+    monkeypatch.setattr(torch, "empty_like", guarded.empty_like)
+    monkeypatch.setattr(workspace, "_tensor", guarded.workspace)

@@ -1,0 +1,150 @@
+"""The fused detection loss in the interpreter: dtypes, layouts, scopes, coders; sizes that leave tails everywhere."""
+
+import itertools
+
+import pytest
+import torch
+from checks import DTYPES, check_detection, ids
+
+from ioubal_kernels import testing
+
+LEVELS = ((3, 4), (1, 1))
+GAMMAS = (2.0, 1.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("box_coder", ("delta", "fovea"))
+@pytest.mark.parametrize("scope", ("batch", "level", "image"))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_detection(dtype, layout, scope, box_coder):
+    """The other parameters take their turns, so that each meets each layout and scope."""
+    turn = (DTYPES.index(dtype), testing.LAYOUTS.index(layout), ("batch", "level", "image").index(scope))
+    gamma = GAMMAS[(sum(turn) + (box_coder == "fovea")) % 4]
+    normalize_loc, padded = (turn[1] + turn[2]) % 2 == 0, (turn[0] + turn[2] + (box_coder == "fovea")) % 2 == 0
+    inputs = testing.detection_inputs(
+        seed=7, images=2, classes=5, per_location=2, levels=LEVELS, box_coder=box_coder, dtype=dtype,
+        positive_share=0.3, gt="padded" if padded else "list", index_dtype=torch.int32 if turn[0] else torch.int64,
+    )  # fmt: skip
+    check_detection(
+        inputs.in_layout(layout),
+        gamma=gamma,
+        normalizer_scope=scope,
+        box_coder=box_coder,
+        normalize_loc=normalize_loc,
+        anchors_per_level=inputs.level_sizes,
+        w_loc=3.049,
+        eps=0.0 if normalize_loc else 1e-6,
+    )
+
+
+SHAPES = ((1, 1), (1, 9), (3, 1), (7, 2), (80, 1), (91, 3))
+
+
+@pytest.mark.parametrize("classes, per_location", SHAPES)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_shapes(layout, classes, per_location):
+    """Class counts and anchors per location; from no exceptional anchor to many."""
+    number = SHAPES.index((classes, per_location))
+    share, ignored = (0.0, 0.01, 0.6)[number % 3], (0.4, 0.0, 0.02)[(number + len(layout)) % 3]
+    inputs = testing.detection_inputs(
+        seed=3, images=2, classes=classes, per_location=per_location, levels=((5, 13), (1, 1)), positive_share=share,
+        ignored_share=ignored,
+    )  # fmt: skip
+    check_detection(inputs.in_layout(layout))
+
+
+OPTIONS = {
+    "number": {"avg_factor": 5.5},
+    "tensor": {"avg_factor": torch.tensor(7.0)},
+    "per image": {"avg_factor": torch.tensor([3.0, 4.0])},
+    "pair": {"avg_factor": (torch.tensor([3.0, 4.0]), 2.0)},
+    "grad_scale": {"grad_scale": 1024.0, "factors": (1.0, 1.0)},
+    "grad_scale, met": {"grad_scale": torch.tensor(0.5), "factors": (0.5, 0.5)},
+    "weights": {"cls_weight": 0.3, "w_loc": 0.0},
+    "no exponents": {"alpha": None, "eta": 0.0, "lambda_": 0.0},
+    "L1": {"beta": 0.0, "box_weights": (10.0, 10.0, 5.0, 5.0)},
+    "two exponents": {"eta": 4.0, "lambda_": 0.5, "alpha": 1.0},
+    "in place": {"inplace": True},
+    "in place, rescaled": {"inplace": True, "grad_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("layout", ("flat", "nchw"))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, layout):
+    dtype = DTYPES[list(OPTIONS).index(name) % 3]
+    options = dict(OPTIONS[name])
+    inputs = testing.detection_inputs(seed=11, images=2, classes=4, dtype=dtype, layout=layout)
+    check_detection(inputs, options.pop("factors", (1.0, 2.0)), **options)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_many_locations(layout):
+    """Several programs of every kernel, 16-byte accesses, and levels of other widths."""
+    inputs = testing.detection_inputs(
+        seed=1, images=1, classes=16, per_location=2, levels=((20, 32), (3, 5)), positive_share=0.02, ignored_share=0.02
+    )
+    check_detection(inputs.in_layout(layout))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_anchors_per_image_and_mixed_dtypes(layout):
+    inputs = testing.detection_inputs(seed=4, images=2, classes=3, shared_anchors=False, layout=layout)
+    logits = inputs.cls_logits
+    inputs.cls_logits = logits.bfloat16() if layout == "flat" else [t.bfloat16() for t in logits]
+    check_detection(inputs)
+
+
+def test_mixed_layouts_of_levels():
+    inputs = testing.detection_inputs(seed=5, images=2, classes=4, levels=((3, 4), (2, 3)), layout="nchw")
+    other = testing.detection_inputs(seed=5, images=2, classes=4, levels=((3, 4), (2, 3)), layout="channels_last")
+    inputs.cls_logits[1], inputs.bbox_deltas[0] = other.cls_logits[1], other.bbox_deltas[0]
+    check_detection(inputs)
+
+
+@pytest.mark.parametrize("layout, offset", list(itertools.product(("flat", "nchw"), (1, 2, 4))))
+def test_addresses(layout, offset):
+    """Off the multiples of 16 bytes: narrower accesses."""
+    inputs = testing.detection_inputs(seed=5, images=2, classes=16, levels=((4, 8),), layout=layout)
+
+    def moved(t):
+        store = torch.zeros(t.numel() + offset, dtype=t.dtype)[offset:]
+        return store.view(t.shape).copy_(t)
+
+    check_detection(inputs._map_heads(moved))
+
+
+def test_degenerate_boxes_count_without_localisation():
+    inputs = testing.detection_inputs(seed=2, images=2, positive_share=0.5)
+    inputs.gt_boxes[0][0, 2] = inputs.gt_boxes[0][0, 0]
+    inputs.anchors[3, 3] = inputs.anchors[3, 1] - 1
+    check_detection(inputs)
+
+
+@pytest.mark.parametrize("shape", ("no images", "no anchors", "no boxes"))
+def test_nothing_there(shape):
+    images = 0 if shape == "no images" else 2
+    levels = ((0, 4), (0, 1)) if shape == "no anchors" else ((2, 3),)
+    inputs = testing.detection_inputs(images=images, levels=levels, positive_share=0.0)
+    if shape == "no boxes":
+        inputs.gt_boxes = [torch.zeros(0, 4) for _ in range(images)]
+        inputs.gt_labels = [torch.zeros(0, dtype=torch.int64) for _ in range(images)]
+    check_detection(inputs)
+
+
+def test_a_level_without_locations():
+    inputs = testing.detection_inputs(images=2, levels=((2, 3), (0, 2), (1, 2)), layout="nchw")
+    check_detection(inputs, normalizer_scope="level")
+
+
+@pytest.mark.parametrize("layout", ("flat", "nchw"))
+def test_bitwise_repeatable(layout):
+    inputs = testing.detection_inputs(seed=9, images=2, classes=5, layout=layout, positive_share=0.4)
+    (a, b) = (testing.loss_and_gradient(_triton, inputs) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip([*a[0], *a[1]], [*b[0], *b[1]]))
+
+
+def _triton(*args, **options):
+    import ioubal_kernels as ik
+
+    return ik.iou_balanced_detection_loss(*args, backend="triton", **options)

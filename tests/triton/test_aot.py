@@ -1,0 +1,75 @@
+"""Machine code of every Triton kernel, compiled without a GPU: registers, spills, wide accesses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AOT = Path(__file__).with_name("aot.py")
+BUDGET = Path(__file__).with_name("triton_budget.json")
+ROOT = AOT.parents[2]
+CAPABILITIES = (80, 90, 100)
+DTYPES = ("float32", "bfloat16", "float16")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not sys.platform.startswith("linux"),
+    reason="triton compiles on Linux",
+)
+
+
+def gate(*arguments: str) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton-cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(AOT), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=1800,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert "kernels within the budget" in done.stdout
+
+
+@pytest.mark.parametrize("case", ("detection flat", "detection nchw"))
+def test_the_fused_loss_keeps_its_budget(case: str) -> None:
+    gate("--capability", "90", "--dtype", "bfloat16", "--case", case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_keeps_its_budget(capability: int, dtype: str) -> None:
+    gate("--capability", str(capability), "--dtype", dtype)
+
+
+def test_the_budget_names_every_architecture_and_dtype() -> None:
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    heads = {" ".join(name.split()[:2]) for name in budget}
+    assert heads == {f"sm_{capability} {dtype}" for capability in CAPABILITIES for dtype in DTYPES}
+
+
+def test_the_passes_over_the_logits_read_and_write_16_bytes() -> None:
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    for name, (registers, loads, stores) in budget.items():
+        assert registers <= 255
+        if "dense_kernel #1" in name:
+            assert loads > 0 and stores > 0, name
+
+
+def test_the_gate_finds_what_it_should() -> None:
+    code = """
+import aot
+good = {"registers": 40, "stack": 0, "local": 0, "wide_loads": 4, "wide_stores": 2, "float_atomics": 0}
+budget = {"k": [40, 4, 2]}
+assert aot.breaches({"k": good}, budget) == []
+for name, value in (("registers", 41), ("stack", 8), ("local", 1), ("wide_loads", 3), ("wide_stores", 0)):
+    assert len(aot.breaches({"k": {**good, name: value}}, budget)) == 1, name
+assert len(aot.breaches({"new": good}, budget)) == 1
+"""
+    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr

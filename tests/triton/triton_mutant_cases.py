@@ -1,0 +1,103 @@
+"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py FOLDER [FILE]` runs the
+kernels in FOLDER until one fails; FILE, the changed one, chooses which come first."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import guarded
+import interpreter
+import torch
+from checks import check_detection, check_flat
+
+import ioubal_kernels as ik
+from ioubal_kernels import testing
+from ioubal_kernels.ops import workspace
+
+
+def detection() -> None:
+    levels = ((3, 4), (2, 1))
+    for layout, scope, options in (
+        ("flat", "level", {"gamma": 1.5, "box_coder": "fovea"}),
+        ("nchw", "image", {"eps": 0.3, "normalize_loc": True, "avg_factor": torch.tensor([3.0, 4.0])}),
+        ("channels_last", "batch", {"eta": 2.0, "lambda_": 0.0, "beta": 0.5}),
+    ):
+        inputs = testing.detection_inputs(
+            seed=7, images=2, classes=5, per_location=2, levels=levels, layout=layout, positive_share=0.4,
+            ignored_share=0.2, box_coder=options.get("box_coder", "delta"), gt="padded" if scope == "image" else "list",
+        )  # fmt: skip
+        if scope == "batch":
+            inputs.gt_boxes[0][0, 2] = inputs.gt_boxes[0][0, 0]
+            inputs.anchors[3, 3] = inputs.anchors[3, 1]
+        check_detection(inputs, normalizer_scope=scope, w_loc=3.049, anchors_per_level=inputs.level_sizes, **options)
+    empty = testing.detection_inputs(images=1, positive_share=0.0, ignored_share=0.5)
+    check_detection(empty)
+    wide = testing.detection_inputs(images=1, classes=16, per_location=2, levels=((4, 8), (3, 5)), layout="nchw")
+    check_detection(wide, inplace=True, grad_scale=0.5)
+
+
+def focal() -> None:
+    for gamma, options in ((2.0, {"reduction": "none"}), (1.0, {"scopes": True, "eta": 0.0}), (0.0, {"grad_scale": 2.0})):
+        rows = testing.classification_inputs(seed=2, rows=40, classes=11, positive_share=0.4)
+        rows.iou[::3], rows.iou[1::3] = 1.0, 0.0
+        options = dict(options)
+        if options.pop("scopes", False):
+            options |= {"weight": rows.weight, "scope_ids": rows.scope_ids, "num_scopes": rows.num_scopes}
+        check_flat(ik.iou_balanced_sigmoid_focal_loss, rows.logits, rows.labels, rows.iou, gamma=gamma, **options)
+    rows = testing.classification_inputs(rows=33, classes=7)
+    store = torch.zeros(rows.logits.numel() + 1)[1:].view(33, 7).copy_(rows.logits)
+    check_flat(ik.iou_balanced_sigmoid_focal_loss, store, rows.labels, rows.iou, inplace=True, grad_scale=0.5)
+
+
+def softmax() -> None:
+    rows = testing.classification_inputs(seed=33, rows=33, classes=3, softmax=True)
+    one = torch.nn.functional.one_hot(rows.labels.clamp(min=0), 3).double()
+    check_flat(ik.iou_balanced_cross_entropy, rows.logits, rows.labels, rows.iou, floor=one, reduction="sum")
+
+
+def smooth_l1() -> None:
+    pred, target = testing.delta_inputs(seed=2, rows=57)
+    iou = torch.linspace(0, 1, 57)
+    for reduction in ("mean", "none"):
+        check_flat(ik.iou_balanced_smooth_l1_loss, pred, target, iou, w_loc=3.0, beta=0.2, reduction=reduction)
+    check_flat(ik.iou_balanced_smooth_l1_loss, pred, target, None, normalize=True, beta=0.0)
+
+
+def boxes() -> None:
+    corner = torch.rand(30, 2, generator=torch.Generator().manual_seed(4)) * 100
+    anchors = torch.cat([corner, corner + 20 + corner.flip(0) / 3], 1)
+    deltas = testing.delta_inputs(rows=30)[0]
+    for coder in ("delta", "fovea"):
+        results = []
+        for leaf, others, backend in ((deltas.double(), anchors.double(), "reference"), (deltas, anchors, "triton")):
+            leaf = guarded.guarded(leaf).requires_grad_()
+            out = ik.decode_boxes(leaf, guarded.guarded(others), box_coder=coder, backend=backend)
+            (grad,) = torch.autograd.grad((out * torch.tensor([1.0, 2, 3, 4])).sum(), leaf)
+            results.append((out.detach(), grad))
+        testing.assert_close_budget(results[1][0], results[0][0], torch.float32, floor=10.0)
+        testing.assert_close_budget(results[1][1], results[0][1], torch.float32)
+
+
+FIRST = {"cross_entropy.py": softmax, "smooth_l1.py": smooth_l1, "focal.py": focal, "rescale.py": focal}
+ALL = (focal, smooth_l1, boxes, softmax, detection)
+
+
+def main(folder: str, changed: str | None = None) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "ioubal_kernels.triton_kernels", Path(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    interpreter.install()
+    torch.empty_like = guarded.empty_like
+    workspace._tensor = guarded.workspace
+    first = FIRST.get(changed or "", detection if changed in ("detection_kernels.py", "focal_dense.py") else None)
+    for problem in sorted(ALL, key=lambda problem: problem is not first):
+        problem()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

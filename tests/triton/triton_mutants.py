@@ -1,0 +1,190 @@
+"""Seeded faults in the Triton kernels, each of which a test must notice. Runs in a process with TRITON_INTERPRET=1.
+
+A mutant is one replaced piece of source text, in a copy of the kernels. `python triton_mutants.py` runs all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "triton_kernels"
+
+# A file, then pairs of lines: text, replacement.
+LIST = """
+_math.py
+    softplus = log1pe + tl.maximum(x, 0.0)
+    softplus = log1pe + tl.maximum(x, 1e-4)
+    q = e * 0.0145883197 - 0.0678512082
+    q = e * 0.0145883197 - 0.0698512082
+    p = tl.where(x >= 0.0, r, e * r)
+    p = tl.where(x >= 0.0, r, r)
+    p2 * ((capped - p * capped) * 2.0 + p)
+    p2 * ((capped - p * capped) + p)
+    return p * softplus, p * (p + (capped - p * capped))
+    return p * softplus, p * (p + capped)
+    one_minus_p = tl.where(x >= 0.0, e * r, r)
+    one_minus_p = tl.where(x >= 0.0, r, e * r)
+    modulator * softplus, -modulator * (p + gamma * tail)
+    modulator * softplus, -modulator * p
+    tl.where(exponent == 0.0, 1.0, tl.exp2
+    tl.where(exponent == 9.0, 1.0, tl.exp2
+    clamp(iou, 0.0, 1.0)
+    clamp(iou, 0.0, 0.9)
+    d = weighted + eps
+    d = weighted
+    size - 0.5 * beta
+    size - beta
+    tl.where(inner, d / safe, sign)
+    tl.where(inner, d, sign)
+    x - half_w, y - half_h, x + half_w, y + half_h
+    x - half_w, y - half_h, x + half_w, y + half_w
+    return x - left, y - top, x + right
+    return x - left, y - top, x + left
+    w2 * tl.log((b2 - b0) / width)
+    w2 * tl.log((b2 - b0) / height)
+    weight * tl.log(clamp((reach + 0.5 * size)
+    weight * tl.log(clamp((reach + size)
+    united = area_a + area_b - inter
+    united = area_a + area_b
+    (low + high) * size / w0
+    (low - high) * size / w0
+    return (b2 - b0 <= 0.0) | (b3 - b1 <= 0.0)
+    return (b2 - b0 < 0.0) | (b3 - b1 < 0.0)
+_launch.py
+    while value % width:
+    while False:
+coefficients.py
+    first, step, count = scope * images, 1, images
+    first, step, count = scope, 1, images
+    first, step, count = scope, images, levels
+    first, step, count = scope, 1, levels
+    tl.where(count > 1.0, count, 1.0)
+    count
+    loc = loc_norm * w_loc /
+    loc = w_loc /
+    first, count = pick(tile0, level) + (s - level * images)
+    first, count = pick(tile0, level) + (s - images)
+    return tl.load(tensor + image, mask=mask
+    return tl.load(tensor + 0 * image, mask=mask
+positives.py
+    order = tl.cumsum(positive.to(tl.int32), 0) - 1
+    order = tl.cumsum(positive.to(tl.int32), 0)
+detection_kernels.py
+    code = tl.where(positive, POSITIVE, tl.where(value == -2
+    code = tl.where(positive, POSITIVE, tl.where(value == -3
+    (a * CLASSES + label).to(tl.int64) * locations + cell
+    (a * CLASSES + label).to(tl.int64) * locations
+    iou = tl.where(degenerate, 0.0, iou)
+    iou = tl.where(degenerate, 0.5, iou)
+    loc_weight = tl.where(good & (degenerate == 0), loc_balance, 0.0)
+    loc_weight = tl.where(good, loc_balance, 0.0)
+    g3 = tl.where(found, s3
+    g3 = tl.where(found, s2
+    inside = location < locations
+    inside = location <= locations
+    tl.join(tl.join(g0, g2), tl.join(g1, g3))
+    tl.join(tl.join(g0, g1), tl.join(g2, g3))
+    boxes = pointer(gt.boxes[0], BOX_T) + 4 * tl.cast(image
+    boxes = pointer(gt.boxes[0], BOX_T) + 3 * tl.cast(image
+focal_dense.py
+    left = tl.minimum(size - first, BLOCK * LOOP)
+    left = size * 0 + BLOCK * LOOP
+    off = (label[:, None] == column) | (seen == IGNORED)[:, None]
+    off = label[:, None] == column
+    value = tl.where(label[:, None] == column, own[:, None], value)
+    value = value
+    inside = i < locations // VECTOR * VECTOR
+    inside = i < locations // VECTOR * VECTOR + 1
+    mask = (first_class + k < K)[:, None] & inside[None, :]
+    mask = (first_class + k <= K)[:, None] & inside[None, :]
+    anchor = anchor0 + i * anchors + a
+    anchor = anchor0 + i * anchors
+    return slope * (positive * norm * scale)
+    return slope * (positive * norm)
+    return tl.load(norm + image)
+    return tl.load(norm)
+    slope *= weight[:, None]
+    slope *= 1.0
+    if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
+    if True:
+focal.py
+    mask = mask & (tl.load(scope_ids + at, mask=mask, other=-1).to(tl.int64) == slot)
+    mask = mask & (slot == 0)
+    loss_sum += tl.where(mask, positive_factor * own, 0.0)
+    loss_sum += tl.where(mask, own, 0.0)
+cross_entropy.py
+    certain = others <= own
+    certain = own > 0.5
+    positive = counted & (label != background)
+    positive = counted
+    value = tl.where(hit, -others[:, None]
+    value = tl.where(hit, -own[:, None]
+    mask = inside[:, None] & (k < K // VECTOR * VECTOR)[None, :]
+    mask = inside[:, None] & (k <= K)[None, :]
+smooth_l1.py
+    factor *= w_loc * tl.load(grad_rows
+    factor *= tl.load(grad_rows
+    overlap = tl.load(iou + row
+    overlap = 0.9 * tl.load(iou + row
+rescale.py
+    value = tl.load(at, mask=mask).to(tl.float32) * factor
+    value = tl.load(at, mask=mask).to(tl.float32) / factor
+"""
+
+
+def parse(text: str) -> tuple[tuple[str, str, str], ...]:
+    """(file, text, replacement) of each mutant."""
+    found, file, pending = [], "", None
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            file = line
+        elif pending is None:
+            pending = line.strip()
+        else:
+            found.append((file, pending, line.strip()))
+            pending = None
+    return tuple(found)
+
+
+MUTANTS = parse(LIST)
+
+
+def changed(folder: Path, mutant: tuple[str, str, str]) -> Path:
+    """A copy of the kernels with the mutant in it."""
+    file, text, replacement = mutant
+    copy = folder / "triton_kernels"
+    shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / file).read_text(encoding="utf-8")
+    if text not in source:
+        raise LookupError(f"{file} no longer contains {text!r}")
+    (copy / file).write_text(source.replace(text, replacement, 1), encoding="utf-8")
+    return copy
+
+
+def survives(mutant: tuple[str, str, str] | None) -> bool:
+    """Whether the problems of triton_mutant_cases.py pass; None: the kernels as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = KERNELS if mutant is None else changed(Path(folder), mutant)
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "IOUBAL_CHECK": "0"}
+        only = [] if mutant is None else [mutant[0]]
+        command = [sys.executable, "-W", "ignore", str(HERE / "triton_mutant_cases.py"), str(copy), *only]
+        return subprocess.run(command, capture_output=True, env=environment, timeout=600).returncode == 0
+
+
+def survivors(mutants: tuple[tuple[str, str, str], ...] = MUTANTS, jobs: int = 1) -> list[tuple[str, str, str]]:
+    with ThreadPoolExecutor(jobs) as pool:
+        return [mutant for mutant, alive in zip(mutants, pool.map(survives, mutants)) if alive]
+
+
+if __name__ == "__main__":
+    assert survives(None), "the unchanged kernels fail"
+    alive = survivors(jobs=os.cpu_count() or 1)
+    print(f"{len(MUTANTS) - len(alive)} of {len(MUTANTS)} mutants killed", *alive, sep="\n")
+    sys.exit(bool(alive))

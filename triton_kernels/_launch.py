@@ -1,0 +1,137 @@
+"""What the launchers share: numbers as kernels take them, scratch memory, tables of levels, the device.
+
+Level tables are tuples of integers, one per level, so that one launch serves all levels. Triton compiles a kernel anew
+for an integer argument of 1 and for one divisible by 16, in tuples always: ``pack`` hides both, and shapes that change
+from step to step compile nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+# Without a limit of its own ptxas aims at more programs per multiprocessor than are of use, and spills.
+MAX_REGISTERS = 128
+PARTS = tl.constexpr(9)  # the sums of a tile of positives, see positives_kernel
+
+
+def pack(*values: int) -> tuple[int, ...]:
+    """Integers as an argument tuple; kernels read them with ``pick`` or ``unpack``."""
+    return tuple(value << 4 | 3 for value in values)
+
+
+@triton.jit
+def unpack(value):
+    return value >> 4
+
+
+@triton.jit
+def pick(values, i):
+    """Entry i (a scalar of the program) of a packed tuple."""
+    out = values[0]
+    for k in tl.static_range(1, len(values)):
+        out = tl.where(i >= k, values[k], out)
+    return out >> 4
+
+
+@triton.jit
+def level_of(tile0, tile):
+    """The level of a tile, by the levels' first tiles."""
+    level = tl.zeros((), tl.int32)
+    for k in tl.static_range(1, len(tile0)):
+        level += (tile >= (tile0[k] >> 4)).to(tl.int32)
+    return level
+
+
+@triton.jit
+def pointer(address, T: tl.constexpr):
+    """A packed address as a pointer to T."""
+    return (tl.cast(address, tl.int64) >> 4).to(tl.pointer_type(T))
+
+
+@triton.jit
+def pointer_at(addresses, i, T: tl.constexpr):
+    """Entry i of packed addresses as a pointer to T; that of an empty tensor may be 0, a 32-bit integer."""
+    return tl.cast(pick(addresses, i), tl.int64).to(tl.pointer_type(T))
+
+
+@triton.jit
+def number(tensor, value, GIVEN: tl.constexpr):
+    """A number that is still in a tensor on the device (GIVEN), or a float64 that the host knows."""
+    if GIVEN:
+        return tl.load(tensor).to(tl.float64)
+    return value
+
+
+class Workspace:
+    """Scratch memory that Python has allocated (ops/workspace.py), handed out piece by piece as packed addresses."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != 1:
+            raise RuntimeError("ioubal_kernels: the Triton kernels need a workspace")
+        self._at = tensors[0].data_ptr()
+        self._end = self._at + tensors[0].numel() * tensors[0].element_size()
+
+    def take(self, count: int, size: int) -> int:
+        """Address of `count` elements of `size` bytes."""
+        start = self._at + -self._at % 8
+        self._at = start + count * size
+        if self._at > self._end:
+            raise RuntimeError(f"ioubal_kernels: the workspace is too small by {self._at - self._end} bytes")
+        return start
+
+
+def cdiv(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_of(tiles: int, may_skip: bool, x: Tensor) -> int:
+    """Programs of a pass. One that may find that there is nothing to do is small: its programs loop over the tiles."""
+    if not may_skip:
+        return tiles
+    return min(tiles, 4 * _multiprocessors(x.device.index) if x.is_cuda else 2)
+
+
+def on_device(x: Tensor) -> Any:
+    """Makes x's device current: Triton launches there, on torch's current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def gamma_case(gamma: float) -> int:
+    """The constant GAMMA of ``focal_negative``."""
+    return int(gamma) if gamma in (0.0, 1.0, 2.0) else -1
+
+
+def widest(size: int, *numbers: int) -> int:
+    """Elements of `size` bytes per access: the largest power of two, at most 16 bytes, that divides all numbers, which
+    are byte addresses and distances."""
+    width = 16
+    for value in numbers:
+        while value % width:
+            width //= 2
+    return max(width // size, 1)

@@ -1,0 +1,275 @@
+"""The formulas of csrc/math for Triton kernels: the same names, element by element on blocks of any shape.
+
+The dense pass computes in float32 with two special-function instructions per logit; what a positive needs is computed
+in the dtype of its arguments, float64 in the losses: positives are few, and everything else is weighted by them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter knows no inline assembly. It is chosen when triton is imported (TRITON_INTERPRET=1).
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)
+# A logit whose loss and gradient as a negative are exactly 0 (2^-14427 = 0). Ignored and positive entries are computed
+# with it, so that NaN logits of ignored anchors vanish too.
+OFF = tl.constexpr(-1e4)
+MAX_LOG_RATIO = tl.constexpr(4.135166556742356)  # log(1000 / 16)
+MAX_FOVEA_DISTANCE = tl.constexpr(16.0)
+
+
+# ---------------------------------------------------------------------------------------------- special functions
+
+
+@triton.jit
+def ex2(t):
+    """2^t of float32; denormals are 0."""
+    if INTERPRET:
+        return tl.exp2(t)
+    # tl.exp2 is ex2.approx without .ftz: two multiplications, a comparison and a selection more.
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rcp(u):
+    """1 / u of float32, exactly 1 at 1."""
+    if INTERPRET:
+        return 1.0 / u
+    # A division is 8 instructions and a branch.
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log1p_over(e, PRECISE: tl.constexpr):
+    """log1p(e) / e on [0, 1], exactly 1 at 0: a bias there would be the bias of the whole sum.
+
+    Degree 6 is off by 1.5e-6 at most; PRECISE, degree 7, by 3.2e-7: a large gamma multiplies the error.
+    """
+    if PRECISE:
+        q = e * -0.0087789502 + 0.0449866205
+        q = q * e - 0.109022886
+        q = q * e + 0.178472057
+        q = q * e - 0.245368659
+        q = q * e + 0.332840651
+        q = q * e - 0.499981791
+    else:
+        q = e * 0.0145883197 - 0.0678512082
+        q = q * e + 0.151027694
+        q = q * e - 0.236113444
+        q = q * e + 0.331404269
+        q = q * e - 0.499907464
+    return q * e + 1.0
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0 in e's precision: the rounding error of 1 + e cancels in the quotient."""
+    u = 1.0 + e
+    d = u - 1.0
+    return tl.where(d == 0.0, e, tl.log(u) * (e / tl.where(d == 0.0, 1.0, d)))
+
+
+@triton.jit
+def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """x within [LOW, HIGH]; NaN stays NaN. The limits are taken in x's precision."""
+    return tl.where(x < LOW, tl.full((), LOW, x.dtype), tl.where(x > HIGH, tl.full((), HIGH, x.dtype), x))
+
+
+# ---------------------------------------------------------------------------------------------- focal loss
+
+
+@triton.jit
+def focal_negative(x, gamma, GAMMA: tl.constexpr):
+    """p^gamma softplus(x) of a negative entry and its derivative, in float32. GAMMA: 0, 1, 2, or -1 for any `gamma`."""
+    e = ex2(tl.abs(x) * -LOG2E)
+    r = rcp(1.0 + e)
+    log1pe = log1p_over(e, GAMMA == -1) * e
+    softplus = log1pe + tl.maximum(x, 0.0)
+    p = tl.where(x >= 0.0, r, e * r)
+    if GAMMA == 0:
+        return softplus, p
+    # (1 - p) * softplus tends to 0; at x = +inf it would be 0 * inf.
+    capped = tl.minimum(softplus, 1e30)
+    if GAMMA == 1:
+        return p * softplus, p * (p + (capped - p * capped))
+    elif GAMMA == 2:
+        p2 = p * p
+        return p2 * softplus, p2 * ((capped - p * capped) * 2.0 + p)
+    else:
+        # p^gamma through log p = min(x, 0) - log1p(e): no 0^0 and no logarithm.
+        modulator = ex2((tl.minimum(x, 0.0) - log1pe) * (gamma * LOG2E))
+        # 1 - p by itself: a large gamma multiplies what cancels in a difference.
+        one_minus_p = tl.where(x >= 0.0, e * r, r)
+        return modulator * softplus, modulator * (gamma * one_minus_p * capped + p)
+
+
+@triton.jit
+def focal_positive(x, gamma):
+    """(1 - p)^gamma softplus(-x) of a positive entry and its derivative, in float64."""
+    x = -x  # a negative entry seen from the other side
+    e = tl.exp(-tl.abs(x))
+    log1pe = log1p(e)
+    low = tl.where(x < 0.0, x, 0.0 * e)
+    p = tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+    one_minus_p = tl.where(x < 0.0, 1.0, e) / (1.0 + e)
+    softplus = tl.where(x > 0.0, x, 0.0 * e) + log1pe  # e is NaN where x is
+    modulator = tl.where(gamma == 0.0, 1.0, tl.exp(gamma * (low - log1pe)))
+    tail = tl.where(one_minus_p > 0.0, one_minus_p * softplus, 0.0)
+    return modulator * softplus, -modulator * (p + gamma * tail)
+
+
+# ---------------------------------------------------------------------------------------------- Eq. 4 and 7
+
+
+@triton.jit
+def iou_power(iou, exponent):
+    """iou^exponent with iou clamped to [0, 1]; anything^0 = 1, also 0^0. float64."""
+    return tl.where(exponent == 0.0, 1.0, tl.exp2(exponent * tl.log2(clamp(iou, 0.0, 1.0))))
+
+
+@triton.jit
+def normalizer(plain, weighted, eps):
+    """S / (D + eps); a denominator of exactly 0 gives 0, never NaN."""
+    d = weighted + eps
+    return tl.where(d == 0.0, 0.0, plain / tl.where(d == 0.0, 1.0, d))
+
+
+@triton.jit
+def balance_share(loss, balance):
+    """What a positive adds to S and D: an infinite loss bounded, a NaN one not at all."""
+    bad = (loss != loss) | (balance != balance)
+    plain = tl.where(bad, 0.0, tl.where(loss < 1e30, loss, 1e30))
+    return plain, tl.where(bad, 0.0, plain * balance)
+
+
+@triton.jit
+def weighted_loss(weight, loss):
+    """weight * loss, where a weight of 0 silences an infinite loss too (but never a NaN)."""
+    infinite = (loss - loss != 0.0) & (loss == loss)
+    return tl.where((weight == 0.0) & infinite, 0.0, weight * loss)
+
+
+# ---------------------------------------------------------------------------------------------- smooth L1
+
+
+@triton.jit
+def smooth_l1(d, beta):
+    """0.5 d^2 / beta below beta, |d| - beta / 2 above, and the derivative; beta = 0 is L1."""
+    size = tl.abs(d)
+    inner = size < beta
+    safe = tl.where(inner, beta, 1.0)
+    sign = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))  # of 0 it is 0, of NaN NaN
+    return tl.where(inner, 0.5 * d * d / safe, size - 0.5 * beta), tl.where(inner, d / safe, sign)
+
+
+# ---------------------------------------------------------------------------------------------- boxes and IoU
+
+
+@triton.jit
+def exp_clamped(t):
+    return tl.exp(clamp(t, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+@triton.jit
+def decode_box(d0, d1, d2, d3, a0, a1, a2, a3, w0, w1, w2, w3, FOVEA: tl.constexpr):
+    """Box x1 y1 x2 y2 of deltas d on the anchor a with the coder's weights w."""
+    width = a2 - a0
+    height = a3 - a1
+    x = a0 + 0.5 * width
+    y = a1 + 0.5 * height
+    if FOVEA:
+        left = width * exp_clamped(d0 / w0)
+        top = height * exp_clamped(d1 / w1)
+        right = width * exp_clamped(d2 / w2)
+        bottom = height * exp_clamped(d3 / w3)
+        return x - left, y - top, x + right, y + bottom
+    else:
+        x = d0 / w0 * width + x
+        y = d1 / w1 * height + y
+        half_w = 0.5 * width * exp_clamped(d2 / w2)
+        half_h = 0.5 * height * exp_clamped(d3 / w3)
+        return x - half_w, y - half_h, x + half_w, y + half_h
+
+
+@triton.jit
+def log_slope(t, size, weight):
+    """Derivative of size * exp(clamped t) with respect to a delta of this weight; 0 beyond the clamp, NaN stays."""
+    beyond = (t > MAX_LOG_RATIO) | (t < -MAX_LOG_RATIO)
+    return tl.where(beyond, 0.0, size * tl.exp(t) / weight)
+
+
+@triton.jit
+def decode_axis_backward(low, high, d0, d1, size, w0, w1, FOVEA: tl.constexpr):
+    """Gradients of an axis's two deltas, given those of its two corners."""
+    slope1 = log_slope(d1 / w1, size, w1)
+    if FOVEA:
+        return -low * log_slope(d0 / w0, size, w0), high * slope1
+    else:
+        return (low + high) * size / w0, 0.5 * (high - low) * slope1
+
+
+@triton.jit
+def fovea_distance(reach, size, weight):
+    return weight * tl.log(clamp((reach + 0.5 * size) / size, 1.0 / MAX_FOVEA_DISTANCE, MAX_FOVEA_DISTANCE))
+
+
+@triton.jit
+def encode_box(b0, b1, b2, b3, a0, a1, a2, a3, w0, w1, w2, w3, FOVEA: tl.constexpr):
+    """Deltas of box b on anchor a. Distances are taken between corners before anything is added to them: coordinates
+    are large beside their differences, and float32 would lose the difference of two centres."""
+    width = a2 - a0
+    height = a3 - a1
+    left = a0 - b0
+    top = a1 - b1
+    right = b2 - a2
+    bottom = b3 - a3
+    if FOVEA:
+        return (
+            fovea_distance(left, width, w0),
+            fovea_distance(top, height, w1),
+            fovea_distance(right, width, w2),
+            fovea_distance(bottom, height, w3),
+        )
+    else:
+        return (
+            w0 * (0.5 * (right - left)) / width,
+            w1 * (0.5 * (bottom - top)) / height,
+            w2 * tl.log((b2 - b0) / width),
+            w3 * tl.log((b3 - b1) / height),
+        )
+
+
+@triton.jit
+def is_degenerate(b0, b1, b2, b3):
+    """Whether a side is not positive. NaN is not degenerate: it must reach the loss."""
+    return (b2 - b0 <= 0.0) | (b3 - b1 <= 0.0)
+
+
+@triton.jit
+def not_negative(x):
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def interval_overlap(a1, a2, b1, b2):
+    """Overlap of [a1, a2] and [b1, b2]; 0 when apart or inverted."""
+    return not_negative(tl.where(b2 < a2, b2, a2) - tl.where(b1 > a1, b1, a1))
+
+
+@triton.jit
+def box_iou(a0, a1, a2, a3, b0, b1, b2, b3):
+    """IoU; areas of inverted boxes count as 0, an empty union gives 0."""
+    inter = interval_overlap(a0, a2, b0, b2) * interval_overlap(a1, a3, b1, b3)
+    area_a = not_negative(a2 - a0) * not_negative(a3 - a1)
+    area_b = not_negative(b2 - b0) * not_negative(b3 - b1)
+    united = area_a + area_b - inter
+    return tl.where(united == 0.0, 0.0, inter / tl.where(united == 0.0, 1.0, united))
+
+
+@triton.jit
+def delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA: tl.constexpr):
+    """IoU of the two decoded boxes. Decoding is a shift and a scale per axis, to which IoU is invariant: no anchor."""
+    a0, a1, a2, a3 = decode_box(p0, p1, p2, p3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
+    b0, b1, b2, b3 = decode_box(t0, t1, t2, t3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
+    return box_iou(a0, a1, a2, a3, b0, b1, b2, b3)
