@@ -39,7 +39,11 @@ def detection() -> None:
 
 
 def focal() -> None:
-    for gamma, options in ((2.0, {"reduction": "none"}), (1.0, {"scopes": True, "eta": 0.0}), (0.0, {"grad_scale": 2.0})):
+    for gamma, options in (
+        (2.0, {"reduction": "none"}),
+        (1.0, {"scopes": True, "eta": 0.0}),
+        (0.0, {"grad_scale": 2.0}),
+    ):
         rows = testing.classification_inputs(seed=2, rows=40, classes=11, positive_share=0.4)
         rows.iou[::3], rows.iou[1::3] = 1.0, 0.0
         options = dict(options)
