@@ -12,14 +12,14 @@ import pytest
 HERE = Path(__file__).parent
 # Selections within interpreted/ and the least number of cases: quick ones, then the rest of the detection loss.
 QUICK = {
-    "detection": ("test_detection.py", "test_detection or test_nothing_there or test_bitwise", 59),
+    "detection": ("test_detection.py", "parity or nothing_there or bitwise", 59),
     "focal": ("test_flat.py", "focal or addresses", 150),
     "other flat losses, boxes": ("test_flat.py", "not (focal or addresses)", 100),
     "hostile": ("test_hostile.py", "not extreme", 45),
 }
 SLOW = {
     "extreme logits": ("test_hostile.py", "extreme", 24),
-    "detection": ("test_detection.py", "not (test_detection or test_nothing_there or test_bitwise)", 50),
+    "detection": ("test_detection.py", "not (parity or nothing_there or bitwise)", 50),
 }
 
 

@@ -16,7 +16,7 @@ GAMMAS = (2.0, 1.5, 0.0, 1.0)
 @pytest.mark.parametrize("scope", ("batch", "level", "image"))
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_detection(dtype, layout, scope, box_coder):
+def test_parity(dtype, layout, scope, box_coder):
     """The other parameters take their turns, so that each meets each layout and scope."""
     turn = (DTYPES.index(dtype), testing.LAYOUTS.index(layout), ("batch", "level", "image").index(scope))
     gamma = GAMMAS[(sum(turn) + (box_coder == "fovea")) % 4]
