@@ -96,8 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default 480)")
     parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
+    parser.add_argument("--backend", choices=gpu_device.BACKENDS, default="cuda", help="default cuda")
     parser.add_argument("--no-child", action="store_true", help="run the sections in this process, for debugging")
-    parser.add_argument("--output", type=Path, help="the report; default bench/results/gpu_check-<device>.json")
+    parser.add_argument("--output", type=Path, help="default bench/results/gpu_check[-triton]-<device>.json")
     options = parser.parse_args(arguments)
     wanted = options.sections.split(",") if options.sections else names
     if unknown := set(wanted) - set(names):
@@ -108,20 +109,25 @@ def main(arguments: list[str] | None = None) -> int:
     if dry and (reason := backends.unavailable_reason("cpu")):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return 2
-    if not dry and gpu_device.refuse_without_gpu(PROGRAM):
+    if not dry and gpu_device.refuse_without_gpu(PROGRAM, options.backend):
         return 2
     began = time.monotonic()
-    plan = Plan(options.device, options.device, dry, began + options.budget)
+    backend = "cpu" if dry else options.backend
+    plan = Plan(options.device, backend, dry, began + options.budget)
     facts = gpu_device.facts(options.device)
     path = options.output
     if path is None and not dry:
-        path = timing.RESULTS / f"gpu_check-{gpu_device.slug(facts['device'])}.json"
+        path = (
+            timing.RESULTS
+            / f"gpu_check-{'triton-' if backend == 'triton' else ''}{gpu_device.slug(facts['device'])}.json"
+        )
     entries = {name: {"result": NOT_RUN, "reason": "not reached", "seconds": 0.0} for name in names}
     for name in set(names) - set(wanted):
         entries[name]["reason"] = "not asked for"
 
     def save() -> None:
-        report = {"report": "gpu_check", "verdict": verdict(entries), **facts, "budget_s": options.budget}
+        report = {"report": "gpu_check", "backend": backend, "verdict": verdict(entries), **facts}
+        report["budget_s"] = options.budget
         report |= {"seconds": round(time.monotonic() - began, 1), "sections": entries}
         if path is not None:
             gpu_device.write_report(path, report)

@@ -30,9 +30,12 @@ SMI_FIELDS = {
 }
 
 
-def refuse_without_gpu(program: str) -> bool:
-    """Whether there is no GPU or no CUDA library to run on it; says so in one line."""
-    reason = no_gpu_reason() or backends.unavailable_reason("cuda")
+BACKENDS = ("cuda", "triton")
+
+
+def refuse_without_gpu(program: str, backend: str = "cuda") -> bool:
+    """Whether there is no GPU or no such backend to run on it; says so in one line."""
+    reason = no_gpu_reason() or backends.unavailable_reason(backend)
     if reason:
         print(refusal(program, reason), file=sys.stderr)
     return reason is not None

@@ -153,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--replays", type=int, default=20, help="queued replays of a round (default 20)")
     parser.add_argument("--only", default="", help="run the jobs whose name contains this")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
+    parser.add_argument("--backend", choices=gpu_device.BACKENDS, default="cuda", help="default cuda")
     parser.add_argument("--output", type=Path, help="folder of the rows (default bench/results; a dry run keeps none)")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.replays < 1 or options.budget <= 0:
@@ -161,15 +162,16 @@ def main(arguments: list[str] | None = None) -> int:
     if dry and (reason := backends.unavailable_reason("cpu")):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return 2
-    if not dry and gpu_device.refuse_without_gpu(PROGRAM):
+    if not dry and gpu_device.refuse_without_gpu(PROGRAM, options.backend):
         return 2
     wanted = [job for job in jobs() if options.only in job.name]
     if not wanted:
         parser.error(f"--only {options.only!r} names no job; there are: {', '.join(job.name for job in jobs())}")
     began = time.monotonic()
-    bench = Bench(options.device, options.device, dry, options.rounds, options.replays)
+    bench = Bench(options.device, "cpu" if dry else options.backend, dry, options.rounds, options.replays)
     facts = gpu_device.facts(options.device)
     constant = {k: v for k, v in facts.items() if not k.endswith(("_clock_mhz", "_w", "_c", "_percent"))}
+    constant["backend"] = bench.backend
     file = "dry-run" if dry else gpu_device.slug(facts["device"])
     folder = options.output or (None if dry else timing.RESULTS)
     print(f"{PROGRAM}: {facts['device']}, torch {facts['torch']}, commit {facts['commit']}", flush=True)
