@@ -29,7 +29,9 @@ struct Sums {
   }
   // The default divisor: the count of row 0. Ranks average their losses, so each divides by its share of the global
   // count.
-  IOUBAL_HD double default_divisor(double world_size) const { return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size; }
+  IOUBAL_HD double default_divisor(double world_size) const {
+    return (shared(kCount) > 1 ? shared(kCount) : 1.0) / world_size;
+  }
 };
 
 }  // namespace ioubal

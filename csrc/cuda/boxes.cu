@@ -37,9 +37,7 @@ void encode_boxes(Tensor boxes, Tensor anchors, std::vector<double> weights, int
   run<BoxOp::kEncode>(boxes, anchors, kAbsent, weights, coder, out);
 }
 
-void paired_box_iou(Tensor boxes1, Tensor boxes2, Tensor out) {
-  run<BoxOp::kIou>(boxes1, boxes2, kAbsent, {}, 0, out);
-}
+void paired_box_iou(Tensor boxes1, Tensor boxes2, Tensor out) { run<BoxOp::kIou>(boxes1, boxes2, kAbsent, {}, 0, out); }
 
 void delta_iou_op(Tensor pred, Tensor target, std::vector<double> weights, int64_t coder, Tensor out) {
   run<BoxOp::kDeltaIou>(pred, target, kAbsent, weights, coder, out);

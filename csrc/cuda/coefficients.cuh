@@ -18,9 +18,9 @@ struct CoefficientsTable {
   u32 tile0[kMaxLevels], tiles[kMaxLevels];  // tiles per image
   int levels;
   int64_t images;
-  bool by_slot;     // one segment per slot, over all tiles
+  bool by_slot;  // one segment per slot, over all tiles
   u32 all_tiles;
-  ScopeOf scope;    // without ids
+  ScopeOf scope;  // without ids
   int64_t scopes;
   const double* partial;
   double* segment_sums;  // (segments, kPartials)
@@ -33,11 +33,11 @@ struct CoefficientsTable {
   NumberRef cls_divisor, loc_divisor;  // a value of 0: the default
 
   float *negative, *positive, *location, *cls_norm, *loc_norm;  // see Coefficients
-  u32* ticket;          // of the dense pass: set to 0
-  float* cls_loss;      // the positives' part; NaN for bad labels
-  float* loc_loss;      // or nullptr
-  int64_t* count;       // or nullptr
-  float* mean_iou;      // or nullptr
+  u32* ticket;                                                  // of the dense pass: set to 0
+  float* cls_loss;                                              // the positives' part; NaN for bad labels
+  float* loc_loss;                                              // or nullptr
+  int64_t* count;                                               // or nullptr
+  float* mean_iou;                                              // or nullptr
   float* positives_loss;  // kept for the pass over the rows, which adds it to its own sum
   bool rows_count_all;    // that pass counts the positives too: then this is 0, or NaN for bad labels
 
@@ -55,10 +55,12 @@ struct CoefficientsTable {
 
 // Which part a number of Sums adds up; -1: none.
 IOUBAL_DEVICE int partial_of_sum(int64_t row, int64_t column) {
-  if (row == 0) return column == Sums::kCount ? kPartCount : column == Sums::kIou ? kPartIou
-                       : column == Sums::kBad ? kPartBad : -1;
-  return column == Sums::kClsPlain ? kPartClsPlain : column == Sums::kClsWeighted ? kPartClsWeighted
-         : column == Sums::kLocPlain ? kPartLocPlain : kPartLocWeighted;
+  if (row == 0)
+    return column == Sums::kCount ? kPartCount : column == Sums::kIou ? kPartIou : column == Sums::kBad ? kPartBad : -1;
+  return column == Sums::kClsPlain      ? kPartClsPlain
+         : column == Sums::kClsWeighted ? kPartClsWeighted
+         : column == Sums::kLocPlain    ? kPartLocPlain
+                                        : kPartLocWeighted;
 }
 
 IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {

@@ -25,7 +25,7 @@ struct CrossEntropyTable {
   FloatRef grad_rows;  // per row, or none: `scale`
   NumberRef scale, expected;
   bool skip_expected;
-  float* partial;      // per tile: its loss; nullptr: not wanted
+  float* partial;  // per tile: its loss; nullptr: not wanted
   LossSum finish;
 };
 
@@ -77,9 +77,10 @@ struct Row {
 // A row with a logit that is not finite, by one lane: loss, and `factor` times the gradient if `out` is there.
 template <class T>
 IOUBAL_DEVICE float limit_row(const T* x, T* out, int64_t columns, int64_t target, float factor) {
-  return softmax_limit<float>([&](int64_t k) { return load_one(x + k); }, columns, target, [&](int64_t k, float slope) {
-    if (out) store_one(out + k, slope != slope ? slope : factor * slope);
-  });
+  return softmax_limit<float>([&](int64_t k) { return load_one(x + k); }, columns, target,
+                              [&](int64_t k, float slope) {
+                                if (out) store_one(out + k, slope != slope ? slope : factor * slope);
+                              });
 }
 
 // The loss of the row, in every lane, and its gradient if `out` is there.
@@ -103,8 +104,8 @@ IOUBAL_DEVICE float row_loss(const T* x, T* out, int64_t columns, int64_t target
 
 // Sums of the positives of a tile: rows of a class other than the background.
 template <class T, int kCached>
-__global__ void __launch_bounds__(kThreads, 3) cross_entropy_positives_kernel(const IOUBAL_GRID_CONSTANT
-                                                                              CrossEntropyTable tb) {
+__global__ void __launch_bounds__(kThreads, 3)
+    cross_entropy_positives_kernel(const IOUBAL_GRID_CONSTANT CrossEntropyTable tb) {
   __shared__ double scratch[kThreads / kWarp];
   double* out = tb.positives + static_cast<int64_t>(blockIdx.x) * tb.slots * kPartials;
   clear_terms(tb.slots, out);
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, 3) cross_entropy_positives_kernel(co
 
 // Every row: loss and gradient.
 template <class T, int kCached>
-__global__ void __launch_bounds__(kThreads, 4) cross_entropy_fill_kernel(const IOUBAL_GRID_CONSTANT
-                                                                         CrossEntropyTable tb) {
+__global__ void __launch_bounds__(kThreads, 4)
+    cross_entropy_fill_kernel(const IOUBAL_GRID_CONSTANT CrossEntropyTable tb) {
   __shared__ double scratch[kThreads / kWarp];
   const bool skip = tb.skip_expected && tb.scale.get() == tb.expected.get();
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -164,8 +165,7 @@ __global__ void __launch_bounds__(kThreads, 4) cross_entropy_fill_kernel(const I
         if (label >= tb.columns || scope < 0) loss = NAN;
       } else {
         const bool positive = label != tb.background;
-        const double balance =
-            positive ? tb.coefficients.cls_norm[scope] * iou_power(tb.iou[row], tb.eta) : 1.0;
+        const double balance = positive ? tb.coefficients.cls_norm[scope] * iou_power(tb.iou[row], tb.eta) : 1.0;
         const double sample = tb.weight.get(row, 1.0);
         const double factor =
             sample * balance * (tb.grad_rows.data ? tb.grad_rows[row] : scale * tb.coefficients.negative[0]);

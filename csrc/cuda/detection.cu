@@ -220,9 +220,9 @@ class Detection {
     for (LevelSource& source : levels_) {
       if (a_.logits[source.tensor].dim() == 4 && source.level.locations == 1) source.level.planes = any_planes;
     }
-    levels_.erase(std::remove_if(levels_.begin(), levels_.end(),
-                                 [](const LevelSource& s) { return s.level.positions() == 0; }),
-                  levels_.end());
+    levels_.erase(
+        std::remove_if(levels_.begin(), levels_.end(), [](const LevelSource& s) { return s.level.positions() == 0; }),
+        levels_.end());
     if (a_.images() == 0 || classes_ == 0) levels_.clear();
     STD_TORCH_CHECK(levels_.size() <= kMaxLevels, "ioubal_kernels: at most ", kMaxLevels, " levels, got ",
                     levels_.size());
@@ -240,9 +240,9 @@ class Detection {
       out.box_type = dtype_of(a_.gt_boxes[0]);
       out.wide_labels = a_.gt_labels[0].scalar_type() == ScalarType::Long;
       for (size_t i = 0; i < a_.gt_boxes.size(); ++i) {
-        STD_TORCH_CHECK(dtype_of(a_.gt_boxes[i]) == out.box_type &&
-                            a_.gt_labels[i].scalar_type() == a_.gt_labels[0].scalar_type(),
-                        "ioubal_kernels: the images' boxes, and their labels, must have one dtype");
+        STD_TORCH_CHECK(
+            dtype_of(a_.gt_boxes[i]) == out.box_type && a_.gt_labels[i].scalar_type() == a_.gt_labels[0].scalar_type(),
+            "ioubal_kernels: the images' boxes, and their labels, must have one dtype");
       }
     }
     return out;
@@ -294,9 +294,9 @@ class Detection {
       level.vector = place.coordinate == 1 && (place.image | place.anchor | place.row | place.column) % 4 == 0 &&
                      reinterpret_cast<uintptr_t>(level.out) % (4 * grad.element_size()) == 0;
       level.tile0 = tb.tiles;
-      level.tiles = level.planes ? divide_up(level.locations, kThreads)
-                                 : divide_up(static_cast<int64_t>(level.locations) * level.anchors,
-                                             kLocRepeat * kThreads);
+      level.tiles = level.planes
+                        ? divide_up(level.locations, kThreads)
+                        : divide_up(static_cast<int64_t>(level.locations) * level.anchors, kLocRepeat * kThreads);
       tb.tiles += level.tiles * static_cast<u32>(a_.images());
     }
   }

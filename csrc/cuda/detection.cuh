@@ -35,9 +35,9 @@ struct DetectionProblem {
     const Level& level = tb.level[place.level];
     const u32 location = level.planes ? place.position : place.position / level.anchors;
     const u32 a = level.planes ? place.a : place.position % level.anchors;
-    const int64_t entry = place.image * level.image_stride +
-                          (level.planes ? (a * classes + label) * level.locations + location
-                                        : static_cast<int64_t>(place.position) * classes + label);
+    const int64_t entry =
+        place.image * level.image_stride + (level.planes ? (a * classes + label) * level.locations + location
+                                                         : static_cast<int64_t>(place.position) * classes + label);
     const Quad<double> anchor = anchors.get(place.image, place.anchor), gt = truth.box<double>(place.image, value);
     double iou = 0, loc_loss = 0;
     const bool degenerate = is_degenerate(anchor) || is_degenerate(gt);

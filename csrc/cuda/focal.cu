@@ -17,8 +17,14 @@ class FlatFocal {
             bool compute_sums, const TensorList& workspace)
       : logits_(logits), device_(logits), memory_(workspace), focal_(focal), compute_sums_(compute_sums) {
     const int64_t rows = logits.size(0), classes = logits.size(1);
-    problem_ = {int_ref(labels), float_ref(logits), float_ref(iou), float_ref(weight), flat_scope(scope_ids, num_scopes),
-                classes,         focal,             nullptr};
+    problem_ = {int_ref(labels),
+                float_ref(logits),
+                float_ref(iou),
+                float_ref(weight),
+                flat_scope(scope_ids, num_scopes),
+                classes,
+                focal,
+                nullptr};
     const int64_t step = std::max<int64_t>(kRunElements / std::max<int64_t>(classes, 1) / kWarp, 1) * kWarp;
     STD_TORCH_CHECK(rows <= step * kMaxLevels && rows < (int64_t(1) << 31), "ioubal_kernels: too many rows, ", rows);
     for (int64_t first = 0; first < rows && classes > 0; first += step) {
@@ -83,8 +89,8 @@ class FlatFocal {
     variant.layout = plan_rows(tb.dense, variant.type, 1);
     if (loss) {
       tb.dense.partial = memory_.take<float>(tb.dense.tiles);
-      tb.finish = {tb.dense.partial, tb.dense.tiles, coefficients_->memory.ticket,
-                   coefficients_->memory.positives_loss, loss};
+      tb.finish = {tb.dense.partial, tb.dense.tiles, coefficients_->memory.ticket, coefficients_->memory.positives_loss,
+                   loss};
     }
     launch_focal_fill(device_, tb, variant);
   }

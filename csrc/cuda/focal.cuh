@@ -35,9 +35,9 @@ struct FlatFocalProblem {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 3) focal_positives_kernel(const IOUBAL_GRID_CONSTANT PositivesTable tb,
-                                                                      const IOUBAL_GRID_CONSTANT FlatFocalProblem
-                                                                          problem) {
+__global__ void __launch_bounds__(kThreads, 3)
+    focal_positives_kernel(const IOUBAL_GRID_CONSTANT PositivesTable tb,
+                           const IOUBAL_GRID_CONSTANT FlatFocalProblem problem) {
   positives_tile(tb, problem, blockIdx.x);
 }
 

@@ -16,38 +16,38 @@ enum Output : int { kNone = 0, kGradient = 1, kLoss = 2 };
 struct DenseLevel {
   const void* x;
   void* out;
-  int64_t image_stride;         // elements
-  u32 tile0, tiles;             // first tile; tiles per image (rows) or of all images (planes)
-  u32 rows;                     // rows: rows per image; rows * K < 2^31
-  u32 locations, vector;        // planes: H * W, and elements per access, which divides it
-  u32 columns;                  // planes: N * A * locations / vector
-  u32 anchors;                  // planes: A
+  int64_t image_stride;   // elements
+  u32 tile0, tiles;       // first tile; tiles per image (rows) or of all images (planes)
+  u32 rows;               // rows: rows per image; rows * K < 2^31
+  u32 locations, vector;  // planes: H * W, and elements per access, which divides it
+  u32 columns;            // planes: N * A * locations / vector
+  u32 anchors;            // planes: A
   u32 first_anchor;
-  u32 scope_level;              // number of the level among all of them
-  u32 word0, words;             // of `special`; words per image (rows) or plane
-  FastDiv per_plane;            // planes: by locations / vector
+  u32 scope_level;    // number of the level among all of them
+  u32 word0, words;   // of `special`; words per image (rows) or plane
+  FastDiv per_plane;  // planes: by locations / vector
 };
 
 struct DenseTable {
   DenseLevel level[kMaxLevels];
   int levels;
-  u32 tiles;                    // of all levels
+  u32 tiles;  // of all levels
   int64_t anchors_per_image;
   FastDiv classes;
-  u32 iterations;               // rows: groups of vectors per thread and tile
-  u32 class_chunk;              // planes: classes per tile
-  FastDiv chunks;               // planes: class chunks of a level
+  u32 iterations;   // rows: groups of vectors per thread and tile
+  u32 class_chunk;  // planes: classes per tile
+  FastDiv chunks;   // planes: class chunks of a level
   const u32* special;
   Labels labels;
   ScopeOf scope;
   Coefficients coefficients;
-  const float* weight;          // per anchor: iou^eta, times the sample's weight; read at positives only
-  FloatRef row_weight;          // per row, or none: of the negatives too
+  const float* weight;  // per anchor: iou^eta, times the sample's weight; read at positives only
+  FloatRef row_weight;  // per row, or none: of the negatives too
   float gamma;
-  NumberRef scale;              // the gradient's factor: grad_output, or in the forward what is expected of it
-  NumberRef expected;           // backward: nothing to do if the scale is this
+  NumberRef scale;     // the gradient's factor: grad_output, or in the forward what is expected of it
+  NumberRef expected;  // backward: nothing to do if the scale is this
   bool skip_expected;
-  float* partial;               // per tile: the negatives' loss; nullptr: not wanted
+  float* partial;  // per tile: the negatives' loss; nullptr: not wanted
 
   // Whether the buffers hold what is asked for already.
   IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
@@ -99,8 +99,8 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
   const float logit = load_one(x);  // before it may be overwritten
   const float w = tb.row_weight.data ? static_cast<float>(tb.row_weight[anchor]) : 1.f;
   float loss = 0.f;
-  const float gradient = negative_entry<kGamma, kFold<T, kGamma>, true>(ignored || positive ? kOff : logit, run.scale,
-                                                                tb.gamma, loss);
+  const float gradient =
+      negative_entry<kGamma, kFold<T, kGamma>, true>(ignored || positive ? kOff : logit, run.scale, tb.gamma, loss);
   sum = fmaf(loss, w, sum);
   if constexpr (kOutput == kNone) return;
   float value = ignored ? 0.f : w * (kOutput == kLoss ? loss * run.scale.value : gradient);  // also for a scale of inf

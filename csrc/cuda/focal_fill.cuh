@@ -54,8 +54,8 @@ IOUBAL_DEVICE void store_quad(const LocTable& tb, const LocLevel& level, int64_t
 }
 
 // The gradient of a positive's deltas.
-IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& level, int l, int64_t image,
-                                         u32 location, u32 a, int64_t anchor, int64_t matched) {
+IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& level, int l, int64_t image, u32 location,
+                                         u32 a, int64_t anchor, int64_t matched) {
   const LocTable& deltas = tb.deltas;
   const float weight = deltas.weight[anchor];
   Quad<float> out = {{0.f, 0.f, 0.f, 0.f}};
@@ -63,8 +63,8 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   const Coefficients& c = tb.dense.coefficients;
   const int64_t scope = tb.dense.scope.get(l, image, anchor);
   const float w = c.location[image] * c.loc_norm[scope] * weight * static_cast<float>(deltas.scale.get());
-  const Quad<double> target =
-      encode_box(tb.dense.labels.truth.box<double>(image, matched), tb.anchors.get(image, anchor), tb.loc.weights, tb.loc.coder);
+  const Quad<double> target = encode_box(tb.dense.labels.truth.box<double>(image, matched),
+                                         tb.anchors.get(image, anchor), tb.loc.weights, tb.loc.coder);
   const FloatRef pred = {level.deltas, deltas.type};
   const int64_t at = level.place.offset(image, location, level.width, a);
 #pragma unroll
@@ -96,8 +96,8 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
       a = row - location * level.anchors;
     }
     if (location >= level.locations) break;
-    const int64_t anchor = image * tb.dense.anchors_per_image + level.first_anchor +
-                           static_cast<int64_t>(location) * level.anchors + a;
+    const int64_t anchor =
+        image * tb.dense.anchors_per_image + level.first_anchor + static_cast<int64_t>(location) * level.anchors + a;
     Quad<float> value = {{0.f, 0.f, 0.f, 0.f}};
     if (labels.get(image, anchor) >= 0) {
       value = delta_gradient(tb, level, l, image, location, a, anchor, labels.values[anchor]);
@@ -108,7 +108,9 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
 
 // The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 2 : sizeof(T) == 4 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kGamma == -1     ? 2
+                                            : sizeof(T) == 4 ? 3
+                                                             : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();

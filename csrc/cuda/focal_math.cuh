@@ -33,12 +33,12 @@ IOUBAL_DEVICE float log1p_over(float e) {
 
 // The factor s of a gradient. For gamma = 2 it costs nothing when its cube root k is folded into the reciprocal:
 // with P = k p, s p^2 (p + 2 (1 - p) softplus) = P^2 (P + 2 (k - P) softplus). Only where the gradient is rounded to 16
-// bits: the error is 1e-5 in the worst case, against 6e-6 without. k is the reciprocal as the hardware gives it, so that
-// k - P is exactly 0 for a large logit.
+// bits: the error is 1e-5 in the worst case, against 6e-6 without. k is the reciprocal as the hardware gives it, so
+// that k - P is exactly 0 for a large logit.
 struct Scale {
-  float value;      // s
+  float value;                      // s
   float root = 1.f, inverse = 1.f;  // k and about 1 / k, or 1
-  bool usual;       // finite, and not 0 if folded: else the folded form, or 0 times inf at an ignored entry, is NaN
+  bool usual;  // finite, and not 0 if folded: else the folded form, or 0 times inf at an ignored entry, is NaN
 };
 template <bool kFold>
 IOUBAL_DEVICE Scale make_scale(float s) {

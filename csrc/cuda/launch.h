@@ -62,7 +62,7 @@ class OnDevice {
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, 0, stream_>>>(arguments...);
+    kernel<<<blocks, kThreads, 0, stream_> > >(arguments...);
     check(cudaGetLastError(), "kernel launch");
   }
 
@@ -88,9 +88,7 @@ inline Dtype dtype_of(const Tensor& t) {
 inline u32 size_of(Dtype type) { return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2; }
 
 inline FloatRef float_ref(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
-inline FloatRef float_ref(const OptionalTensor& t) {
-  return t ? float_ref(*t) : FloatRef{nullptr, Dtype::kFloat32};
-}
+inline FloatRef float_ref(const OptionalTensor& t) { return t ? float_ref(*t) : FloatRef{nullptr, Dtype::kFloat32}; }
 inline FloatOut float_out(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
 inline IntRef int_ref(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
 inline IntRef int_ref(const OptionalTensor& t) { return t ? int_ref(*t) : IntRef{nullptr, false}; }
@@ -112,7 +110,8 @@ inline u32 divide_up(int64_t n, int64_t by) { return static_cast<u32>((n + by - 
 
 // A count that kernels keep in 32 bits with room for a tile's steps.
 inline u32 count32(int64_t n, const char* what) {
-  STD_TORCH_CHECK(n >= 0 && n < (int64_t(1) << 31), "ioubal_kernels: ", what, " must be less than 2^31 elements, got ", n);
+  STD_TORCH_CHECK(n >= 0 && n < (int64_t(1) << 31), "ioubal_kernels: ", what, " must be less than 2^31 elements, got ",
+                  n);
   return static_cast<u32>(n);
 }
 

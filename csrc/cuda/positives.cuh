@@ -46,11 +46,11 @@ struct PositiveTerms {
 struct PositivesTable {
   Level level[kMaxLevels];
   int levels;
-  u32 tiles;                  // of all levels
+  u32 tiles;  // of all levels
   int64_t anchors_per_image;
-  int64_t slots;              // sums of a tile: 1, or the number of scopes where ids give them
-  u32* special;               // one bit per anchor: not plain background; nullptr: not wanted
-  double* partial;            // (tiles, slots, kPartials)
+  int64_t slots;    // sums of a tile: 1, or the number of scopes where ids give them
+  u32* special;     // one bit per anchor: not plain background; nullptr: not wanted
+  double* partial;  // (tiles, slots, kPartials)
 };
 
 // An anchor of a tile.
@@ -69,8 +69,8 @@ IOUBAL_DEVICE Place place_of(const PositivesTable& tb, int l, u32 image, u32 fir
   place.image = image;
   place.a = unit % groups;
   place.position = unit / groups * kWarp + entry % kWarp;
-  place.anchor = image * tb.anchors_per_image + level.first_anchor + static_cast<int64_t>(place.position) * groups +
-                 place.a;
+  place.anchor =
+      image * tb.anchors_per_image + level.first_anchor + static_cast<int64_t>(place.position) * groups + place.a;
   return place;
 }
 

@@ -43,7 +43,8 @@ struct SmoothL1Table {
       row.grad.v[j] = w * term.grad;
     }
     row.balance = 1.0;
-    if (lambda != 0) row.balance = iou_power(iou.data ? iou[r] : delta_iou(p, t, box_weights, BoxCoder::kDelta), lambda);
+    if (lambda != 0)
+      row.balance = iou_power(iou.data ? iou[r] : delta_iou(p, t, box_weights, BoxCoder::kDelta), lambda);
     return row;
   }
 };
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, 3) smooth_l1_fill_kernel(const IOUBA
     const double w = scope < 0 ? NAN : row.balance * tb.coefficients.loc_norm[scope];
     if (tb.each.data) tb.each.set(r, static_cast<float>(weighted_loss(tb.w_loc * w, row.loss)));
     if (tb.out.data) {
-      const double scale = tb.grad_rows.data ? tb.w_loc * tb.grad_rows[r] : tb.scale.get() * tb.coefficients.location[0];
+      const double scale =
+          tb.grad_rows.data ? tb.w_loc * tb.grad_rows[r] : tb.scale.get() * tb.coefficients.location[0];
       for (int j = 0; j < 4; ++j) tb.out.set(4 * r + j, static_cast<float>(w * scale * row.grad.v[j]));
     }
   }

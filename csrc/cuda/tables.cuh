@@ -89,11 +89,11 @@ struct AnchorRef {
 
 // What the positives' sums come to, in device memory: written by the coefficients' kernel, read by the dense one.
 struct Coefficients {
-  const float* negative;   // per image: factor of the negatives' loss
-  const float* positive;   // per image: factor of the positives' loss
-  const float* location;   // per image: factor of the localisation loss
-  const float* cls_norm;   // per scope: normaliser of Eq. 4
-  const float* loc_norm;   // per scope: normaliser of Eq. 7, or 1
+  const float* negative;  // per image: factor of the negatives' loss
+  const float* positive;  // per image: factor of the positives' loss
+  const float* location;  // per image: factor of the localisation loss
+  const float* cls_norm;  // per scope: normaliser of Eq. 4
+  const float* loc_norm;  // per scope: normaliser of Eq. 7, or 1
 };
 
 // Where the coordinates of an anchor's deltas lie, whatever the strides: flat (N, R, 4) or maps (N, A * 4, H, W).
