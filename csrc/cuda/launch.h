@@ -62,7 +62,9 @@ class OnDevice {
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, 0, stream_> > >(arguments...);
+    // clang-format off
+    kernel<<<blocks, kThreads, 0, stream_>>>(arguments...);  // the formatter takes it for two templates
+    // clang-format on
     check(cudaGetLastError(), "kernel launch");
   }
 
