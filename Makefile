@@ -61,8 +61,8 @@ format: $(READY)  ## ruff, clang-format: rewrite
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-bench-cpu: build  ## time and memory of the losses on one CPU thread, warm heap; SAVE=1 stores the rows
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 OMP_NUM_THREADS=1 $(PY) -m ioubal_kernels.bench.cpu $(if $(SAVE),--save)
+bench-cpu: build  ## time and memory of the losses on one CPU thread; SAVE=1 stores the rows; ARGS="--only TEXT"
+	$(PY) -m ioubal_kernels.bench.run --device cpu $(if $(SAVE),,--no-save) $(ARGS)
 
 cuda-code: build  ## check the GPU machine code against its budget: registers, spills, wide loads; no GPU needed
 	$(PY) tools/cuda_code.py
@@ -73,16 +73,16 @@ ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu/arch.py $@) && \
     TORCH_CUDA_ARCH_LIST="$$arch" IOUBAL_BUILD_CUDA=1 $(MAKE) --no-print-directory build && \
     left=$$(( $(BUDGET) + began - $$(date +%s) )) && budget="--budget $$left" && \
     { test $$left -gt 0 || { echo "$@: the build took all of BUDGET=$(BUDGET) seconds; again: it is built now" >&2; exit 1; }; } && \
-    $(PY) -m ioubal_kernels.bench.gpu
+    $(PY) -m ioubal_kernels.bench
 
 gpu-check: $(READY)  ## everything the CUDA kernels must hold, on this machine's GPU
-	$(ON_GPU).check $$budget $(ARGS)
+	$(ON_GPU).gpu.check $$budget $(ARGS)
 
 gpu-bench: $(READY)  ## device time of the losses beside a copy, on this machine's GPU; stores the rows
-	$(ON_GPU).speed $$budget $(ARGS)
+	$(ON_GPU).run --device cuda $$budget $(ARGS)
 
 gpu-sanitize: $(READY)  ## compute-sanitizer's four tools over small cases
-	$(ON_GPU).sanitize $$budget $(ARGS)
+	$(ON_GPU).gpu.sanitize $$budget $(ARGS)
 
 clean:  ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*

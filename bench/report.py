@@ -1,127 +1,260 @@
-"""docs/cost.png and the README's table from the newest rows of bench/results/cpu.jsonl.
+"""`ioubal bench report`: the tables of the READMEs and the pictures, from the stored rows and nothing else.
 
-Run as ``python -m ioubal_kernels.bench.report`` after ``make bench-cpu SAVE=1``.
+A table stands between `<!-- bench NAME -->` and `<!-- end of bench NAME -->`; every file of FILES may hold any of them.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import re
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
-from . import timing
+from . import machine, results
+from .results import Stored
+from .table import milliseconds
+from .timing import Row
+from .work import COPY, INFERENCE
 
-# Path in the rows -> its name in the picture, the cheapest last.
-SHOWN = {
-    "eager authors": "eager, authors' formulation\n(classification alone)",
-    "eager": "eager PyTorch\n(30 lines)",
-    "fused": "ioubal_kernels\n(one call)",
-    "copy": "copy of the logits\n(the floor)",
+PROGRAM = "ioubal bench report"
+FILES = ("README.md", "bench/README.md")
+NOT_MEASURED = "Not measured yet."
+HEADS = "retinanet/b1"
+ALONE = "(plain, classification alone)"
+Line = tuple[str, Row | None]
+
+
+def caption(stored: Stored, rows: Sequence[Row], what: str) -> str:
+    """What the figures are of, and what they depend on."""
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    days = " to ".join(sorted({min(row["run"] for row in rows)[:10], max(row["run"] for row in rows)[:10]}))
+    where = first["device"]
+    if stored.gpu:
+        where += f", driver {first.get('driver', 'unknown')}, replayed CUDA graphs"
+    else:
+        plural = "s" if first["threads"] > 1 else ""
+        where += f" ({first['isa']}), {first['threads']} thread{plural}, {first['heap']} heap"
+    return f"{where}, torch {first['torch']}, commit {commits}, {days}; {what}."
+
+
+def table(stored: Stored, lines: Sequence[Line], ours: Row | None, what: str, entries: str = "logit") -> str:
+    """A Markdown table of the lines that have a row. `ours` is what the last column holds the others against."""
+    found = [(name, row) for name, row in lines if row is not None]
+    if not found or ours is None:
+        return NOT_MEASURED
+    out = [caption(stored, [row for _, row in found], what), ""]
+    out += [f"| path | time | ns/{entries} | x copy | x fused | extra memory |", "|---|---|---|---|---|---|"]
+    for name, row in found:
+        extra = f"{row['extra_memory_x_logits']:.2f}x" if "extra_memory_x_logits" in row else ""
+        out.append(
+            f"| {name} | {milliseconds(row['median_ms'])} | {row[f'ns_per_{entries}']:.2f} | {row['x_copy']:.2f}"
+            f" | {row['median_ms'] / ours['median_ms']:.2f} | {extra} |"
+        )
+    return "\n".join(out)
+
+
+def heads_table(stored: Stored) -> str:
+    """The fused loss of one image on this device, its peers, its other layouts and options."""
+    batch = 16 if stored.gpu else 1
+    name = f"retinanet/b{batch}"
+    flat, nchw, last, half = (
+        partial(stored.find, f"{name}/{each}")
+        for each in ("flat/float32", "nchw/float32", "channels_last/float32", "flat/bfloat16")
+    )
+    lines: list[Line] = [
+        ("copy of the logits, float32", flat(COPY)),
+        ("**fused, flat**", flat("fused")),
+        ("**fused, NCHW, five levels**", nchw("fused")),
+        ("**fused, channels_last**", last("fused")),
+        ("**fused, flat, `inplace=True`**", flat("fused, in place")),
+        ("fused, flat, gamma 1.5", flat("fused, gamma 1.5")),
+        ("fused, flat, forward without gradients", flat("fused", INFERENCE)),
+        ("torch.compile, the best form found", flat("torch.compile, static form")),
+        (f"torchvision `sigmoid_focal_loss` {ALONE}", flat("torchvision sigmoid_focal_loss")),
+        ("torchvision heads (plain losses)", flat("torchvision heads")),
+        ("torchvision heads (plain losses), NCHW", nchw("torchvision heads")),
+        ("eager PyTorch, the 30 lines above", flat("eager PyTorch (README)")),
+        ("eager, authors' formulation (classification alone)", flat("eager, authors' style")),
+        (f"apex `focal_loss` {ALONE}", flat("apex focal_loss")),
+        (f"mmcv `sigmoid_focal_loss` {ALONE}", flat("mmcv sigmoid_focal_loss")),
+        ("copy of the logits, bfloat16", half(COPY)),
+        ("**fused, flat, bfloat16**", half("fused")),
+    ]
+    images = "one image" if batch == 1 else f"{batch} images"
+    what = f"RetinaNet at 800 x 1333, {images}: 200,700 anchors x 80 classes each, forward + backward, medians"
+    return table(stored, lines, flat("fused"), what)
+
+
+def stage_table(stored: Stored) -> str:
+    """Matching and the whole loss stage."""
+    batch = 16 if stored.gpu else 1
+    out = []
+    for boxes in (10, 50):
+        name = f"matching/b{batch}/g{boxes}"
+        ours = stored.find(name, "fused", INFERENCE)
+        lines: list[Line] = [
+            ("**`match_anchors`**", ours),
+            ("torchvision `box_iou` + `Matcher`", stored.find(name, "torchvision box_iou + Matcher", INFERENCE)),
+        ]
+        out.append(table(stored, lines, ours, f"matching 200,700 anchors with {boxes} boxes an image", "anchor"))
+    name = f"stage/b{batch}/nchw/float32"
+    ours = stored.find(name, "fused stage")
+    lines = [
+        ("copy of the logits", stored.find(name, COPY)),
+        ("**`RetinaNetLoss`**", ours),
+        ("torchvision's matcher, then the fused loss", stored.find(name, "torchvision's matcher, fused loss")),
+        ("torchvision's matcher and heads (plain losses)", stored.find(name, "torchvision's matcher and heads")),
+        ("torchvision's matcher, eager PyTorch", stored.find(name, "torchvision's matcher, eager PyTorch (README)")),
+    ]
+    out.append(table(stored, lines, ours, "the whole stage on raw NCHW heads: 20 boxes an image, losses, gradients"))
+    return "\n\n".join(out)
+
+
+def softmax_table(stored: Stored) -> str:
+    name = "softmax/dense/200000x81/float32"
+    ours = stored.find(name, "fused")
+    lines: list[Line] = [
+        ("copy of the logits", stored.find(name, COPY)),
+        ("**fused**", ours),
+        ("eager PyTorch", stored.find(name, "eager PyTorch")),
+        ("torch.compile of eager", stored.find(name, "torch.compile of eager")),
+        ("`F.cross_entropy` (plain)", stored.find(name, "F.cross_entropy")),
+    ]
+    return table(stored, lines, ours, "IoU-balanced softmax cross entropy, 200,000 x 81, float32, forward + backward")
+
+
+def small_table(stored: Stored) -> str:
+    out = [
+        f"| {name} | {milliseconds(row['eager_wall_ms'])} |"
+        for name, row in (
+            ("**fused, flat**", stored.find("small/flat", "fused")),
+            ("**fused, NCHW**", stored.find("small/nchw", "fused")),
+            ("eager PyTorch, flat", stored.find("small/flat", "eager PyTorch (README)")),
+            ("`x.sum().backward()` of four numbers", stored.find("small/flat", "x.sum().backward()")),
+        )
+        if row is not None
+    ]
+    if not out:
+        return NOT_MEASURED
+    head = ["99 anchors x 80 classes, forward + backward, one thread:", "", "| path | time a call |", "|---|---|"]
+    return "\n".join([*head, *out])
+
+
+def batch_table(stored: Stored) -> str:
+    """The fused loss by batch, layout and dtype: copies of the logits of the same dtype."""
+    rows = []
+    for batch in (1, 2, 4, 8, 16):
+        for layout in ("flat", "nchw", "channels_last"):
+            case = f"retinanet/b{batch}/{layout}"
+            found = [stored.find(f"{case}/{dtype}", "fused") for dtype in ("float32", "bfloat16", "float16")]
+            if any(found):
+                cells = [f"{r['x_copy']:.2f} ({milliseconds(r['median_ms'])})" if r else "" for r in found]
+                rows.append(f"| {batch} | {layout} | {' | '.join(cells)} |")
+    if not rows:
+        return NOT_MEASURED
+    return "\n".join(["| batch | layout | float32 | bfloat16 | float16 |", "|---|---|---|---|---|", *rows])
+
+
+def threads_table(stored: Stored) -> str:
+    """What a second thread, and a heap that gives memory back, make of it."""
+    cases = (f"{HEADS}/flat/float32", f"{HEADS}/nchw/float32", f"{HEADS}/channels_last/float32")
+    rows = []
+    for name in cases:
+        one, two = (stored.find(name, "fused", threads=n) for n in (1, 2))
+        copies = [stored.find(name, COPY, threads=n) for n in (1, 2)]
+        if one and two and all(copies):
+            scaling, floor = one["median_ms"] / two["median_ms"], copies[0]["median_ms"] / copies[1]["median_ms"]
+            rows.append(f"| {name} | {scaling:.2f} | {floor:.2f} | {scaling / floor:.2f} |")
+    out = []
+    if rows:
+        out += ["| case | fused, 1 to 2 threads | copy, 1 to 2 threads | share |", "|---|---|---|---|", *rows]
+    cold = stored.find(cases[0], "fused", heap="default")
+    if cold:
+        text = "With the system's default heap, which takes fresh pages for every large tensor, flat in float32"
+        out += ["", f"{text}: {cold['x_copy']:.2f} copies ({milliseconds(cold['median_ms'])})."]
+    return "\n".join(out) or NOT_MEASURED
+
+
+def sentence(stored: Stored) -> str:
+    """The headline in words."""
+    name = f"{HEADS}/flat/float32"
+    ours, eager = stored.find(name, "fused"), stored.find(name, "eager PyTorch (README)")
+    if ours is None or eager is None:
+        return NOT_MEASURED
+    times = f"{ours['median_ms']:.0f} ms instead of {eager['median_ms']:.0f} ms"
+    less, more = ours["extra_memory_x_logits"], eager["extra_memory_x_logits"]
+    return (
+        "The second line does what the first 30 do, for float32 logits of one 800 x 1333 image in"
+        f" {times}\nand with {less:.2f} instead of {more:.1f} times the logits' memory (one thread; the table below)."
+    )
+
+
+BLOCKS: dict[str, tuple[bool, Callable[[Stored], str]]] = {  # name: (of a GPU, the text)
+    "sentence": (False, sentence),
+    "cpu heads": (False, heads_table),
+    "cpu softmax": (False, softmax_table),
+    "cpu stage": (False, stage_table),
+    "cpu small": (False, small_table),
+    "cpu batches": (False, batch_table),
+    "cpu threads": (False, threads_table),
+    "gpu heads": (True, heads_table),
+    "gpu softmax": (True, softmax_table),
+    "gpu stage": (True, stage_table),
+    "gpu batches": (True, batch_table),
 }
-MEMORY_OF = {"eager authors": "eager, authors' style", "eager": "eager", "fused": "fused"}
 
 
-def newest_rows() -> list[dict[str, Any]]:
-    """The rows of the last run in the file."""
-    rows = [json.loads(line) for line in (timing.RESULTS / "cpu.jsonl").read_text().splitlines()]
-    return [row for row in rows if row.get("run") == rows[-1]["run"]]
+def filled(text: str, stored: dict[bool, Stored]) -> str:
+    """The text with every block it holds written anew. Raises ValueError for a block without an end or of no name."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in BLOCKS:
+            raise ValueError(f"no block {name!r}; there are: {', '.join(BLOCKS)}")
+        gpu, make = BLOCKS[name]
+        return f"<!-- bench {name} -->\n{make(stored[gpu])}\n<!-- end of bench {name} -->"
+
+    opened = re.findall(r"<!-- bench ([a-z ]+) -->", text)
+    pattern = r"<!-- bench ([a-z ]+) -->\n.*?<!-- end of bench \1 -->"
+    if len(opened) != len(re.findall(pattern, text, re.DOTALL)):
+        raise ValueError(f"a block has no end: {', '.join(opened)}")
+    return re.sub(pattern, block, text, flags=re.DOTALL)
 
 
-def timing_row(rows: list[dict[str, Any]], path: str, dtype: str = "float32", layout: str = "flat") -> dict[str, Any]:
-    """The row of a path on the best instruction set of the run."""
-    best = rows[-1]["best_isa"]
-    fits = lambda r: r.get("layout", layout) == layout and r.get("isa", best) == best and r.get("dtype") == dtype  # noqa: E731
-    return next(r for r in rows if r["case"] == "retinanet" and r["path"] == path and fits(r))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The README's table, Markdown."""
-    facts = rows[-1]
-    memory = {r["path"]: r["extra_memory_x_logits"] for r in rows if r["case"] == "retinanet memory"}
-    lines = ["| path | ms | ns/logit | x copy | extra memory |", "|---|---|---|---|---|"]
-    shown = [
-        ("copy of the logits, float32", timing_row(rows, "copy"), None),
-        ("**fused, flat**", timing_row(rows, "fused"), "fused"),
-        ("**fused, NCHW, five levels**", timing_row(rows, "fused", layout="nchw"), None),
-        ("**fused, channels_last**", timing_row(rows, "fused", layout="channels_last"), None),
-        ("**fused, flat, `inplace=True`**", timing_row(rows, "fused in place"), "fused in place"),
-        ("fused, flat, gamma 1.5", timing_row(rows, "fused gamma 1.5"), None),
-        ("fused, flat, forward only", timing_row(rows, "fused forward"), None),
-        ("eager PyTorch, the 30 lines above", timing_row(rows, "eager"), "eager"),
-        (
-            "eager, authors' formulation, classification alone",
-            timing_row(rows, "eager authors"),
-            MEMORY_OF["eager authors"],
-        ),
-        ("copy of the logits, bfloat16", timing_row(rows, "copy", "bfloat16"), None),
-        ("**fused, flat, bfloat16**", timing_row(rows, "fused", "bfloat16"), None),
-    ]
-    for name, row, of_memory in shown:
-        extra = f"{memory[of_memory]:.2f}x logits" if of_memory in memory else ""
-        lines.append(f"| {name} | {row['median_ms']:.1f} | {row['ns_per_logit']:.2f} | {row['x_copy']:.2f} | {extra} |")
-    note = (
-        f"{facts['device']} ({facts['best_isa']}), {facts['threads']} thread, {facts['heap']} heap,"
-        f" torch {facts['torch']},"
-        f" commit {facts['commit']}; RetinaNet at 800 x 1333, one image: 200,700 anchors x 80 classes,"
-        f" forward + backward, medians of {rows[0]['rounds']} interleaved rounds."
-    )
-    return "\n".join([note, "", *lines])
-
-
-def write_readme(text: str) -> None:
-    """Puts the table between its markers."""
-    path = timing.RESULTS.parent.parent / "README.md"
-    readme = path.read_text()
-    begin, end = "<!-- cpu table -->", "<!-- end of cpu table -->"
-    head, rest = readme.split(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
-def main() -> int:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = newest_rows()
-    timed = [
-        r for r in rows if r["case"] == "retinanet" and r["dtype"] == "float32" and r.get("layout", "flat") == "flat"
-    ]
-    best = [r for r in timed if r.get("isa") in (None, rows[-1]["best_isa"])]
-    times = {path: next(r["median_ms"] for r in best if r["path"] == path) for path in SHOWN}
-    memory = {r["path"]: r["extra_memory_x_logits"] for r in rows if r["case"] == "retinanet memory"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.0), sharey=True, gridspec_kw={"width_ratios": (3, 2)})
-    names, ink, ours = list(SHOWN.values()), "#9aa5b1", "#1f6feb"
-    colours = [ours if path == "fused" else ink for path in SHOWN]
-    left.barh(names, [times[p] for p in SHOWN], color=colours)
-    right.barh(names, [memory.get(MEMORY_OF.get(p, ""), 0.0) for p in SHOWN], color=colours)
-    for axis, values, unit in (
-        (left, [times[p] for p in SHOWN], "{:.0f} ms"),
-        (right, [memory.get(MEMORY_OF.get(p, "")) for p in SHOWN], "{:.1f}x"),
-    ):
-        for i, value in enumerate(values):
-            axis.text(
-                value or 0, i, "  " + (unit.format(value) if value is not None else "none"), va="center", fontsize=9
-            )
-        axis.margins(x=0.18)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=9)
-    left.set_title("time, forward + backward", fontsize=10, loc="left")
-    right.set_title("extra memory, in units of the logits", fontsize=10, loc="left")
-    facts = rows[-1]
-    figure.suptitle(
-        f"RetinaNet 800 x 1333: 200,700 anchors x 80 classes, float32, one image, {facts['threads']} thread,"
-        f" {facts['device']} ({facts['best_isa']})",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
-    figure.tight_layout()
-    target = timing.RESULTS.parent.parent / "docs" / "cost.png"
-    target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, dpi=130)
-    write_readme(table(rows))
-    print(f"{target} and the table in README.md")
+def main(arguments: Sequence[str] | None = None) -> int:
+    made = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.split(": ", 1)[1].split("\n")[0])
+    made.add_argument("--results", type=Path, help="folder of the rows (default: the package's bench/results)")
+    made.add_argument("--root", type=Path, default=machine.ROOT, help="the checkout whose READMEs and docs are written")
+    made.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file would change")
+    options = made.parse_args(arguments)
+    try:
+        rows = results.load(options.results)
+        stored = {gpu: Stored(rows, next(iter(results.devices(rows, gpu)), "")) for gpu in (False, True)}
+        texts = {path: path.read_text(encoding="utf-8") for path in (options.root / f for f in FILES) if path.exists()}
+        new = {path: filled(text, stored) for path, text in texts.items()}
+    except ValueError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    if not texts:
+        print(f"{PROGRAM}: none of {', '.join(FILES)} in {options.root.name}: not a checkout?", file=sys.stderr)
+        return 2
+    changed = [path for path, text in texts.items() if new[path] != text]
+    if options.check:
+        print("\n".join(f"{path.name} would change" for path in changed) or "up to date")
+        return 1 if changed else 0
+    for path in changed:
+        path.write_text(new[path], encoding="utf-8")
+    try:
+        from .plots import draw
+    except ImportError as error:
+        print(f"{PROGRAM}: no pictures: {error}", file=sys.stderr)
+        return 1
+    pictures = [picture for each in stored.values() for picture in draw(each, options.root / "docs")]
+    for path in (*changed, *pictures):
+        print(path.relative_to(options.root))
     return 0
 
 

@@ -1,26 +1,20 @@
-"""Interleaved timing of several paths in one run, and a description of the machine they ran on."""
+"""Interleaved timing of several paths in one run, and the rows that are kept of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import ioubal_kernels as ik
-from ioubal_kernels.ops.library import limit_isa
-
 RESULTS = Path(__file__).resolve().parent / "results"
-ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16"}
+FORMAT = 2  # of the rows; readers leave out those of another one
+LEAST_ROUNDS = 3
+Row = dict[str, Any]
+Clock = Callable[[Callable[[int], Any], int], float]  # (call, number of the round) -> seconds of one call
 
 
 @dataclass
@@ -28,7 +22,7 @@ class TimedPath:
     """One path: `prepare` runs before `call` in every round, untimed; both get the round's number, to rotate inputs."""
 
     call: Callable[[int], Any]
-    facts: dict[str, Any]
+    facts: Row = field(default_factory=dict)
     prepare: Callable[[int], Any] | None = None
 
 
@@ -40,79 +34,64 @@ def wall_seconds(call: Callable[[int], Any], number: int) -> float:
 
 
 def race(
-    paths: dict[str, TimedPath], rounds: int, clock: Callable[[Callable[[int], Any], int], float] = wall_seconds
+    paths: dict[str, TimedPath], rounds: int, clock: Clock = wall_seconds, seconds: float | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every path in every round, interleaved, by `clock(call, number)`. Round 0 warms up, untold."""
+    """Seconds of every path in every round, interleaved, by `clock(call, number)`. Round 0 warms up, untold.
+
+    seconds: a path that takes so long that its rounds would exceed this drops out early, after LEAST_ROUNDS at least.
+    """
     times: dict[str, list[float]] = {name: [] for name in paths}
+    allowed = dict.fromkeys(paths, rounds)
     for number in range(rounds + 1):
         for name, path in paths.items():
+            if number > allowed[name]:
+                continue
             if path.prepare is not None:
                 path.prepare(number)
             elapsed = clock(path.call, number)
             if number:
                 times[name].append(elapsed)
+            elif seconds is not None:
+                allowed[name] = min(rounds, max(LEAST_ROUNDS, int(seconds / max(elapsed, 1e-9))))
     return times
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
-    """Fastest, median and 80 % quantile in milliseconds."""
+    """Fastest, 20 %, median and 80 % quantile in milliseconds."""
     ordered = sorted(samples)
-    late = ordered[min(len(ordered) - 1, int(0.8 * len(ordered)))]
-    return {"min_ms": ordered[0] * 1e3, "median_ms": statistics.median(ordered) * 1e3, "q80_ms": late * 1e3}
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checkout's commit, '+' when it has changes. Outside a checkout what IOUBAL_COMMIT says, or 'unknown'."""
-    root = RESULTS.parent.parent
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        dirty = run("status", "--porcelain", "--untracked-files=no", "--", "csrc", "ioubal_kernels", "bench/*.py")
-        return run("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("IOUBAL_COMMIT", "unknown")
-
-
-def versions() -> dict[str, Any]:
-    """When, and of what, on any device."""
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3  # noqa: E731
     return {
-        "run": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
-        "version": ik.__version__,
-        "torch": torch.__version__,
+        "min_ms": ordered[0] * 1e3,
+        "q20_ms": at(0.2),
+        "median_ms": statistics.median(ordered) * 1e3,
+        "q80_ms": at(0.8),
     }
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on, on a CPU."""
-    return {
-        **versions(),
-        "device": cpu_model(),
-        "best_isa": ISA_NAMES[limit_isa(5)],
-        "threads": torch.get_num_threads(),
-        "heap": "warm" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
-    }
-
-
-def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Adds rows to <folder>/<name>.jsonl."""
-    folder.mkdir(exist_ok=True)
+def append_rows(name: str, rows: list[Row], folder: Path | None = None) -> Path:
+    """Adds rows to <folder>/<name>.jsonl, each line whole; the folder is RESULTS unless given."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
     return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, of today's format.
+
+    Raises ValueError naming file and line where one is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.name}, line {number}: expected a JSON object, got {type(row).__name__}")
+        if row.get("format") == FORMAT:
+            rows.append(row)
+    return rows

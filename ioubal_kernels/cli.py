@@ -1,6 +1,7 @@
 """The `ioubal` program, also `python -m ioubal_kernels`.
 
-`doctor` and `--version` run on the base install. Everything else needs the extra [train]; without it, one line says so.
+`doctor`, `bench` and `--version` run on the base install (`bench` lists what it lacks as not installed). Everything else
+needs the extra [train]; without it, one line says so.
 Exit codes: 0 ok, 1 failed, 2 usage or data, 3 input/output, 130 and 143 signals.
 """
 
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import doctor
 
         return doctor.main()
+    if arguments[:1] == ["bench"]:
+        from .bench import program
+
+        return program.main(arguments[1:])
     missing = [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         print(INSTALL_LINE, file=sys.stderr)

@@ -1,1 +1,1 @@
-"""The programs for a machine with a GPU: ``check`` (make gpu-check), ``speed`` (gpu-bench) and ``sanitize``."""
+"""The programs that check a GPU: ``check`` (make gpu-check) and ``sanitize`` (make gpu-sanitize)."""

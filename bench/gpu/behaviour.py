@@ -400,7 +400,7 @@ def memory(tally: Tally) -> None:
     found: dict[str, Any] = {}
 
     def measure(dtype: torch.dtype, layout: str, inplace: bool) -> None:
-        targets = bench_inputs.targets(0, False, 2, plan.device)
+        targets = bench_inputs.targets(0, testing.RETINANET_LEVELS, 2, plan.device)
         heads = bench_inputs.with_logits(targets, dtype, layout, 0, delta_dtype=dtype)
         boxes = sum(t.nbytes for t in heads.heads()) - (size := logit_bytes(heads))
         torch.cuda.synchronize()

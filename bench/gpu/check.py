@@ -15,7 +15,7 @@ from typing import Any
 
 from ioubal_kernels import backends
 
-from .. import timing
+from .. import machine, timing
 from . import behaviour as gpu_behaviour
 from . import cases as gpu_cases
 from . import device as gpu_device
@@ -118,8 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.output
     if path is None and not dry:
         path = (
-            timing.RESULTS
-            / f"gpu_check-{'triton-' if backend == 'triton' else ''}{gpu_device.slug(facts['device'])}.json"
+            timing.RESULTS / f"gpu_check-{'triton-' if backend == 'triton' else ''}{machine.slug(facts['device'])}.json"
         )
     entries = {name: {"result": NOT_RUN, "reason": "not reached", "seconds": 0.0} for name in names}
     for name in set(names) - set(wanted):

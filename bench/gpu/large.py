@@ -78,9 +78,10 @@ def flat_loss(tally: Tally, name: str, rows: int, columns: int) -> None:
 def detection(tally: Tally, layout: str, images: int) -> None:
     """The fused loss: exponents 0 and a given divisor, so that images add up."""
     plan = tally.plan
-    elements = images * (bench_inputs.SMALL_ANCHORS if plan.small else bench_inputs.ANCHORS) * bench_inputs.CLASSES
+    levels = bench_inputs.SMALL_LEVELS if plan.small else testing.RETINANET_LEVELS
+    elements = images * bench_inputs.anchors_of(levels) * bench_inputs.CLASSES
     need(plan, elements * 8 / 2**30 + 24 * CHUNK * 8 / 2**30)
-    few = bench_inputs.targets(3, plan.small, min(images, 8), plan.device, torch.int32).padded()
+    few = bench_inputs.targets(3, levels, min(images, 8), plan.device, torch.int32).padded()
     # The same 8 images of targets again and again; logits and deltas are their own in each.
     again = lambda t: t[torch.arange(images, device=plan.device) % t.shape[0]]  # noqa: E731
     heads = replace(

@@ -26,7 +26,7 @@ import torch
 
 from ioubal_kernels import testing
 
-from .. import timing
+from .. import machine, timing
 from . import cases as gpu_cases
 from . import device as gpu_device
 from . import edges as gpu_edges
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run_cases(options.cases, options.device)
     began = time.monotonic()
     facts = gpu_device.facts("cuda")
-    path = options.output or timing.RESULTS / f"gpu_sanitize-{gpu_device.slug(facts['device'])}.json"
+    path = options.output or timing.RESULTS / f"gpu_sanitize-{machine.slug(facts['device'])}.json"
     sanitizer = find_sanitizer()
     absent = "compute-sanitizer not found" if sanitizer is None else "not reached"
     tools = {name: {"result": NOT_RUN, "reason": absent, "cases": 0, "planned": options.cases} for name in TOOLS}

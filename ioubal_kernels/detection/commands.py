@@ -111,6 +111,11 @@ def doctor_command() -> None:
     raise typer.Exit(doctor.main())
 
 
+@app.command("bench", help="Measure the losses: list, run, compare, report, train-step.")
+def bench_command() -> None:
+    """In the list of commands only: the benchmark is a layer above this one, and the program calls it before."""
+
+
 @app.command("train")
 @guarded
 def train_command(

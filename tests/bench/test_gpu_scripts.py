@@ -10,18 +10,14 @@ import time
 import pytest
 import torch
 
-import ioubal_kernels as ik
-from ioubal_kernels import ops, testing
-from ioubal_kernels.bench import inputs, timing
+from ioubal_kernels import ops
+from ioubal_kernels.bench import machine, timing
 from ioubal_kernels.bench.gpu import arch as gpu_arch
 from ioubal_kernels.bench.gpu import cases as gpu_cases
 from ioubal_kernels.bench.gpu import check as gpu_check
 from ioubal_kernels.bench.gpu import device as gpu_device
-from ioubal_kernels.bench.gpu import paths as gpu_paths
-from ioubal_kernels.bench.gpu import peers
 from ioubal_kernels.bench.gpu import sanitize as gpu_sanitize
 from ioubal_kernels.bench.gpu import sections as gpu_sections
-from ioubal_kernels.bench.gpu import speed as gpu
 from ioubal_kernels.bench.gpu import training as gpu_training
 
 pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
@@ -37,7 +33,7 @@ def plan(seconds: float = 60.0) -> gpu_sections.Plan:
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("program", (gpu_check, gpu, gpu_sanitize, gpu_arch), ids=lambda p: p.__name__)
+@pytest.mark.parametrize("program", (gpu_check, gpu_sanitize, gpu_arch), ids=lambda p: p.__name__)
 def test_without_a_gpu_one_line_and_nothing_written(program, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["program", "gpu-check"])
@@ -169,93 +165,7 @@ def test_reports_hold_no_folders_and_are_whole(tmp_path):
     gpu_device.write_report(path, {"lines": [text]})
     assert json.loads(path.read_text()) == {"lines": ["Frame in libx.so:12, forward/backward"]}
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
-    assert gpu_device.slug("NVIDIA H200") == "nvidia-h200"
-
-
-# ---------------------------------------------------------------------------------------------- gpu benchmark
-
-
-def run_bench(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
-    code = gpu.main(["--device", "cpu", "--rounds", "1", "--replays", "1", "--output", str(tmp_path), *arguments])
-    path = tmp_path / "dry-run.jsonl"
-    return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.mark.parametrize("only", ("retinanet batch 2", "cross entropy 81", "smooth L1", "decode", "eager PyTorch"))
-def test_the_benchmarks_rows(only, tmp_path):
-    if only == "eager PyTorch":
-        pytest.importorskip("torchvision")
-    code, rows = run_bench(tmp_path, "--only", only)
-    assert code == 0 and rows
-    for row in rows:
-        assert row["result"] == "measured" and row["median_ms"] > 0 and row["parity"] and row["dry_run"]
-        assert {"device", "torch", "commit", "version", "dtype", "rounds", "timing", "x_copy"} <= set(row)
-    if only.startswith("retinanet"):
-        assert {row["layout"] for row in rows} == set(testing.LAYOUTS)
-        assert all("eager_wall_ms" in row for row in rows if row["path"] == "fused")
-
-
-def test_the_most_important_cases_come_first():
-    first = [job.name for job in gpu.jobs()[:6]]
-    assert all("batch 16" in name for name in first) and len({job.name for job in gpu.jobs()}) == len(gpu.jobs())
-    assert {layout for layout in testing.LAYOUTS if any(layout in name for name in first)} == set(testing.LAYOUTS)
-
-
-def test_a_wrong_path_gets_no_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_paths, "Oracle", lambda flat: _Disagrees())
-    code, rows = run_bench(tmp_path, "--only", "retinanet batch 1 flat float32")
-    assert code == 1 and [row["result"] for row in rows] == ["wrong"] and "median_ms" not in rows[0]
-
-
-class _Disagrees:
-    def check_losses(self, got, what):
-        raise AssertionError("made wrong")
-
-
-def test_out_of_memory_and_out_of_time(tmp_path, monkeypatch, capsys):
-    def too_large(bench, case):
-        raise torch.OutOfMemoryError("made too large")
-
-    monkeypatch.setattr(gpu_paths, "retinanet_rows", too_large)
-    code, rows = run_bench(tmp_path, "--only", "retinanet batch 1 flat float32")
-    assert code == 0 and [row["result"] for row in rows] == ["out of memory"]
-    code, rows = run_bench(tmp_path / "none", "--budget", "0.0001")
-    assert code == 0 and rows == [] and "not run, out of time" in capsys.readouterr().out
-
-
-def test_a_peer_that_is_absent_or_wrong_has_a_row_without_a_figure():
-    bench = gpu_paths.Bench("cpu", "cpu", True, 1, 1)
-    absent = peers.Peer("absent", "nothing", lambda heads: None, graph=False, package="no_such_package_here")
-    (row,) = gpu_paths.peer_rows(bench, 1, torch.float32, absent)
-    assert row["result"] == "not installed" and "median_ms" not in row
-    wrong = peers.Peer("wrong", "all", lambda h: lambda: [torch.tensor(-1.0)], graph=False, balanced=True)
-    (row,) = gpu_paths.peer_rows(bench, 1, torch.float32, wrong)
-    assert row["result"] == "another loss" and "median_ms" not in row
-
-
-def test_the_static_form_is_the_same_loss():
-    heads = inputs.retinanet_inputs(torch.float32, "flat", 0, small=True, images=3)
-    heads.matched_idxs[:, :9] = 0
-    cls, loc = peers.static_loss(*peers.padded(heads).arguments())
-    want = ik.iou_balanced_detection_loss(*heads.double().arguments(), backend="reference")
-    torch.testing.assert_close(cls.double(), want.classification, rtol=1e-5, atol=0)
-    torch.testing.assert_close(loc.double(), want.localization, rtol=1e-5, atol=0)
-
-
-def test_the_table_is_short():
-    def row(batch, layout, dtype, path):
-        return {
-            "job": "", "case": "retinanet", "batch": batch, "layout": layout, "dtype": dtype, "path": path,
-            "median_ms": 1.0, "eager_wall_ms": 1.0, "result": "measured",
-        }  # fmt: skip
-
-    dtypes = ("float32", "bfloat16", "float16")
-    rows = [row(b, la, d, "fused") for b in (1, 2, 4, 8, 16) for la in testing.LAYOUTS for d in dtypes]
-    rows += [row(16, "flat", d, f"path {i}") for i in range(30) for d in dtypes]
-    rows += [{"job": f"job {i}", "result": "out of memory"} for i in range(40)]
-    lines = gpu.table(rows, ["left out"] * 40)
-    assert len(lines) <= 60 and "not run" in lines[-1] and "batch 16  flat" in lines[1]
-    assert gpu.table([], [])
+    assert machine.slug("NVIDIA H200") == "nvidia-h200"
 
 
 # ---------------------------------------------------------------------------------------------- sanitizers

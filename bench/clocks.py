@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import device as gpu_device
+from . import machine
+from .timing import Clock, wall_seconds
 
 Step = Callable[[], list[Tensor]]
 HOLD_CYCLES = 2_000_000  # about a millisecond: the queue fills before the first replay starts
@@ -51,8 +52,8 @@ def capture(step: Step, device: str, prepare: Callable[[], Any] | None = None, w
     return Replay(graph.replay, results, step)
 
 
-def device_clock(replays: int) -> Callable[[Callable[[int], Any], int], float]:
-    """A clock for `timing.race`: seconds of one of `replays` queued calls, by events around all of them."""
+def device_clock(replays: int) -> Clock:
+    """Seconds of one of `replays` queued calls, by events around all of them."""
 
     def seconds(call: Callable[[int], Any], number: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -69,15 +70,18 @@ def device_clock(replays: int) -> Callable[[Callable[[int], Any], int], float]:
     return seconds
 
 
-def clock_of(device: str, replays: int) -> Callable[[Callable[[int], Any], int], float]:
-    """device_clock, or on the CPU the host's seconds of one call."""
+def clock_of(device: str, replays: int) -> Clock:
+    """A clock for `timing.race`: on a GPU `device_clock`, on the CPU the host's mean of `replays` calls."""
     if device == "cuda":
         return device_clock(replays)
+    if replays == 1:
+        return wall_seconds
 
     def seconds(call: Callable[[int], Any], number: int) -> float:
         start = time.perf_counter()
-        call(number)
-        return time.perf_counter() - start
+        for i in range(replays):
+            call(number * replays + i)
+        return (time.perf_counter() - start) / replays
 
     return seconds
 
@@ -88,7 +92,7 @@ def clocks_under_load(call: Callable[[int], Any], milliseconds: float, device: s
         return {}
     for i in range(min(int(CLOCK_SECONDS * 1e3 / max(milliseconds, 1e-3)) + 1, 1000)):
         call(i)
-    found = gpu_device.smi("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
+    found = machine.smi("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
     torch.cuda.synchronize()
     return found
 
@@ -108,8 +112,9 @@ def wall_ms(step: Step, device: str, times: int = 20) -> float:
 
 
 def sets_beyond_cache(bytes_of_a_set: int, device: str) -> int:
-    """How many sets of inputs to rotate among, so that none is still in L2 when its turn comes again."""
+    """How many sets of inputs to rotate among, so that none is still in the last cache when its turn comes again."""
     if device == "cpu":
-        return 2
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+        cache = machine.cache_bytes()
+    else:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, min(8, -(-3 * cache // max(bytes_of_a_set, 1)) + 1))

@@ -1,0 +1,58 @@
+"""Stored rows: which file, which row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import timing
+from .measure import MEASURED
+from .timing import Row
+
+# What tells two rows apart that measure different things.
+IDENTITY = ("device", "name", "path", "phase", "backend", "isa", "gamma", "threads", "heap")
+Key = tuple[Any, ...]
+
+
+def key_of(row: Row) -> Key:
+    return tuple(row.get(field) for field in IDENTITY)
+
+
+def load(folder: Path | None = None) -> list[Row]:
+    """Every row of a folder's files, oldest run first. Raises ValueError where a file is not what it should be."""
+    folder = timing.RESULTS if folder is None else folder
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in timing.read_rows(path)]
+    return sorted(rows, key=lambda row: row["run"])
+
+
+def newest(rows: Iterable[Row]) -> dict[Key, Row]:
+    """The newest measured row of each key; those of a dry run do not count."""
+    return {key_of(row): row for row in rows if row.get("result") == MEASURED and not row.get("dry_run")}
+
+
+class Stored:
+    """The newest rows of one device, by what they measure."""
+
+    def __init__(self, rows: Iterable[Row], device: str) -> None:
+        self.device = device
+        self.rows = [row for row in newest(rows).values() if row["device"] == device]
+        self.gpu = any("capability" in row for row in self.rows)
+
+    def find(self, name: str, path: str, phase: str = "forward + backward", **wanted: Any) -> Row | None:
+        """The row of a case's path; on a CPU that of one thread, a warm heap and the best instruction set."""
+        usual: Row = {} if self.gpu else {"threads": 1, "heap": "warm"}
+        wanted = {**usual, **wanted}
+        found = [
+            row
+            for row in self.rows
+            if (row["name"], row["path"], row["phase"]) == (name, path, phase)
+            and all(row.get(field) == value for field, value in wanted.items())
+        ]
+        return max(found, key=lambda row: row["run"], default=None)
+
+
+def devices(rows: Iterable[Row], gpu: bool) -> list[str]:
+    """Devices with measured rows, the one measured last first."""
+    found = [row for row in newest(rows).values() if ("capability" in row) == gpu]
+    return list(dict.fromkeys(row["device"] for row in sorted(found, key=lambda row: row["run"], reverse=True)))
