@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
     parser.add_argument(
-        "--workers", type=worker_count, default="auto", help="loader processes (default: the trainer's)"
+        "--workers", type=worker_count, default="auto", help="loader processes (default auto: the trainer's choice)"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--save", action="store_true", help="append the rows to bench/results/<device>.jsonl")
@@ -175,13 +175,15 @@ def compared(rows: list[Row]) -> list[Row]:
 
 def print_case(facts: Row) -> None:
     height, width = facts["padded_size"]
+    model = facts["model"] + (", frozen backbone" if facts["frozen"] else "")
     print(
-        f"{facts['model']}{', frozen backbone' if facts['frozen'] else ''}, {facts['batch']} images of {height} x {width},"
+        f"{model}, {facts['batch']} images of {height} x {width},"
         f" {facts['classes']} classes, {facts['anchors_per_image']:,} anchors and {facts['boxes_per_image']:g} boxes an"
         f" image, {facts['dtype']}, loss backend {facts['backend']}, {facts['workers']} loader processes"
     )
     print(
-        f"{facts['data']}, {facts['load_ms_without_workers']:.1f} ms a batch without workers; weights: {facts['weights']}",
+        f"data: {facts['data']}, {facts['load_ms_without_workers']:.1f} ms a batch without workers;"
+        f" weights: {facts['weights']}",
         flush=True,
     )
 
@@ -207,6 +209,7 @@ def table(rows: list[Row]) -> list[str]:
             line("  80 % quantile", lambda r: r["q80_ms"]),
             line("images per second", lambda r: r.get("images_per_second")),
             line("loss stage: matching, loss, its bwd", lambda r: r["loss_stage"]["median_ms"]),
+            line("  fastest", lambda r: r["loss_stage"]["min_ms"]),
             line("  share of the whole step, %", lambda r: 100 * r["loss_stage_share"]),
             line("  x fused", lambda r: r.get("loss_stage_x_fused")),
             line("  saved for backward, MiB", lambda r: r["saved_mib"]),

@@ -167,6 +167,12 @@ def at_the_kink(case: Case, maps: HeadMaps, targets: Targets, distance: float) -
     return near
 
 
+def flat_gradients(case: Case, leaves: HeadMaps) -> list[Tensor]:
+    """Of the logits (N, R, K) and of the deltas (N, R, 4)."""
+    widths = (case.spec.classes, 4)
+    return [flatten_maps([leaf.grad for leaf in part], width) for part, width in zip(leaves, widths, strict=True)]
+
+
 def check_parity(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets) -> str:
     """Loss and gradients of every element of every map against the float64 oracle; says over how many images.
 
@@ -182,9 +188,7 @@ def check_parity(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets)
     want = oracle(case, stage, wide, targets)
     want.backward()
     dtype = leaves.cls_logits[0].dtype
-    got, exact = (
-        [flatten_maps([m.grad for m in part], c) for part, c in zip(m, (case.spec.classes, 4))] for m in (leaves, wide)
-    )
+    got, exact = flat_gradients(case, leaves), flat_gradients(case, wide)
     if stage.name == "fused":  # the kernels hold a budget of their own, element by element
         testing.assert_close_budget(loss, want, torch.float32, "loss", what="loss")
         for name, one, other in zip(HeadMaps._fields, got, exact, strict=True):

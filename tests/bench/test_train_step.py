@@ -64,14 +64,11 @@ def test_the_divided_step_is_the_step(case, name, monkeypatch):
     assert torch.equal(divided, loss)
     assert len(want) > 50 and all(bool(g.any()) for g in want.values())
     for parameter, gradient in want.items():
-        # The same operations on the same numbers. The leaves' gradients may lie differently in memory than those of
-        # an uncut graph, and then a convolution may add in another order: a few roundings of the largest element.
-        allowed = 64 * 2.0**-24 * float(gradient.abs().max())
-        assert float((got[parameter] - gradient).abs().max()) <= allowed, parameter
+        assert torch.equal(got[parameter], gradient), parameter  # the same operations on the same numbers
 
 
 def test_a_wrong_cut_would_show(case, monkeypatch):
-    """The test above sees a tenth of a per cent in one level's gradient."""
+    """The test above sees a tenth of a per cent in one level's gradient, and where it belongs."""
     monkeypatch.setattr(case, "finish", lambda loss: None)
     batches, stage = iter(case.loader), STAGES["fused"].run
 
@@ -81,7 +78,7 @@ def test_a_wrong_cut_would_show(case, monkeypatch):
 
     _, want = gradients(case, train_step_case.whole_step, stage, 1, batches)
     _, got = gradients(case, train_step_case.divided_step, scaled, 1, batches, lambda name: None)
-    off = [n for n, g in want.items() if float((got[n] - g).abs().max()) > 64 * 2.0**-24 * float(g.abs().max())]
+    off = [n for n, g in want.items() if not torch.equal(got[n], g)]
     assert "box_tower.layers.0.weight" in off and not any(name.startswith("cls_tower") for name in off)
 
 
@@ -126,16 +123,61 @@ def test_what_is_kept_for_the_backward_counts_prepared_gradients(case):
         assert facts["saved_mib"] >= facts["saved_besides_maps_mib"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not train_step_measure.sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_process_of_its_own(tmp_path):
-    spec = train_step_case.Spec("retinanet_tiny", (256, 256), 2, 60, "cpu", "off", 0)
+    spec = train_step_case.Spec("retinanet_tiny", (256, 256), 2, 150, "cpu", "off", 0)
     case = train_step_case.Case(spec, train_step_case.make_data(spec, str(tmp_path)))
     with torch.no_grad():
         maps = case.forward(case.moved(0)[0])
     gradient_bytes = sum(t.nbytes for part in maps for t in part)
     found = train_step_measure.host_peak_of(case, STAGES["fused"])
-    # One gradient of each map, and less than a copy of them besides.
-    assert gradient_bytes <= found + 2**17 and found < 2 * gradient_bytes
+    # One gradient of each map (15 MB), and less than a copy of them besides; the counting is that coarse.
+    assert gradient_bytes - 2**20 <= found < 2 * gradient_bytes
+
+
+# ---------------------------------------------------------------------------------------------- what a GPU takes
+
+
+def test_the_defaults_of_a_gpu():
+    spec = train_step.spec_of(train_step.make_parser().parse_args(["--device", "cuda"]))
+    wanted = train_step_case.Spec("retinanet_r50_fpn", (800, 1333), 16, 80, "cuda", "auto", "auto")
+    assert spec == wanted
+
+
+def test_the_clock_waits_for_a_gpu_at_every_mark(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    clock = train_step_measure.Clock(torch.device("cuda"))
+    clock.mark("first")
+    clock.mark("second")
+    assert len(waits) == 3 and list(clock.seconds) == ["first", "second"] and min(clock.seconds.values()) > 0.0
+    train_step_measure.Clock(torch.device("cpu")).mark("first")
+    assert len(waits) == 3
+
+
+def test_the_device_peak_is_that_of_the_loss_stage_alone(case, monkeypatch):
+    done = []
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 100)):
+        monkeypatch.setattr(torch.cuda, name, lambda n=name, v=value: done.append(n) or v)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: done.append("max_memory_allocated") or 350)
+    recorded = dataclasses.replace(STAGES["fused"], run=lambda *a: done.append("stage") or STAGES["fused"].run(*a))
+    images, targets = case.moved(0)
+    assert train_step_measure.device_peak(case, recorded, case.forward(images), targets) == 250
+    assert done == [
+        "stage", "synchronize", "reset_peak_memory_stats", "memory_allocated", "stage", "synchronize",
+        "max_memory_allocated",
+    ]  # fmt: skip
+
+
+def test_facts_of_a_gpu_leave_its_momentary_state_out(monkeypatch):
+    found = {"device": "NVIDIA X", "driver": "1.2", "power_w": 3.0, "sm_clock_mhz": 4.0, "torch": "t"}
+    monkeypatch.setattr(gpu_device, "facts", lambda device: found)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    facts = train_step.machine_facts("cuda")
+    assert facts["device"] == "NVIDIA X" and facts["cpu"] == timing.cpu_model() and facts["driver"] == "1.2"
+    assert facts["allocator"] == "expandable_segments:True" and {"power_w", "sm_clock_mhz"}.isdisjoint(facts)
+    assert {"threads", "heap", "commit", "torchvision", "tf32"} <= set(facts)
 
 
 # ---------------------------------------------------------------------------------------------- the program
