@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -127,17 +128,30 @@ def kept_bytes(loss: Tensor) -> dict[int, int]:
     return found
 
 
+@dataclass(eq=False)
+class Kept:
+    """A saved tensor, alive for as long as the graph holds it: weak references tell."""
+
+    tensor: Tensor
+
+
 def saved_for_backward(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets) -> dict[str, float]:
     """MiB of the storages that the loss keeps for its backward: all of them, and those besides the head maps."""
-    leaves, found = leaves_of(maps), {}
+    leaves = leaves_of(maps)
+    packed: list[weakref.ref[Kept]] = []
 
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def pack(t: Tensor) -> Kept:
+        kept = Kept(t.detach())  # a result's own node would hold what holds the result: never freed
+        packed.append(weakref.ref(kept))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = stage.run(case, leaves, targets, None)
-    found |= kept_bytes(loss)
+    found = kept_bytes(loss)
+    for kept in (reference() for reference in packed):
+        if kept is not None:  # else saved by a part of the graph that was dropped, as by detach()
+            storage = kept.tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
     of_maps = {t.untyped_storage().data_ptr() for part in leaves for t in part}
     extra = sum(size for address, size in found.items() if address not in of_maps)
     return {

@@ -123,6 +123,22 @@ def test_what_is_kept_for_the_backward_counts_prepared_gradients(case):
         assert facts["saved_mib"] >= facts["saved_besides_maps_mib"]
 
 
+def test_what_a_dropped_part_of_the_graph_saved_is_not_counted(case):
+    def stage(case, maps, targets, mark):
+        square = maps.cls_logits[0] ** 2  # keeps the leaf, which is a map
+        weight = (square.exp() * 2.0).sum().detach()  # its graph, which saved the exponential, is gone
+        return (square.sigmoid() * weight).sum()  # keeps the sigmoid and a scalar
+
+    images, targets = case.moved(0)
+    with torch.no_grad():
+        maps = case.forward(images)
+    stage = dataclasses.replace(STAGES["eager"], run=stage)
+    found = train_step_measure.saved_for_backward(case, stage, maps, targets)
+    level = maps.cls_logits[0].nbytes / train_step_measure.MIB
+    assert found["saved_mib"] == pytest.approx(2 * level, abs=2e-3)
+    assert found["saved_besides_maps_mib"] == pytest.approx(level, abs=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not train_step_measure.sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_process_of_its_own(tmp_path):
