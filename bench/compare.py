@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    rows = [row for row in rows if "x_copy" in row]  # a training step has no copy beside it
     rows = [row for row in rows if not options.only or any(text in row["name"] for text in options.only)]
     chosen = []
     for which in (options.before, options.after):

@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on either device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager

@@ -25,8 +25,7 @@ import torch
 
 from ioubal_kernels.detection.errors import UsageError
 
-from . import timing
-from .gpu import device as gpu_device
+from . import machine, memory, timing
 from .gpu.arch import no_gpu_reason
 
 if TYPE_CHECKING:
@@ -101,11 +100,10 @@ def spec_of(options: argparse.Namespace) -> Spec:
 
 def machine_facts(device: str) -> Row:
     """What the figures depend on, of either device."""
-    host = timing.machine()
-    facts: Row = {**host, "cpu": host["device"]}
+    host = machine.cpu_facts()
+    facts: Row = {"format": timing.FORMAT, **host, "cpu": host["device"]}
     if device == "cuda":
-        whole = gpu_device.facts("cuda")
-        facts |= {k: v for k, v in whole.items() if not k.endswith(("_clock_mhz", "_w", "_c", "_percent"))}
+        facts |= {k: v for k, v in machine.gpu_facts().items() if k not in machine.MOMENTARY}
         setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         facts["allocator"] = setting or "default"
         facts["tf32"] = {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
@@ -131,11 +129,12 @@ def backend_of(device: str) -> str:
 def run(spec: Spec, rounds: int, peak: bool) -> tuple[list[Row], bool]:
     """The rows of every stage, and whether Ctrl-C came. What was measured until then is in the rows."""
     from .train_step_case import Case, make_data
-    from .train_step_measure import FAILED, MEASURED, MEMORY, Result, is_out_of_memory, measure
+    from .train_step_measure import FAILED, MEASURED, MEMORY, Result, measure
     from .train_step_stages import STAGES
 
     results = [Result(stage) for stage in STAGES]
-    facts: Row = {"case": "train step"}
+    size = "x".join(str(side) for side in spec.size)
+    facts: Row = {"case": "train step", "name": f"train-step/{spec.model}/{size}/b{spec.batch}"}
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="ioubal-train-step-") as folder:
@@ -152,7 +151,7 @@ def run(spec: Spec, rounds: int, peak: bool) -> tuple[list[Row], bool]:
     except UsageError:
         raise
     except Exception as error:  # the model or its data, before any stage
-        state = MEMORY if is_out_of_memory(error) else FAILED
+        state = MEMORY if memory.is_out_of_memory(error) else FAILED
         return [{**facts, "result": state, "reason": f"{type(error).__name__}: {error}"[:400]}], False
     return [{**facts, **result.row()} for result in results], False
 
@@ -232,7 +231,7 @@ def store(rows: list[Row], folder: Path | None) -> tuple[str, bool]:
     if folder is None:
         return "", False
     with StopSignal() as stop:
-        path = timing.append_rows(gpu_device.slug(rows[0]["device"]), rows, folder)
+        path = timing.append_rows(machine.slug(rows[0]["device"]), rows, folder)
     return f"{PROGRAM}: {len(rows)} rows appended to {path}", stop.number is not None
 
 
@@ -272,7 +271,13 @@ def measured(arguments: list[str] | None) -> int:
         options.device = "cpu" if reason else "cuda"
     if options.device == "cuda" and reason:
         print(f"{PROGRAM}: no usable GPU here ({reason}); nothing was run", file=sys.stderr)
-        asked = {"case": "train step", "asked_device": "cuda", "result": "no device", "reason": reason}
+        asked = {
+            "case": "train step",
+            "name": "train-step",
+            "asked_device": "cuda",
+            "result": "no device",
+            "reason": reason,
+        }
         store([{**machine_facts("cpu"), **asked}], folder)
         return 2
     spec = spec_of(options)
@@ -283,7 +288,7 @@ def measured(arguments: list[str] | None) -> int:
     if options.device == "cpu":
         warn_of_spinning(spec.workers)
     facts = machine_facts(options.device)
-    shown = ("device", "best_isa", "threads", "heap", "gomp_spincount", "torch", "torchvision", "commit")
+    shown = ("device", "isa", "threads", "heap", "gomp_spincount", "torch", "torchvision", "commit")
     print(f"{PROGRAM}: " + ", ".join(f"{k} {facts[k]}" for k in shown if k in facts), flush=True)
     rows, interrupted = run(spec, options.rounds, not options.no_memory)
     rows = [{**facts, **row} for row in compared(rows)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ioubal_kernels.detection.data import Batch
 from ioubal_kernels.detection.models import HeadMaps
 
-from . import timing
+from . import memory, timing
 from .train_step_case import Case, Spec, Targets, divided_step, leaves_of, whole_step
 from .train_step_stages import STAGES, LossStage, check_parity
 
@@ -65,22 +65,23 @@ class Result:
         except AssertionError as error:
             self.state, self.reason = WRONG, str(error)[:400]
         except Exception as error:
-            self.state = MEMORY if is_out_of_memory(error) else FAILED
+            self.state = MEMORY if memory.is_out_of_memory(error) else FAILED
             self.reason = f"{type(error).__name__}: {error}"[:400]
         if self.state == MEMORY and torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the stages that need less
 
     def row(self) -> dict[str, Any]:
         """The stage's facts, and its figures when it is right and has any."""
-        named = {"stage": self.stage.name, "computes": self.stage.computes, "matcher": self.stage.matcher}
+        named = {
+            "stage": self.stage.name,
+            "path": self.stage.name,
+            "phase": "training step",
+            "computes": self.stage.computes,
+            "matcher": self.stage.matcher,
+        }
         if self.state != MEASURED:
             return {**named, "result": self.state, "reason": self.reason}
         return {**named, "result": MEASURED, **self.facts, **figures(self.rounds)}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch's error on a GPU; on the CPU its allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def figures(rounds: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import ops
-from ioubal_kernels.bench import timing, train_step, train_step_case, train_step_measure, train_step_stages
-from ioubal_kernels.bench.gpu import device as gpu_device
+from ioubal_kernels.bench import machine, timing, train_step, train_step_case, train_step_measure, train_step_stages
 
 pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
 SMALL = ("--device", "cpu", "--size", "64x96", "--batch", "2", "--classes", "3", "--workers", "0", "--amp", "off")
@@ -33,7 +32,7 @@ def forbid(constant: str) -> float:
 
 def run(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
     code = train_step.main([*arguments, "--output", str(tmp_path / "rows")])
-    path = tmp_path / "rows" / f"{gpu_device.slug(timing.cpu_model())}.jsonl"
+    path = tmp_path / "rows" / f"{machine.slug(machine.cpu_model())}.jsonl"
     return code, [json.loads(line, parse_constant=forbid) for line in path.read_text().splitlines()]
 
 
@@ -188,10 +187,10 @@ def test_the_device_peak_is_that_of_the_loss_stage_alone(case, monkeypatch):
 
 def test_facts_of_a_gpu_leave_its_momentary_state_out(monkeypatch):
     found = {"device": "NVIDIA X", "driver": "1.2", "power_w": 3.0, "sm_clock_mhz": 4.0, "torch": "t"}
-    monkeypatch.setattr(gpu_device, "facts", lambda device: found)
+    monkeypatch.setattr(machine, "gpu_facts", lambda: found)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     facts = train_step.machine_facts("cuda")
-    assert facts["device"] == "NVIDIA X" and facts["cpu"] == timing.cpu_model() and facts["driver"] == "1.2"
+    assert facts["device"] == "NVIDIA X" and facts["cpu"] == machine.cpu_model() and facts["driver"] == "1.2"
     assert facts["allocator"] == "expandable_segments:True" and {"power_w", "sm_clock_mhz"}.isdisjoint(facts)
     assert {"threads", "heap", "commit", "torchvision", "tf32"} <= set(facts)
 
