@@ -77,7 +77,8 @@ IOUBAL_HD int64_t matched_index(T iou, int64_t index, T high, T low) {
 //
 // A box and a block of anchors that do not overlap have IoUs of exactly +0 with each other, and need not be computed,
 // if
-//   - each side of each anchor is at least kShortestSide: then every anchor's area is positive (and may be infinite);
+//   - each side of each anchor is longer than shortest_side: then every anchor's area is positive (and may be
+//   infinite);
 //   - the box's area is 0 or positive, and finite: then no overlap is 0 * infinity, and every union is positive.
 // Anything else is computed pair by pair.
 
@@ -88,7 +89,7 @@ IOUBAL_HD constexpr T shortest_side() {
 
 template <class T>
 IOUBAL_HD bool is_regular_anchor(const Quad<T>& anchor) {
-  return anchor.v[2] - anchor.v[0] >= shortest_side<T>() && anchor.v[3] - anchor.v[1] >= shortest_side<T>();
+  return anchor.v[2] - anchor.v[0] > shortest_side<T>() && anchor.v[3] - anchor.v[1] > shortest_side<T>();
 }
 
 template <class T>
