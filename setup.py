@@ -46,6 +46,8 @@ CPU_LINK = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "d
 # USE_CUDA: without it the stable ABI's headers hide streams and CUDA errors. The runtime is linked statically, so that
 # the library depends on no other copy of it than its own.
 CUDA_COMPILE = [*COMMON, "-DUSE_CUDA", "-cudart=static", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+# Sources whose results are compared for equality: no product may be contracted into a multiply-add.
+EXACT_SOURCES = "matching"  # what their names begin with
 ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 GENERATIONS = {  # names that torch takes for versions
     "Pascal": "6.0;6.1+PTX",
@@ -90,6 +92,7 @@ class Toolchain:
     link: list[str]  # the command
     link_with: list[str]  # the libraries, which come last
     details: dict[str, object]  # for the build information
+    exact: list[str]  # the options that forbid contraction
     threads: str | None = None  # the option with which one call of the compiler uses several cores
     report: str | None = None  # suffix of the file that keeps what the compiler prints
 
@@ -142,6 +145,7 @@ def cpu_toolchain(torch: Path, torch_version: str) -> Toolchain:
         link=compiler,
         link_with=[*CPU_LINK, f"-L{torch / 'lib'}", *words("LDFLAGS"), "-ltorch", "-ltorch_cpu", "-lc10"],
         details={"compiler": version, "flags": CPU_COMPILE},
+        exact=["-ffp-contract=off"],
     )
 
 
@@ -213,6 +217,7 @@ def cuda_toolchain(torch: Path, torch_version: str) -> Toolchain:
         link=[*command, "-shared", "-cudart=static"],
         link_with=[f"-L{torch / 'lib'}", *for_host(words("LDFLAGS")), "-ltorch_cpu", "-ltorch_cuda"],
         details={"nvcc": release, "compiler": version, "architectures": names, "flags": CUDA_COMPILE},
+        exact=["--fmad=false", *for_host(["-ffp-contract=off"])],
         threads="--threads",
         report=".ptxas.txt",
     )
@@ -258,6 +263,8 @@ def compile_object(tools: Toolchain, source: str, product: Path, options: list[s
     kept = [product, product.with_suffix(".d"), product.with_suffix(tools.report or ".txt")]
     aside = [path.with_name(f"{path.name}.{os.getpid()}") for path in kept]
     dependencies = ["-MMD", "-MT", "object", "-MF", str(aside[1])]
+    if Path(source).name.startswith(EXACT_SOURCES):
+        options = [*options, *tools.exact]
     command = [*tools.compile, *options, *dependencies, "-c", source, "-o", str(aside[0])]
     try:
         run_compiler(command, f"compiling {source}", aside[2] if tools.report else None)
@@ -279,7 +286,9 @@ def build_library(library: Library, cache: Path) -> tuple[Path, dict]:
     torch, torch_version = find_torch()
     tools = library.toolchain(torch, torch_version)
     nvcc_flags = [os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND")]
-    key = json.dumps([tools.version, tools.compile, tools.link, tools.link_with, torch_version, nvcc_flags])
+    key = json.dumps(
+        [tools.version, tools.compile, tools.exact, tools.link, tools.link_with, torch_version, nvcc_flags]
+    )
     # Another compiler, torch or flag: another folder.
     folder = cache / f"{library.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
         paired_box_iou,
     )
     from .functional_detection import DetectionLoss, iou_balanced_detection_loss
+    from .functional_matching import MATCHING_RULES, match_anchors, match_fovea
     from .losses import (
         IoUBalancedBinaryCrossEntropy,
         IoUBalancedCrossEntropy,
         IoUBalancedLoss,
         IoUBalancedSigmoidFocalLoss,
         IoUBalancedSmoothL1Loss,
+        RetinaNetLoss,
     )
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "IoUBalancedLoss",
     "IoUBalancedSigmoidFocalLoss",
     "IoUBalancedSmoothL1Loss",
+    "MATCHING_RULES",
+    "RetinaNetLoss",
     "__version__",
     "analysis",
     "available_backends",
@@ -53,6 +57,8 @@ __all__ = [
     "iou_balanced_detection_loss",
     "iou_balanced_sigmoid_focal_loss",
     "iou_balanced_smooth_l1_loss",
+    "match_anchors",
+    "match_fovea",
     "paired_box_iou",
     "use_backend",
 ]
@@ -77,11 +83,15 @@ _HOME = {
     "paired_box_iou": "functional",
     "DetectionLoss": "functional_detection",
     "iou_balanced_detection_loss": "functional_detection",
+    "MATCHING_RULES": "functional_matching",
+    "match_anchors": "functional_matching",
+    "match_fovea": "functional_matching",
     "IoUBalancedBinaryCrossEntropy": "losses",
     "IoUBalancedCrossEntropy": "losses",
     "IoUBalancedLoss": "losses",
     "IoUBalancedSigmoidFocalLoss": "losses",
     "IoUBalancedSmoothL1Loss": "losses",
+    "RetinaNetLoss": "losses",
 }
 
 

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import functional, functional_detection
+from . import functional, functional_detection, functional_matching
 from .functional_detection import DetectionLoss
 
 
@@ -44,6 +45,41 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in per_call}
 
 
+_MATCHING = ("high", "low", "allow_low_quality", "force_best")
+
+
+def _retinanet_loss(
+    cls_logits: Tensor | Sequence[Tensor],
+    bbox_deltas: Tensor | Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Tensor | Sequence[Tensor],
+    gt_labels: Tensor | Sequence[Tensor],
+    **keywords: Any,
+) -> DetectionLoss:
+    matching = {name: keywords.pop(name) for name in _MATCHING}
+    matched_idxs = functional_matching.match_anchors(
+        anchors,
+        gt_boxes,
+        gt_labels=gt_labels,
+        dtype=torch.int32,
+        backend=keywords["backend"],
+        **matching,
+    )
+    return functional_detection.iou_balanced_detection_loss(
+        cls_logits, bbox_deltas, anchors, matched_idxs, gt_boxes, gt_labels, **keywords
+    )
+
+
+def _merged_signature() -> inspect.Signature:
+    """The keyword-only parameters of matching and of the loss, by which a module checks its keywords."""
+    matching = inspect.signature(functional_matching.match_anchors).parameters
+    loss = inspect.signature(functional_detection.iou_balanced_detection_loss).parameters.values()
+    return inspect.Signature([*(p for p in loss if p.kind is p.KEYWORD_ONLY), *(matching[name] for name in _MATCHING)])
+
+
+_retinanet_loss.__signature__ = _merged_signature()
+
+
 class IoUBalancedLoss(_FunctionModule):
     """``iou_balanced_detection_loss`` as a module: the same keyword arguments, the same forward.
 
@@ -76,6 +112,35 @@ class IoUBalancedLoss(_FunctionModule):
             gt_labels,
             avg_factor=avg_factor,
             grad_scale=grad_scale,
+        )
+
+
+class RetinaNetLoss(_FunctionModule):
+    """The loss stage of a dense detector as one module: matching, then ``iou_balanced_detection_loss``.
+
+    Keyword arguments: those of ``iou_balanced_detection_loss``, and ``high``, ``low``, ``allow_low_quality`` and
+    ``force_best`` of ``match_anchors``. Matches are int32 and never reach the host: with padded boxes the forward is
+    capturable in a CUDA graph and traces under ``torch.compile(fullgraph=True)``.
+    """
+
+    _function = staticmethod(_retinanet_loss)
+
+    def forward(
+        self,
+        cls_logits: Tensor | Sequence[Tensor],
+        bbox_deltas: Tensor | Sequence[Tensor],
+        anchors: Tensor,
+        gt_boxes: Tensor | Sequence[Tensor],
+        gt_labels: Tensor | Sequence[Tensor],
+        *,
+        avg_factor: Any = None,
+        grad_scale: float | Tensor | None = None,
+    ) -> DetectionLoss:
+        """Arguments as in ``iou_balanced_detection_loss``, without matched_idxs. A place whose label is -1, or of whose
+        box a coordinate is NaN, holds no box; avg_factor and grad_scale, if given, replace the module's for this call.
+        """
+        return self._call(
+            cls_logits, bbox_deltas, anchors, gt_boxes, gt_labels, avg_factor=avg_factor, grad_scale=grad_scale
         )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from . import boxes, distributed
 from .boxes import IGNORE
+from .reference_matching import match_anchors as match_anchors
+from .reference_matching import match_fovea as match_fovea
 from .reference_terms import (
     Scope,
     accumulator,

@@ -11,6 +11,7 @@ from .boxes import decode_boxes, delta_iou, encode_boxes, paired_box_iou
 from .detection import detection_loss
 from .flat import cross_entropy, sigmoid_focal_loss, smooth_l1_loss
 from .library import available, load_error, op
+from .matching import match_anchors, match_fovea
 
 __all__ = [
     "available",
@@ -22,6 +23,8 @@ __all__ = [
     "detection_loss",
     "encode_boxes",
     "load_error",
+    "match_anchors",
+    "match_fovea",
     "paired_box_iou",
     "sigmoid_focal_loss",
     "smooth_l1_loss",

@@ -21,6 +21,7 @@ _DETECTION = (
     " int[] level_sizes, int scope, float eta, float alpha, float gamma, float lambda_, float beta, int box_coder,"
     " float[] box_weights"
 )
+_GT = "Tensor[] gt_boxes, Tensor[] gt_labels"
 # Divisor: a tensor, else a number > 0, else the count in the sums over the world size.
 _DIVISOR = "Tensor? avg_factor, float divisor, float world_size"
 _SCALE = "Tensor? grad_scale_tensor, float grad_scale"
@@ -66,6 +67,11 @@ SCHEMAS = [
     "encode_boxes.OVERLOAD(Tensor boxes, Tensor anchors, float[] weights, int box_coder, Tensor(a!) out) -> ()",
     "paired_box_iou.OVERLOAD(Tensor boxes1, Tensor boxes2, Tensor(a!) out) -> ()",
     "delta_iou.OVERLOAD(Tensor pred, Tensor target, float[] weights, int box_coder, Tensor(a!) out) -> ()",
+    # Boxes: N tensors (G_i, 4), or one (N, G, 4) with NaN where there is none. Labels: alike, or no tensor; -1: no box.
+    f"match_anchors.OVERLOAD(Tensor anchors, {_GT}, float high, float low, bool allow_low_quality, bool force_best,"
+    f" Tensor(a!) matched_idxs, {_SCRATCH}) -> ()",
+    f"match_fovea.OVERLOAD({_GT}, int[] heights, int[] widths, int[] strides, float[] min_sizes, float[] max_sizes,"
+    " float sigma, Tensor(a!) matched_idxs) -> ()",
 ]
 # Host-side helpers that read values: they return a number and have no fake.
 VALUE_SCHEMAS = [

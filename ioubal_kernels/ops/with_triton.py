@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import boxes, detection, flat, library
+from . import boxes, detection, flat, library, matching
 
 __all__ = [
     "check_labels",
@@ -27,6 +27,8 @@ __all__ = [
     "delta_iou",
     "detection_loss",
     "encode_boxes",
+    "match_anchors",
+    "match_fovea",
     "paired_box_iou",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
@@ -72,6 +74,14 @@ def paired_box_iou(*args: Any, **kwargs: Any) -> Tensor:
 
 def delta_iou(*args: Any, **kwargs: Any) -> Tensor:
     return boxes.delta_iou(*args, backend="triton", **kwargs)
+
+
+def match_anchors(*args: Any, **kwargs: Any) -> Tensor:
+    return matching.match_anchors(*args, backend="triton", **kwargs)
+
+
+def match_fovea(*args: Any, **kwargs: Any) -> Tensor:
+    return matching.match_fovea(*args, backend="triton", **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------- availability

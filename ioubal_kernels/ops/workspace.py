@@ -14,6 +14,7 @@ _PARTIALS = 9
 _WORD = 32
 _TILE_WORDS = 32
 _ROWS = 256
+_MATCH_BLOCK = 128  # anchors culled together
 _PIECES = 16  # each is rounded up to 8 bytes
 
 
@@ -74,3 +75,15 @@ def detection_workspace(
 def groups_of(deltas: Sequence[Tensor]) -> int:
     """The sum over levels of anchors per location; a flat tensor counts as one."""
     return sum(d.shape[1] // 4 if d.ndim == 4 else 1 for d in deltas)
+
+
+def matching_workspace(
+    backend: str, anchor_shape: Sequence[int], images: int, boxes: int, device: torch.device
+) -> list[Tensor]:
+    """For matching anchors (R, 4) or (N, R, 4) with up to `boxes` boxes an image: the bounds of every block of anchors,
+    and the best IoU of every box with its anchor. Never of the size R x G."""
+    if backend == "cpu":
+        return []
+    sets = anchor_shape[0] if len(anchor_shape) == 3 else 1
+    blocks = sets * (anchor_shape[-2] // _MATCH_BLOCK + 1)
+    return _tensor(images * (boxes + 1), 8 * blocks, device)
