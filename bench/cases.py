@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-import ioubal_kernels as ik
 from ioubal_kernels import testing
 
 from . import flat, matching, retinanet
@@ -91,7 +90,7 @@ def all_cases(device: str) -> list[Case]:
     listed = [heads(first, "flat", F32, peers=True, variants=True)]
     listed += [heads(first, "nchw", F32, peers=True), heads(first, "channels_last", F32)]
     listed += [heads(first, layout, BF16, peers=layout == "flat") for layout in testing.LAYOUTS]
-    listed += [softmax(TUNING, F32), *(matching.cases(first) if hasattr(ik, "match_anchors") else ()), *small_calls()]
+    listed += [softmax(TUNING, F32), *matching.cases(first), *small_calls()]
     listed += [softmax(SSD300, F32), softmax(RCNN, F32), softmax(TUNING, BF16)]
     listed += [heads(first, layout, F16, peers=device == "cuda" and layout == "flat") for layout in testing.LAYOUTS]
     listed += [heads(batch, "flat", F32, peers=True) for batch in others]

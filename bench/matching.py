@@ -52,10 +52,8 @@ def match(bench: Bench, images: int, boxes: int) -> Problem:
         graph = path == "fused"  # torchvision's waits for the host
         return Contender(path, MATCHES, make, check, "every anchor", (INFERENCE,), facts, graph, "torchvision")
 
-    contenders = [
-        contender("fused", partial(ours, backend=backend), {"backend": backend})
-        for backend in (*bench.backends, "reference")
-    ]
+    contenders = [contender("fused", partial(ours, backend=name), {"backend": name}) for name in bench.backends]
+    contenders.append(contender("reference backend", partial(ours, backend="reference"), {"backend": "reference"}))
     contenders.append(contender("torchvision box_iou + Matcher", torchvision_matches, {}))
     rows = images * anchors.shape[0]
     facts = {"case": "matching", "batch": images, "anchors": anchors.shape[0], "boxes": boxes, "dtype": "float32"}
