@@ -165,6 +165,7 @@ def compared(rows: list[Row]) -> list[Row]:
         stage, whole = row["loss_stage"]["median_ms"], row["median_ms"]
         row["images_per_second"] = round(row["batch"] / whole * 1e3, 3)
         row["loss_stage_share"] = round(stage / whole, 4)
+        row["loss_stage_share_fastest"] = round(row["loss_stage"]["min_ms"] / row["min_ms"], 4)
         row["divided_over_whole"] = round(row["divided_step"]["median_ms"] / whole, 4)
         if ours is not None:
             row["step_x_fused"] = round(whole / ours["median_ms"], 4)
@@ -210,6 +211,7 @@ def table(rows: list[Row]) -> list[str]:
             line("loss stage: matching, loss, its bwd", lambda r: r["loss_stage"]["median_ms"]),
             line("  fastest", lambda r: r["loss_stage"]["min_ms"]),
             line("  share of the whole step, %", lambda r: 100 * r["loss_stage_share"]),
+            line("  share of the fastest, %", lambda r: 100 * r["loss_stage_share_fastest"]),
             line("  x fused", lambda r: r.get("loss_stage_x_fused")),
             line("  saved for backward, MiB", lambda r: r["saved_mib"]),
             line("    besides the head maps", lambda r: r["saved_besides_maps_mib"]),
