@@ -143,6 +143,30 @@ def small_table(stored: Stored) -> str:
     return "\n".join([*head, *out])
 
 
+def step_table(stored: Stored) -> str:
+    """A whole training step with each of the three loss stages."""
+    steps = [row for row in stored.rows if row.get("case") == "train step"]
+    last = max((row["run"] for row in steps), default="")
+    rows = [row for row in steps if row["run"] == last]
+    if not rows:
+        return NOT_MEASURED
+    first, (height, width) = rows[0], rows[0]["padded_size"]
+    plural = "s" if first["threads"] > 1 else ""
+    where = first["device"] if stored.gpu else f"{first['device']} ({first['isa']}), {first['threads']} thread{plural}"
+    out = [
+        f"{where}, torch {first['torch']}, commit {first['commit']}; {first['model']}, {first['batch']} images of"
+        f" {height} x {width}, {first['classes']} classes, {first['dtype']}; medians in ms.",
+        "",
+        "| loss stage | whole step | images/s | matching | loss | its backward | loss stage's share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        parts = [row["segments"][name]["median_ms"] for name in ("matching", "loss", "loss backward")]
+        cells = " | ".join(f"{value:.2f}" for value in (row["median_ms"], row["images_per_second"], *parts))
+        out.append(f"| {row['path']}: {row['computes']} | {cells} | {100 * row['loss_stage_share']:.1f} % |")
+    return "\n".join(out)
+
+
 def batch_table(stored: Stored) -> str:
     """The fused loss by batch, layout and dtype: copies of the logits of the same dtype."""
     rows = []
@@ -198,11 +222,13 @@ BLOCKS: dict[str, tuple[bool, Callable[[Stored], str]]] = {  # name: (of a GPU, 
     "cpu softmax": (False, softmax_table),
     "cpu stage": (False, stage_table),
     "cpu small": (False, small_table),
+    "cpu step": (False, step_table),
     "cpu batches": (False, batch_table),
     "cpu threads": (False, threads_table),
     "gpu heads": (True, heads_table),
     "gpu softmax": (True, softmax_table),
     "gpu stage": (True, stage_table),
+    "gpu step": (True, step_table),
     "gpu batches": (True, batch_table),
 }
 

@@ -140,7 +140,7 @@ def run(spec: Spec, rounds: int, peak: bool) -> tuple[list[Row], bool]:
         with tempfile.TemporaryDirectory(prefix="ioubal-train-step-") as folder:
             data = make_data(spec, folder)
             case = Case(spec, data)
-            facts = {**case.facts(), "backend": backend_of(case.device.type), "rounds_asked": rounds}
+            facts |= {**case.facts(), "backend": backend_of(case.device.type), "rounds_asked": rounds}
             print_case(facts)
             measure(case, results, rounds, peak)
     except KeyboardInterrupt:

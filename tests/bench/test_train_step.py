@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs
 SMALL = ("--device", "cpu", "--size", "64x96", "--batch", "2", "--classes", "3", "--workers", "0", "--amp", "off")
 QUICK = (*SMALL, "--rounds", "2", "--no-memory")
 STAGES = {stage.name: stage for stage in train_step_stages.STAGES}
+NAMES = {"format", "name", "path", "phase"}
 FIGURES = {"min_ms", "median_ms", "q80_ms", "segments", "images_per_second", "loss_stage", "loss_stage_share"}
 
 
@@ -203,7 +204,7 @@ def test_rows_and_table(tmp_path, capsys):
     assert code == 0 and [row["stage"] for row in rows] == list(STAGES)
     for row in rows:
         assert {"device", "cpu", "commit", "torch", "torchvision", "threads", "heap", "workers", "dtype"} <= set(row)
-        assert FIGURES <= set(row) and row["result"] == "measured" and row["rounds"] == 2
+        assert NAMES | FIGURES <= set(row) and row["result"] == "measured" and row["rounds"] == 2
         assert row["parity"].startswith("float64 oracle") and row["learning_rate"] == 0.0
         assert row["size"] == [64, 96] and row["batch"] == 2 and row["classes"] == 3
         assert set(row["segments"]) == set(train_step_measure.SEGMENTS)
