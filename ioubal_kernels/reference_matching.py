@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .boxes import BACKGROUND, IGNORE, result_dtype
 
-_PAIRS = 1 << 20  # pairs computed at once
+_PAIRS = 1 << 18  # pairs computed at once: about 16 MB
 
 
 def match_anchors(

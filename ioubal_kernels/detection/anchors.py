@@ -7,15 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import Matcher
-from torchvision.ops import box_iou
+
+import ioubal_kernels as ik
 
 from .data import Dataset, TransformConfig
 from .models.retinanet import make_anchor_generator
 
 FITTING_IOU = 0.5
 SCALE_CANDIDATES = tuple(1.0 * 2 ** (i / 4) for i in range(15))  # 1 .. 11.3 strides
-_MATCHER = Matcher(0.5, 0.4, allow_low_quality_matches=True)
 
 
 class AnchorFit(NamedTuple):
@@ -85,15 +84,10 @@ def choose_anchor_scale(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, 
     return max(fits, key=lambda fit: (fit.covered, fit.mean_best_iou))
 
 
-@torch.no_grad()
-def match_batch(anchors: Tensor, gt_boxes: list[Tensor]) -> Tensor:
+def match_batch(anchors: Tensor, gt_boxes: list[Tensor], backend: str | None = None) -> Tensor:
     """Match every anchor (R, 4) to a box of each image: (N, R) int32, index of the box, -1 background, -2 ignored.
 
-    torchvision's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their
+    RetinaNet's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their
     IoU.
     """
-    matched = torch.full((len(gt_boxes), anchors.shape[0]), -1, dtype=torch.int32, device=anchors.device)
-    for n, boxes in enumerate(gt_boxes):
-        if boxes.shape[0]:
-            matched[n] = _MATCHER(box_iou(boxes, anchors)).to(torch.int32)
-    return matched
+    return ik.match_anchors(anchors, gt_boxes, **ik.MATCHING_RULES["retinanet"], dtype=torch.int32, backend=backend)

@@ -42,11 +42,12 @@ def detection_loss(
         w_loc: the factor to use (config.w_loc may still say "auto").
     """
     anchors = model.anchors(maps)
+    backend = None if config.backend == "auto" else config.backend
     return ik.iou_balanced_detection_loss(
         maps.cls_logits,
         maps.bbox_deltas,
         anchors,
-        match_batch(anchors, gt_boxes),
+        match_batch(anchors, gt_boxes, backend),
         gt_boxes,
         gt_labels,
         eta=config.eta,
@@ -59,7 +60,7 @@ def detection_loss(
         normalizer_scope=config.normalizer_scope,
         eps=config.eps,
         cls_weight=config.cls_weight,
-        backend=None if config.backend == "auto" else config.backend,
+        backend=backend,
     )
 
 
