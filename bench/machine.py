@@ -118,8 +118,7 @@ def restart_with_heap(wanted: str) -> None:
     if os.environ.get(RESTARTED):
         return  # something else sets them: the rows say what it was
     environment = {name: value for name, value in os.environ.items() if name not in WARM_HEAP}
-    # The profiler, which counts the memory, would complain of a missing GPU.
-    environment |= {RESTARTED: "1", "KINETO_LOG_LEVEL": "99", **(WARM_HEAP if wanted == "warm" else {})}
+    environment |= {RESTARTED: "1", **(WARM_HEAP if wanted == "warm" else {})}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/classification.h"
+#include "cpu/large_pages.h"
 #include "cpu/scan.h"
 #include "math/iou.h"
 #include "math/smooth_l1.h"
@@ -285,6 +286,7 @@ class DetectionLoss {
     const int64_t entries = level.run_entries();
     const char* x = static_cast<const char*>(level.logits->const_data_ptr());
     char* out = grad ? static_cast<char*>(grad->mutable_data_ptr()) : nullptr;
+    if (grad) ask_for_large_pages(*grad);
     for (int64_t i = 0; i < images_ * per_image; ++i) {
       Run run;
       run.x = x + i * entries * size;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/classification.h"
+#include "cpu/large_pages.h"
 #include "cpu/scan.h"
 
 namespace ioubal {
@@ -53,6 +54,7 @@ struct FlatFocal {
   DensePass dense(const Tensor* out, double loss_scale, double out_scale) const {
     const int64_t rows = logits.size(0), columns = logits.size(1), size = logits.element_size();
     DensePass pass;
+    if (out) ask_for_large_pages(*out);
     const auto add_run = [&](int64_t first, int64_t last, double w) {
       Run run;
       run.x = static_cast<const char*>(logits.const_data_ptr()) + first * columns * size;
