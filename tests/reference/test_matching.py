@@ -55,7 +55,7 @@ def test_the_drawn_cases_decide_something() -> None:
 
 
 def test_the_iou_is_torchvisions_to_the_last_bit(backend: str) -> None:
-    """A threshold set to an anchor's very IoU matches it, the next number does not: no multiply-add may be contracted."""
+    """A threshold set to an anchor's very IoU matches it, the next number does not: no multiply-add is contracted."""
     g = torch.Generator().manual_seed(3)
     corner = torch.rand(64, 2, generator=g) * 50
     anchors = torch.cat((corner, corner + torch.rand(64, 2, generator=g) * 90), 1)
@@ -143,7 +143,7 @@ def test_inputs_in_any_memory(backend: str) -> None:
     assert not got.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------ other detectors' rules
+# ----------------------------------------------------------------------------------------------- other detectors' rules
 
 
 def matcher_of(model: str) -> Matcher:
