@@ -56,13 +56,13 @@ def _retinanet_loss(
     gt_labels: Tensor | Sequence[Tensor],
     **keywords: Any,
 ) -> DetectionLoss:
-    matching = {name: keywords.pop(name) for name in _MATCHING}
+    matching = {name: keywords.pop(name) for name in _MATCHING if name in keywords}
     matched_idxs = functional_matching.match_anchors(
         anchors,
         gt_boxes,
         gt_labels=gt_labels,
         dtype=torch.int32,
-        backend=keywords["backend"],
+        backend=keywords.get("backend"),
         **matching,
     )
     return functional_detection.iou_balanced_detection_loss(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.ops.library import SCHEMAS, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -99,10 +99,25 @@ def box_samples():
         yield "delta_iou", (pred, target, W, i % 2, out[:, 0].contiguous())
 
 
+def matching_samples():
+    for i in range(10):
+        case = testing_matching.matching_case(i, DTYPES[i % 4])
+        anchors = case.anchors.nan_to_num()
+        boxes = [testing_matching.padded_boxes(case.gt_boxes)] if i % 2 else case.gt_boxes
+        labels = [torch.arange(b.numel() // 4).reshape(b.shape[:-1]) % 3 - 1 for b in boxes] if i % 3 else []
+        images, index = len(case.gt_boxes), (torch.int32, torch.int64)[i // 2 % 2]
+        flags = (case.options["allow_low_quality"], case.options["force_best"])
+        out = torch.empty(images, anchors.shape[-2], dtype=index)
+        yield "match_anchors", (anchors, boxes, labels, 0.5, 0.4, *flags, out, [])
+        levels = ([4, 2], [5, i % 3], [16, 32], [1.0, 8.0], [64.0, 1e4])
+        cells = torch.empty(images, 20 + 2 * (i % 3), dtype=index)
+        yield "match_fovea", (boxes, labels, *levels, 0.4, cells)
+
+
 def samples():
     found = {}
     generators = [flat_samples(name) for name in ("focal", "cross_entropy", "smooth_l1")]
-    for generator in (*generators, detection_samples(), box_samples()):
+    for generator in (*generators, detection_samples(), box_samples(), matching_samples()):
         for name, arguments in generator:
             found.setdefault(name, []).append(arguments)
     return found

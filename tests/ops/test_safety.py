@@ -159,6 +159,12 @@ def op_everywhere(at_end):
     ik.iou_balanced_smooth_l1_loss(pred.requires_grad_(), target).backward()
     for boxes_op in (ik.encode_boxes, ik.decode_boxes, ik.paired_box_iou):
         boxes_op(pred.detach(), target)
+    for rows in (1, 9, 64, 130):
+        anchors = torch.rand(rows, 2).mul(50).repeat(1, 2) + torch.tensor([0.0, 0, 20, 20])
+        for count in (1, 7, 17):
+            boxes = guarded(anchors[torch.arange(count) % rows] + 1, at_end)
+            ik.match_anchors(guarded(anchors, at_end), [boxes], force_best=True)
+            ik.match_fovea([boxes], [(7, 9)], strides=[8], scale_ranges=[(1, 64)])
 
 if sys.argv[1] == "probe":  # the guard itself: one element past the end must crash
     t = guarded(torch.ones(8), True)

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import ioubal_kernels as ik
-from ioubal_kernels import testing
+from ioubal_kernels import backends, testing
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,44 @@ def test_flat_losses_with_dynamic_rows() -> None:
             arguments = (c.logits, c.labels, c.iou, deltas)
             torch.testing.assert_close(compiled(*arguments), losses(*arguments))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_retinanet_loss_with_padded_boxes(backend: str) -> None:
+    """Matching and loss are one graph; other boxes, other numbers of them in the same places, compile nothing again."""
+    if backends.unavailable_reason(backend) is not None:
+        pytest.skip(str(backends.unavailable_reason(backend)))
+    loss = ik.RetinaNetLoss(high=0.4, low=0.2, backend=backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for seed in (1, 2, 3):
+        d = testing.detection_inputs(seed, layout="nchw").padded(8)
+        d.gt_boxes, d.gt_labels = d.gt_boxes[:, :8].contiguous(), d.gt_labels[:, :8].contiguous()
+        heads = d.requiring_grad(), d.requiring_grad()
+        results = []
+        for function, leaves in zip((loss, compiled), heads, strict=True):
+            out = function(leaves.cls_logits, leaves.bbox_deltas, d.anchors, d.gt_boxes, d.gt_labels)
+            results.append([*out, *torch.autograd.grad(out[0] + out[1], leaves.heads())])
+        assert int(results[0][2]) > 0
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+def test_matching() -> None:
+    """Lists and padded boxes, both functions, on the reference."""
+
+    def matches(anchors: torch.Tensor, boxes: list, padded: torch.Tensor) -> list[torch.Tensor]:
+        shapes = [(4, 6), (2, 3)]
+        fovea = ik.match_fovea(padded, shapes, strides=(32, 64), scale_ranges=((1, 64), (32, 512)))
+        return [ik.match_anchors(anchors, boxes), ik.match_anchors(anchors, padded, force_best=True), fovea]
+
+    compiled = torch.compile(matches, fullgraph=True, backend="aot_eager")
+    d = testing.detection_inputs(0)
+    padded = d.padded().gt_boxes
+    with ik.use_backend("reference"):
+        for want, got in zip(
+            matches(d.anchors, d.gt_boxes, padded), compiled(d.anchors, d.gt_boxes, padded), strict=True
+        ):
+            assert torch.equal(got, want)

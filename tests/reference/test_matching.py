@@ -55,18 +55,28 @@ def test_the_drawn_cases_decide_something() -> None:
 
 
 def test_the_iou_is_torchvisions_to_the_last_bit(backend: str) -> None:
-    """A threshold set to an anchor's very IoU matches it, the next number does not: no multiply-add may be contracted."""
+    """A threshold set to an anchor's very IoU matches it, the next number does not. The anchors are those whose IoU a
+    multiply-add in the union, or in an area, would change."""
     g = torch.Generator().manual_seed(3)
-    corner = torch.rand(64, 2, generator=g) * 50
-    anchors = torch.cat((corner, corner + torch.rand(64, 2, generator=g) * 90), 1)
+    corner = torch.rand(2000, 2, generator=g) * 50
+    anchors = torch.cat((corner, corner + torch.rand(2000, 2, generator=g) * 90), 1)
     box = torch.tensor([[20.3, 17.7, 71.9, 80.1]])
     iou = box_iou(box, anchors)[0]
+    side = (torch.minimum(box[:, 2:], anchors[:, 2:]) - torch.maximum(box[:, :2], anchors[:, :2])).clamp(min=0)
+    own, area = ((b[:, 2:] - b[:, :2]) for b in (box, anchors))
+    overlap, own_area = side.prod(1), own.prod(1)
+    without_product = ((own_area + area.prod(1)).double() - side.double().prod(1)).float()
+    without_area = (own_area.double() + area.double().prod(1)).float() - overlap
+    changed = [overlap / union != iou for union in (without_product, without_area)]
     exact = {"allow_low_quality": False, "backend": backend}
-    for row in (iou > 0).nonzero().squeeze(1).tolist():
-        value = float(iou[row])
-        above = float(torch.nextafter(iou[row], torch.tensor(2.0)))
-        assert ik.match_anchors(anchors, [box], high=value, low=0.0, **exact)[0, row] == 0
-        assert ik.match_anchors(anchors, [box], high=above, low=above, **exact)[0, row] == -1
+    for contracted in changed:
+        rows = contracted.nonzero().squeeze(1)[:40].tolist()
+        assert len(rows) == 40
+        for row in rows:
+            value, above = float(iou[row]), float(torch.nextafter(iou[row], torch.tensor(2.0)))
+            anchor = anchors[row].expand(20, 4)
+            assert (ik.match_anchors(anchor, [box], high=value, low=0.0, **exact) == 0).all()
+            assert (ik.match_anchors(anchor, [box], high=above, low=above, **exact) == -1).all()
 
 
 def test_by_hand(backend: str) -> None:
@@ -143,7 +153,7 @@ def test_inputs_in_any_memory(backend: str) -> None:
     assert not got.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------ other detectors' rules
+# ----------------------------------------------------------------------------------------------- other detectors' rules
 
 
 def matcher_of(model: str) -> Matcher:

@@ -1,6 +1,7 @@
 """The modules: same results as the functions, keyword arguments kept through pickle, deepcopy and printing."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -16,12 +17,19 @@ MODULES = [
     ik.IoUBalancedBinaryCrossEntropy,
     ik.IoUBalancedCrossEntropy,
     ik.IoUBalancedSmoothL1Loss,
+    ik.RetinaNetLoss,
 ]
+
+
+def retinanet_arguments(d: testing.DetectionInputs) -> tuple:
+    return d.cls_logits, d.bbox_deltas, d.anchors, d.gt_boxes, d.gt_labels
 
 
 def arguments(module: type) -> tuple:
     if module is ik.IoUBalancedLoss:
         return testing.detection_inputs(0).arguments()
+    if module is ik.RetinaNetLoss:
+        return retinanet_arguments(testing.detection_inputs(0))
     if module is ik.IoUBalancedSmoothL1Loss:
         return testing.delta_inputs(0)
     c = testing.classification_inputs(0, softmax=module is ik.IoUBalancedCrossEntropy)
@@ -85,3 +93,38 @@ def test_drop_in_for_torchs_smooth_l1(backend: str) -> None:
     pred, target = testing.delta_inputs(1)
     loss = ik.IoUBalancedSmoothL1Loss(lambda_=0.0, beta=1.0, reduction="sum", backend=backend)
     torch.testing.assert_close(loss(pred, target), torch.nn.SmoothL1Loss(reduction="sum")(pred, target))
+
+
+@pytest.mark.parametrize("gt", ["list", "padded"])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_retinanet_loss_is_matching_and_the_fused_loss(layout: str, gt: str, backend: str) -> None:
+    matching = {"high": 0.45, "low": 0.2, "allow_low_quality": False, "force_best": True}
+    options = {"eta": 1.0, "normalizer_scope": "image", "backend": backend}
+    d = testing.detection_inputs(3, layout=layout, gt=gt)
+    loss = ik.RetinaNetLoss(**matching, **options)
+    matched = ik.match_anchors(d.anchors, d.gt_boxes, gt_labels=d.gt_labels, **matching, backend=backend)
+    assert 0 < int((matched >= 0).sum()) < matched.numel() and bool((matched == -2).any())
+    want, want_grads = testing.loss_and_gradient(
+        ik.iou_balanced_detection_loss, dataclasses.replace(d, matched_idxs=matched), **options
+    )
+    leaves = d.requiring_grad()
+    got = loss(*retinanet_arguments(leaves), avg_factor=None)
+    grads = torch.autograd.grad(got[0] + got[1], leaves.heads())
+    assert losses(got) == losses(want)
+    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+
+
+def test_retinanet_loss_knows_its_keywords() -> None:
+    assert repr(ik.RetinaNetLoss()) == "RetinaNetLoss()"
+    assert repr(ik.RetinaNetLoss(high=0.6, eta=1.0)) == "RetinaNetLoss(eta=1.0, high=0.6)"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dtype'"):
+        ik.RetinaNetLoss(dtype=torch.int64)
+    with pytest.raises(ValueError, match="match_anchors: low must be at most high"):
+        ik.RetinaNetLoss(low=0.7)(*arguments(ik.RetinaNetLoss))
+
+
+def test_retinanet_loss_ignores_places_labelled_minus_one(backend: str) -> None:
+    d = testing.detection_inputs(4, gt="padded")
+    want = losses(ik.RetinaNetLoss(backend=backend)(*retinanet_arguments(d)))
+    d.gt_boxes = torch.where(d.gt_boxes.isnan(), d.anchors[0], d.gt_boxes)
+    assert losses(ik.RetinaNetLoss(backend=backend)(*retinanet_arguments(d))) == want
