@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ioubal_kernels as ik
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.ops.library import OVERLOAD, SCHEMAS, op
 
 from .cases import DTYPES
@@ -89,6 +89,12 @@ def calls(plan: Plan, i: int) -> list[Callable[[], Any]]:
     made.append(lambda: ik.encode_boxes(anchors + 1, anchors, **coder))
     made.append(lambda: ik.paired_box_iou(anchors + 1, anchors, backend=plan.backend))
     made.append(lambda: ik.delta_iou(pred.detach(), target, **coder))
+    case = testing_matching.matching_case(i, torch.float32, plan.device)
+    given_boxes = testing_matching.padded_boxes(case.gt_boxes) if i % 2 else case.gt_boxes
+    index = {"dtype": (torch.int32, torch.int64)[i % 2], "backend": plan.backend}
+    made.append(lambda: ik.match_anchors(case.anchors.nan_to_num(), given_boxes, **case.options, **index))
+    levels = {"strides": (16, 32), "scale_ranges": ((1, 64), (8, 1e4))}
+    made.append(lambda: ik.match_fovea(given_boxes, [(4, 5), (2, i % 3)], **levels, **index))
     return made
 
 

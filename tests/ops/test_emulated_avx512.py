@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import box_iou
 
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.reference_terms import focal_term
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +34,7 @@ def kernels(tmp_path_factory):
     assert built.returncode == 0, built.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
     loaded.focal.restype = loaded.softmax.restype = ctypes.c_double
+    loaded.match.restype = ctypes.c_int64
     return loaded
 
 
@@ -125,3 +127,31 @@ def test_softmax(kernels, isa, dtype, columns):
         assert abs(loss - float(want)) <= 1e-6 * max(float(want), 0.1)
         floor = testing.FLOOR + F.one_hot(torch.tensor(target), columns).double() * 0.7
         testing.assert_close_budget(out, 0.7 * wide.grad, dtype, floor=floor, what=f"target {target}")
+
+
+@pytest.mark.parametrize("kind", ("random", "grid"))
+@pytest.mark.parametrize("count", (1, 15, 16, 33, 128))
+def test_matching(kernels, kind, count):
+    """A block's decisions, largest IoUs and their anchors, to the bit. Boxes far away are culled."""
+    i64, f32, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    whole, places = -(-count // 16) * 16, 21
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        anchors, boxes = testing_matching.draw_boxes(g, kind, count), testing_matching.draw_boxes(g, kind, places)
+        boxes[::3] += torch.tensor([400.0, 0, 400, 0])
+        iou = box_iou(boxes, anchors)
+        want = testing_matching.torchvision_matches(anchors, [boxes], 0.5, 0.25, False, False)[0]
+        memory = torch.cat((anchors, anchors[-1:].expand(whole - count, 4))).contiguous()
+        matched, top = torch.empty(count, dtype=torch.int64), torch.zeros(places)
+        hits = torch.zeros(places, whole, dtype=torch.uint8)
+        tensors = [pointer(t.data_ptr()) for t in (memory, boxes, matched, top, hits)]
+        listed = kernels.match(
+            *(tensors[0], i64(count), i64(whole), tensors[1], i64(places), f32(0.5), f32(0.25)), *tensors[2:]
+        )
+        assert torch.equal(matched, want) and torch.equal(top, iou.amax(1))
+        assert torch.equal(hits[:, :count].bool(), (iou == top[:, None]) & (top[:, None] > 0))
+        assert int((top > 0).sum()) <= listed <= places - 7
+    memory[0, 2] = memory[0, 0]
+    assert kernels.match(
+        *(tensors[0], i64(count), i64(whole), tensors[1], i64(places), f32(0.5), f32(0.25)), *tensors[2:]
+    ) == -1  # fmt: skip

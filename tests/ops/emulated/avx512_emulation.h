@@ -33,6 +33,13 @@ EMULATE __m512 _mm512_set1_ps(float a) { return lanes([&](int) { return a; }); }
 EMULATE __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 EMULATE __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 EMULATE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
+EMULATE __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
+enum { _CMP_EQ_OQ = 0, _CMP_GT_OQ = 30 };
+EMULATE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
+  int m = 0;
+  for (int i = 0; i < 16; ++i) m |= (predicate == _CMP_EQ_OQ ? a[i] == b[i] : a[i] > b[i]) << i;
+  return static_cast<__mmask16>(m);
+}
 EMULATE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], c[i]); }); }
 EMULATE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(-a[i], b[i], c[i]); }); }
 EMULATE __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
