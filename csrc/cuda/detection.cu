@@ -2,6 +2,7 @@
 #include "cuda/detection.cuh"
 
 #include "cuda/focal_fill.h"
+#include "cuda/ground_truth.h"
 
 namespace ioubal::cuda {
 namespace {
@@ -50,8 +51,6 @@ class Detection {
  public:
   Detection(const Arguments& arguments, const TensorList& workspace)
       : a_(arguments), device_(arguments.matched_idxs), memory_(workspace) {
-    STD_TORCH_CHECK(a_.gt_boxes.size() <= kMaxImages, "ioubal_kernels: at most ", kMaxImages,
-                    " images with boxes as a list");
     add_levels();
     positives_.levels = static_cast<int>(levels_.size());
     positives_.anchors_per_image = a_.anchors_per_image();
@@ -79,7 +78,7 @@ class Detection {
     labels_.values = int_ref(a_.matched_idxs);
     labels_.direct = false;
     labels_.classes = classes_;
-    labels_.truth = truth();
+    labels_.truth = ground_truth(a_.gt_boxes, a_.gt_labels);
     anchors_ = {float_ref(a_.anchors), a_.anchors.dim() == 3, a_.anchors_per_image()};
   }
 
@@ -226,26 +225,6 @@ class Detection {
     if (a_.images() == 0 || classes_ == 0) levels_.clear();
     STD_TORCH_CHECK(levels_.size() <= kMaxLevels, "ioubal_kernels: at most ", kMaxLevels, " levels, got ",
                     levels_.size());
-  }
-
-  GroundTruth truth() const {
-    GroundTruth out{};
-    out.padded = a_.gt_boxes.size() == 1 && a_.gt_boxes[0].dim() == 3;
-    for (size_t i = 0; i < a_.gt_boxes.size(); ++i) {
-      out.boxes[i] = a_.gt_boxes[i].const_data_ptr();
-      out.labels[i] = a_.gt_labels[i].const_data_ptr();
-      out.counts[i] = a_.gt_boxes[i].size(out.padded ? 1 : 0);
-    }
-    if (!a_.gt_boxes.empty()) {
-      out.box_type = dtype_of(a_.gt_boxes[0]);
-      out.wide_labels = a_.gt_labels[0].scalar_type() == ScalarType::Long;
-      for (size_t i = 0; i < a_.gt_boxes.size(); ++i) {
-        STD_TORCH_CHECK(
-            dtype_of(a_.gt_boxes[i]) == out.box_type && a_.gt_labels[i].scalar_type() == a_.gt_labels[0].scalar_type(),
-            "ioubal_kernels: the images' boxes, and their labels, must have one dtype");
-      }
-    }
-    return out;
   }
 
   void add_dense_levels(DenseTable& tb, bool planes, const TensorList& grads) const {

@@ -46,13 +46,14 @@ IOUBAL_HD T matching_area(const Quad<T>& box) {
 }
 
 // torchvision's IoU, operation by operation. 0 / 0 and infinite areas give NaN; a NaN coordinate does through its area,
-// so min and max need not care for it.
+// so min and max need not care for it. regular: box and anchor are (see "culling"), and an IoU of 0 needs no division.
 template <class T>
-IOUBAL_HD T matching_iou(const Quad<T>& box, T box_area, const Quad<T>& anchor, T anchor_area) {
+IOUBAL_HD T matching_iou(const Quad<T>& box, T box_area, const Quad<T>& anchor, T anchor_area, bool regular = false) {
   const T x1 = box.v[0] > anchor.v[0] ? box.v[0] : anchor.v[0], x2 = box.v[2] < anchor.v[2] ? box.v[2] : anchor.v[2];
   const T y1 = box.v[1] > anchor.v[1] ? box.v[1] : anchor.v[1], y2 = box.v[3] < anchor.v[3] ? box.v[3] : anchor.v[3];
   const T width = x2 - x1, height = y2 - y1;
   const T overlap = rounded_product(width > T(0) ? width : T(0), height > T(0) ? height : T(0));
+  if (regular && overlap == T(0)) return T(0);
   return rounded_quotient(overlap, box_area + anchor_area - overlap);
 }
 

@@ -14,7 +14,7 @@ _PARTIALS = 9
 _WORD = 32
 _TILE_WORDS = 32
 _ROWS = 256
-_MATCH_BLOCK = 128  # anchors culled together
+_MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
 
@@ -80,10 +80,13 @@ def groups_of(deltas: Sequence[Tensor]) -> int:
 def matching_workspace(
     backend: str, anchor_shape: Sequence[int], images: int, boxes: int, device: torch.device
 ) -> list[Tensor]:
-    """For matching anchors (R, 4) or (N, R, 4) with up to `boxes` boxes an image: the bounds of every block of anchors,
-    and the best IoU of every box with its anchor. Never of the size R x G."""
+    """For matching anchors (R, 4) or (N, R, 4) with up to `boxes` boxes an image. CUDA: float32 copies of the boxes, the
+    best anchor of each, and a word for every 32 anchors and image. Triton: the bounds of every block of anchors, and the
+    best IoU of every box with its anchor. Never of the size R x G."""
     if backend == "cpu":
         return []
     sets = anchor_shape[0] if len(anchor_shape) == 3 else 1
-    blocks = sets * (anchor_shape[-2] // _MATCH_BLOCK + 1)
-    return _tensor(images * (boxes + 1), 8 * blocks, device)
+    rows = anchor_shape[-2]
+    if backend == "triton":
+        return _tensor(images * (boxes + 1), 8 * sets * (rows // _MATCH_BLOCK + 1), device)
+    return _tensor(3 * images * boxes, images * (rows // _WORD + 1), device)

@@ -38,6 +38,7 @@ KEPT_SECONDS = 24 * 3600  # how long builds of other sources stay
 
 FLAGS = (
     *("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
+    "-ffp-contract=off",  # for matching, as nvcc's --fmad=false
     *("-DIOUBAL_SIMT", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 )
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

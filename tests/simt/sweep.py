@@ -20,6 +20,7 @@ from pathlib import Path
 import cases
 import edges
 import emulation
+import matching_cases
 import torch
 
 import ioubal_kernels as ik
@@ -217,6 +218,7 @@ def problems(reduced: bool = False) -> Iterator[Problem]:
         smooth_l1_problems,
         detection_problems,
         boxes_problems,
+        matching_cases.problems,
         edges.problems,
     ):
         for family, problem in make():

@@ -56,7 +56,7 @@ def test_line_coverage_of_the_kernels() -> None:
     for stale in library.parent.glob("*.gcda"):
         os.remove(stale)
     environment = emulation.environment("coverage")
-    tests = ("test_launchers.py", "test_hostile_inputs.py")
+    tests = ("test_launchers.py", "test_hostile_inputs.py", "test_matching.py")
     for command in (
         [sys.executable, HERE / "sweep.py", library, "0", "--reduced"],
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(HERE / name for name in tests)],
