@@ -86,4 +86,7 @@ def matching_workspace(
         return []
     sets = anchor_shape[0] if len(anchor_shape) == 3 else 1
     blocks = sets * (anchor_shape[-2] // _MATCH_BLOCK + 1)
+    if backend == "triton":
+        # A box's corners, area, place and best anchor; a block's bounds; a count per image.
+        return _tensor(4 * images * boxes, 4 * blocks + images, device)
     return _tensor(images * (boxes + 1), 8 * blocks, device)
