@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,8 @@ TYPES = {
 }
 # Without a limit of its own ptxas aims at more programs per multiprocessor than are of use, and spills.
 MAX_REGISTERS = 128
+# Options of kernels whose results are compared for equality: no product is contracted into a multiply-add.
+EXACT = {"enable_fp_fusion": False}
 PARTS = tl.constexpr(9)  # the sums of a tile of positives, see positives_kernel
 
 
@@ -94,6 +96,34 @@ class Workspace:
         if self._at > self._end:
             raise RuntimeError(f"ioubal_kernels: the workspace is too small by {self._at - self._end} bytes")
         return start
+
+
+class GroundTruth(NamedTuple):
+    """Boxes and labels of the images, packed: one address each, or a single one of padded tensors."""
+
+    boxes: tuple[int, ...]
+    labels: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def ground_truth(gt_boxes: Sequence[Tensor], gt_labels: Sequence[Tensor]) -> tuple[GroundTruth, dict[str, Any]]:
+    """The table of N tensors (G_i, 4) or of one (N, G, 4), and what a kernel must know of it at compile time."""
+    padded = len(gt_boxes) == 1 and gt_boxes[0].ndim == 3
+    entries = power_of_two(len(gt_boxes))  # few variants to compile
+
+    def filled(values: list[int]) -> tuple[int, ...]:
+        return pack(*values, *[values[-1] if values else 0] * (entries - len(values)))
+
+    truth = GroundTruth(
+        filled([t.data_ptr() for t in gt_boxes]),
+        filled([t.data_ptr() for t in gt_labels]),
+        filled([t.shape[1 if padded else 0] for t in gt_boxes]),
+    )
+    return truth, {
+        "BOX_T": TYPES[gt_boxes[0].dtype] if gt_boxes else tl.float32,
+        "LABEL_T": TYPES[gt_labels[0].dtype] if gt_labels else tl.int64,
+        "PADDED": padded,
+    }
 
 
 def cdiv(n: int, by: int) -> int:

@@ -17,6 +17,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 OFF = tl.constexpr(-1e4)
 MAX_LOG_RATIO = tl.constexpr(4.135166556742356)  # log(1000 / 16)
 MAX_FOVEA_DISTANCE = tl.constexpr(16.0)
+NO_LABEL = tl.constexpr(-1)
+UNMATCHED, BETWEEN = tl.constexpr(-1), tl.constexpr(-2)
+SHORTEST_SIDE = tl.constexpr(2.0**-60)  # its square is a normal number
 
 
 # ---------------------------------------------------------------------------------------------- special functions
@@ -273,3 +276,97 @@ def delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA: tl.constexp
     a0, a1, a2, a3 = decode_box(p0, p1, p2, p3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
     b0, b1, b2, b3 = decode_box(t0, t1, t2, t3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
     return box_iou(a0, a1, a2, a3, b0, b1, b2, b3)
+
+
+# ---------------------------------------------------------------------------------------------- matching
+#
+# Decisions compare for equality with torch's own results, so every operation is rounded by itself. Kernels that use
+# these functions are launched with EXACT (_launch.py), which forbids the compiler to contract multiply-adds.
+
+
+@triton.jit
+def rounded_product(a, b):
+    return a * b
+
+
+@triton.jit
+def rounded_quotient(a, b):
+    return tl.div_rn(a, b)  # a / b of float32 is off by up to 2 units in the last place
+
+
+@triton.jit
+def is_nan(value):
+    return value != value
+
+
+@triton.jit
+def is_padding(b0, b1, b2, b3):
+    """Whether a place holds no box; a label of NO_LABEL says the same."""
+    return is_nan(b0) | is_nan(b1) | is_nan(b2) | is_nan(b3)
+
+
+@triton.jit
+def matching_area(b0, b1, b2, b3):
+    """Negative where one side is inverted, NaN where a coordinate is."""
+    return rounded_product(b2 - b0, b3 - b1)
+
+
+@triton.jit
+def matching_iou(b0, b1, b2, b3, box_area, a0, a1, a2, a3, anchor_area):
+    """torchvision's IoU, operation by operation: 0 (of either sign), positive, or NaN (0 / 0, infinite areas). A NaN
+    coordinate makes it NaN through its area, so minimum and maximum need not care for it."""
+    width = tl.minimum(b2, a2) - tl.maximum(b0, a0)
+    height = tl.minimum(b3, a3) - tl.maximum(b1, a1)
+    overlap = rounded_product(tl.maximum(width, 0.0), tl.maximum(height, 0.0))
+    return rounded_quotient(overlap, box_area + anchor_area - overlap)
+
+
+@triton.jit
+def takes_over(iou, best):
+    """Whether `iou` takes the place of `best`, which came earlier: the rule of torch's max. Ties stay with the earlier
+    one; a NaN is above every number, and the first NaN stays."""
+    return ((iou <= best) == 0) & (is_nan(best) == 0)
+
+
+@triton.jit
+def matched_index(iou, index, high, low):
+    """A NaN is below no threshold."""
+    return tl.where(iou < low, UNMATCHED, tl.where(iou < high, BETWEEN, index))
+
+
+@triton.jit
+def is_regular_anchor(a0, a1, a2, a3):
+    """Whether the anchor's area is positive (and may be infinite). Then its IoU with a regular box that it does not
+    overlap is exactly 0."""
+    return (a2 - a0 > SHORTEST_SIDE) & (a3 - a1 > SHORTEST_SIDE)
+
+
+@triton.jit
+def is_regular_box(area):
+    """Whether the area is 0 or positive, and finite: no overlap is 0 * infinity, every union with a regular anchor is
+    positive."""
+    return (area >= 0.0) & (area < float("inf"))
+
+
+@triton.jit
+def is_in_scale(area, smallest_squared, largest_squared):
+    """Whether a level of sizes smallest .. largest takes a box. An infinite area is no size."""
+    return (area >= smallest_squared) & (area <= largest_squared) & (area < float("inf"))
+
+
+@triton.jit
+def fovea_cells(low, high, stride, from_, to, cells):
+    """First and last cell of one axis whose centres lie in the box shrunk by sigma, clamped to the map; none if the
+    first is behind the last. from_, to: 1 - sigma and 1 + sigma."""
+    low = rounded_quotient(low, stride)
+    half = rounded_product(0.5, rounded_quotient(high, stride) - low)
+    first = tl.ceil(low + rounded_product(from_, half) - 0.5)
+    last = tl.floor(low + rounded_product(to, half) - 0.5)
+    return tl.minimum(tl.maximum(first, 0.0), cells - 1.0), tl.minimum(tl.maximum(last, 0.0), cells - 1.0)
+
+
+@triton.jit
+def takes_cell(area, current_area):
+    """Whether a box takes a cell from the one that has it, which came earlier: the smallest box wins, of equal ones the
+    last."""
+    return area <= current_area

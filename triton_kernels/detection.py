@@ -6,17 +6,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import triton.language as tl
 from torch import Tensor
 
 from . import positives
-from ._launch import MAX_REGISTERS, TYPES, Workspace, cdiv, on_device, pack, power_of_two, programs_of, widest
+from ._launch import (
+    MAX_REGISTERS,
+    TYPES,
+    Workspace,
+    cdiv,
+    ground_truth,
+    on_device,
+    pack,
+    programs_of,
+    widest,
+)
 from .coefficients import BATCH, IMAGE, LEVEL, Coefficients, take_scratch
 from .detection_kernels import (
     PLANES,
     ROWS,
     STRIDED,
-    GroundTruth,
     Levels,
     deltas_kernel,
     detection_positives_kernel,
@@ -93,19 +101,7 @@ class _Detection:
         self.classes = 0
         self.levels = self._levels(level_sizes)
         self.scopes = {BATCH.value: 1, LEVEL.value: len(level_sizes), IMAGE.value: self.images}[scope]
-        self.padded = len(gt_boxes) == 1 and gt_boxes[0].ndim == 3
-        entries = max(power_of_two(len(gt_boxes)), 1)  # powers of two: few variants to compile
-
-        def filled(values: list[int]) -> tuple[int, ...]:
-            return pack(*values, *[values[-1] if values else 0] * (entries - len(values)))
-
-        self.truth = GroundTruth(
-            filled([t.data_ptr() for t in gt_boxes]),
-            filled([t.data_ptr() for t in gt_labels]),
-            filled([t.shape[1 if self.padded else 0] for t in gt_boxes]),
-        )
-        self.label_type = TYPES[gt_labels[0].dtype] if gt_labels else tl.int64
-        self.box_type = TYPES[gt_boxes[0].dtype] if gt_boxes else tl.float32
+        self.truth, self.gt_options = ground_truth(gt_boxes, gt_labels)
         tiles = [cdiv(level.positions, positives.TILE) for level in self.levels]
         starts = [sum(tiles[:i]) * self.images for i in range(len(tiles))]
         self.tile0, self.tiles = pack(*starts), pack(*tiles)
@@ -182,10 +178,8 @@ class _Detection:
             *self.weights,
             T=TYPES[self.logits[0].dtype],
             DELTA_T=TYPES[self.deltas[0].dtype],
-            BOX_T=self.box_type,
-            LABEL_T=self.label_type,
+            **self.gt_options,
             CLASSES=self.classes,
-            PADDED=self.padded,
             OWN_ANCHORS=self.anchors.ndim == 3,
             FOVEA=self.fovea,
             SAME_POWER=self.lambda_ == self.eta,
@@ -277,8 +271,8 @@ class _Detection:
             self.beta,
             *self.weights,
             DELTA_T=TYPES[grads[0].dtype],
-            BOX_T=self.box_type,
-            PADDED=self.padded,
+            BOX_T=self.gt_options["BOX_T"],
+            PADDED=self.gt_options["PADDED"],
             OWN_ANCHORS=self.anchors.ndim == 3,
             FOVEA=self.fovea,
             SCOPE=self.scope,

@@ -44,14 +44,6 @@ class Levels(NamedTuple):
     tiles: tuple[int, ...]  # per image
 
 
-class GroundTruth(NamedTuple):
-    """Boxes and labels of the images: one address each, or a single one of padded tensors."""
-
-    boxes: tuple[int, ...]
-    labels: tuple[int, ...]
-    counts: tuple[int, ...]
-
-
 @triton.jit
 def load_box(start, at, mask):
     """x1 y1 x2 y2 in float64."""

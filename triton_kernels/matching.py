@@ -1,0 +1,548 @@
+"""Matching of anchors and of FoveaBox's cells with gt boxes: at most three launches for anchors, one for cells.
+
+1. A program per image copies its boxes, without the padded places, as float32; others bound blocks of anchors.
+2. A program per image and block of anchors computes the pairs that may overlap, and leaves every anchor's decision. The
+   largest IoU of every box comes together by integer maxima of its bits, which do not depend on an order.
+3. Where that is asked for, the same programs find the anchors that have the largest IoU of a box, and match them.
+
+A box and a block whose bounds it does not touch have IoUs of exactly 0 (is_regular_anchor, is_regular_box), which is
+also where every search starts: with the first box of an image, with the first anchor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    EXACT,
+    MAX_REGISTERS,
+    Workspace,
+    cdiv,
+    ground_truth,
+    level_of,
+    on_device,
+    pack,
+    pick,
+    pointer,
+    pointer_at,
+)
+from ._math import (
+    NO_LABEL,
+    UNMATCHED,
+    fovea_cells,
+    is_in_scale,
+    is_nan,
+    is_padding,
+    is_regular_anchor,
+    is_regular_box,
+    matched_index,
+    matching_area,
+    matching_iou,
+    takes_cell,
+    takes_over,
+)
+
+BLOCK = 128  # anchors culled together; _MATCH_BLOCK of ops/workspace.py
+BLOCKS = 8  # bounded by one program
+CELLS = 256  # of a program
+LANES = 32  # boxes tested at once: bits of an int32
+# What is kept of a box's anchors: nothing, the largest IoU, or the first anchor that has it, too.
+NOTHING, IOU, ANCHOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_KEY_SIZES = {NOTHING.value: 0, IOU.value: 4, ANCHOR.value: 8}
+
+
+class Scratch(NamedTuple):
+    """Packed addresses of what the launches leave for each other."""
+
+    bounds: int  # float32 (4, blocks of all anchors): x1 y1 x2 y2
+    count: int  # int32 (images): boxes, without the padded places
+    corners: int  # float32 (4, images, places)
+    area: int  # float32 (images, places), as all that follows
+    index: int  # int32: place among the image's gt boxes
+    key: int  # int32 or int64: see key_of
+
+
+@triton.jit
+def load_corners(start, row, mask):
+    """x1 y1 x2 y2 of boxes in float32, one access each."""
+    at = (4 * row)[:, None] + tl.arange(0, 4)[None, :]
+    four = tl.load(start + at, mask=mask[:, None], other=0.0).to(tl.float32)
+    first, second = tl.split(four.reshape((row.shape[0], 2, 2)))
+    b0, b2 = tl.split(first)
+    b1, b3 = tl.split(second)
+    return b0, b1, b2, b3
+
+
+@triton.jit
+def gt_of(gt, image, BOX_T: tl.constexpr, LABEL_T: tl.constexpr, PADDED: tl.constexpr):
+    """An image's boxes and labels, and how many places it has."""
+    if PADDED:
+        count = tl.cast(pick(gt.counts, 0), tl.int32)
+        first = tl.cast(image, tl.int64) * count
+        return pointer_at(gt.boxes, 0, BOX_T) + 4 * first, pointer_at(gt.labels, 0, LABEL_T) + first, count
+    else:
+        count = tl.cast(pick(gt.counts, image), tl.int32)
+        return pointer_at(gt.boxes, image, BOX_T), pointer_at(gt.labels, image, LABEL_T), count
+
+
+@triton.jit
+def load_gt(boxes, labels, at, count, LABELED: tl.constexpr):
+    """Boxes, and which of the places hold one."""
+    inside = at < count
+    b0, b1, b2, b3 = load_corners(boxes, at, inside)
+    valid = inside & (is_padding(b0, b1, b2, b3) == 0)
+    if LABELED:
+        valid = valid & (tl.load(labels + at, mask=inside, other=NO_LABEL) != NO_LABEL)
+    return b0, b1, b2, b3, valid
+
+
+@triton.jit
+def bits_of(mask):
+    """The lanes of a mask of 32 as bits of an integer."""
+    return tl.xor_sum(tl.where(mask, 1 << tl.arange(0, mask.shape[0]), 0), 0)
+
+
+@triton.jit
+def lowest(bits):
+    """Number of the lowest bit that is set: the exponent of that bit alone, as a float32."""
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 0xFF) - 127
+
+
+@triton.jit
+def key_of(iou, anchor, KEPT: tl.constexpr):
+    """An integer that is larger for a larger IoU (NaN above all), of equal ones for the earlier anchor. -0 is below the
+    key of 0 and the first anchor, from which the search starts."""
+    bits = tl.where(is_nan(iou), 0x7FC00000, iou.to(tl.int32, bitcast=True))
+    if KEPT == ANCHOR:
+        return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - anchor.to(tl.int64))
+    return bits
+
+
+@triton.jit
+def iou_of(key, KEPT: tl.constexpr):
+    if KEPT == ANCHOR:
+        key = (key >> 32).to(tl.int32)
+    return key.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def anchor_of(key):
+    return (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def key_pointer(sc, at, KEPT: tl.constexpr):
+    if KEPT == ANCHOR:
+        return pointer(sc.key, tl.int64) + at
+    return pointer(sc.key, tl.int32) + at
+
+
+# ---------------------------------------------------------------------------------------------- 1: boxes and bounds
+
+
+@triton.jit
+def collect_boxes(
+    gt, sc, image, images, places, BOX_T: tl.constexpr, LABEL_T: tl.constexpr, PADDED: tl.constexpr,
+    LABELED: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Copies the boxes of an image, in their order, and starts their searches."""
+    boxes, labels, count = gt_of(gt, image, BOX_T, LABEL_T, PADDED)
+    start = tl.cast(image, tl.int64) * places
+    plane = tl.cast(images, tl.int64) * places
+    corners = pointer(sc.corners, tl.float32) + start
+    found = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    while first < count:
+        at = first + tl.arange(0, LANES)
+        b0, b1, b2, b3, valid = load_gt(boxes, labels, at, count, LABELED)
+        order = found + tl.cumsum(valid.to(tl.int32), 0) - 1
+        tl.store(corners + order, b0, mask=valid)
+        tl.store(corners + plane + order, b1, mask=valid)
+        tl.store(corners + 2 * plane + order, b2, mask=valid)
+        tl.store(corners + 3 * plane + order, b3, mask=valid)
+        tl.store(pointer(sc.area, tl.float32) + start + order, matching_area(b0, b1, b2, b3), mask=valid)
+        tl.store(pointer(sc.index, tl.int32) + start + order, at, mask=valid)
+        if KEPT != NOTHING:
+            none = tl.zeros((LANES,), tl.int32)
+            tl.store(key_pointer(sc, start + order, KEPT), key_of(none.to(tl.float32), none, KEPT), mask=valid)
+        found += tl.sum(valid.to(tl.int32), 0)
+        first += LANES
+    tl.store(pointer(sc.count, tl.int32) + image, found)
+
+
+@triton.jit
+def bound_blocks(sc, anchors, first, rows, blocks, all_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Bounds of the blocks from `first` on; those of a block with an irregular anchor touch every box."""
+    block = first + tl.arange(0, BLOCKS)
+    row = (block % blocks)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (block < all_blocks)[:, None]
+    at = (block // blocks).to(tl.int64)[:, None] * rows + row
+    size: tl.constexpr = BLOCKS * BLOCK
+    a0, a1, a2, a3 = load_corners(anchors, at.reshape((size,)), inside.reshape((size,)))
+    regular = is_regular_anchor(a0, a1, a2, a3).reshape((BLOCKS, BLOCK)) | (inside == 0)
+    whole = tl.min(regular.to(tl.int32), 1) != 0
+    big: tl.constexpr = float("inf")
+    low_x = tl.min(tl.where(inside, a0.reshape((BLOCKS, BLOCK)), big), 1)
+    low_y = tl.min(tl.where(inside, a1.reshape((BLOCKS, BLOCK)), big), 1)
+    high_x = tl.max(tl.where(inside, a2.reshape((BLOCKS, BLOCK)), -big), 1)
+    high_y = tl.max(tl.where(inside, a3.reshape((BLOCKS, BLOCK)), -big), 1)
+    out = pointer(sc.bounds, tl.float32) + block
+    mask = block < all_blocks
+    tl.store(out, tl.where(whole, low_x, -big), mask=mask)
+    tl.store(out + all_blocks, tl.where(whole, low_y, -big), mask=mask)
+    tl.store(out + 2 * all_blocks, tl.where(whole, high_x, big), mask=mask)
+    tl.store(out + 3 * all_blocks, tl.where(whole, high_y, big), mask=mask)
+
+
+@triton.jit(do_not_specialize=["images", "places", "rows", "blocks", "all_blocks"])
+def match_prepare_kernel(
+    gt,
+    sc,
+    anchors,
+    images,
+    places,
+    rows,
+    blocks,
+    all_blocks,
+    BOX_T: tl.constexpr,
+    LABEL_T: tl.constexpr,
+    PADDED: tl.constexpr,
+    LABELED: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < images:
+        collect_boxes(gt, sc, program, images, places, BOX_T, LABEL_T, PADDED, LABELED, KEPT, BLOCK)
+    else:
+        bound_blocks(sc, anchors, (program - images) * BLOCKS, rows, blocks, all_blocks, BLOCK, BLOCKS)
+
+
+# ---------------------------------------------------------------------------------------------- 2 and 3: the pairs
+
+
+@triton.jit
+def touching(sc, block, all_blocks, start, plane, at, valid):
+    """Which boxes may have an IoU other than 0 with an anchor of the block."""
+    bounds = pointer(sc.bounds, tl.float32) + block
+    corners = pointer(sc.corners, tl.float32) + start + at
+    # A regular box has no infinite coordinate: it touches the bounds of irregular blocks.
+    apart = tl.load(corners, mask=valid, other=0.0) >= tl.load(bounds + 2 * all_blocks)
+    apart |= tl.load(corners + plane, mask=valid, other=0.0) >= tl.load(bounds + 3 * all_blocks)
+    apart |= tl.load(corners + 2 * plane, mask=valid, other=0.0) <= tl.load(bounds)
+    apart |= tl.load(corners + 3 * plane, mask=valid, other=0.0) <= tl.load(bounds + all_blocks)
+    area = tl.load(pointer(sc.area, tl.float32) + start + at, mask=valid, other=0.0)
+    return valid & ((apart & is_regular_box(area)) == 0)
+
+
+@triton.jit
+def pair_iou(sc, box, plane, a0, a1, a2, a3, area):
+    """IoU of a box with the anchors of a block."""
+    corners = pointer(sc.corners, tl.float32) + box
+    b0 = tl.load(corners)
+    b1 = tl.load(corners + plane)
+    b2 = tl.load(corners + 2 * plane)
+    b3 = tl.load(corners + 3 * plane)
+    return matching_iou(b0, b1, b2, b3, tl.load(pointer(sc.area, tl.float32) + box), a0, a1, a2, a3, area)
+
+
+@triton.jit(do_not_specialize=["images", "places", "rows", "blocks", "all_blocks"])
+def match_kernel(
+    sc,
+    anchors,
+    out,
+    images,
+    places,
+    rows,
+    blocks,
+    all_blocks,
+    high: tl.float32,
+    low: tl.float32,
+    OWN_ANCHORS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Every anchor's decision by the thresholds, and every box's largest IoU."""
+    image = tl.program_id(0) // blocks
+    local = tl.program_id(0) - image * blocks
+    block = tl.program_id(0) if OWN_ANCHORS else local
+    row = local * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    anchor = row.to(tl.int64) + (tl.cast(image, tl.int64) * rows if OWN_ANCHORS else 0)
+    start = tl.cast(image, tl.int64) * places
+    plane = tl.cast(images, tl.int64) * places
+    count = tl.load(pointer(sc.count, tl.int32) + image)
+    box_index = pointer(sc.index, tl.int32) + start
+    best = tl.zeros((BLOCK,), tl.float32)
+    index = tl.zeros((BLOCK,), tl.int32) + tl.load(box_index, mask=count > 0, other=UNMATCHED)
+    first = tl.zeros((), tl.int32)
+    while first < count:
+        at = first + tl.arange(0, LANES)
+        bits = bits_of(touching(sc, block, all_blocks, start, plane, at, at < count))
+        if bits != 0:
+            a0, a1, a2, a3 = load_corners(anchors, anchor, inside)
+            area = matching_area(a0, a1, a2, a3)
+            while bits != 0:
+                g = first + lowest(bits)
+                bits = bits & (bits - 1)
+                iou = pair_iou(sc, start + g, plane, a0, a1, a2, a3, area)
+                over = takes_over(iou, best)
+                best = tl.where(over, iou, best)
+                index = tl.where(over, tl.load(box_index + g), index)
+                if KEPT != NOTHING:
+                    key = tl.max(tl.where(inside, key_of(iou, row, KEPT), 0), 0)
+                    tl.atomic_max(key_pointer(sc, start + g, KEPT), key, sem="relaxed")
+        first += LANES
+    matched = tl.where(count > 0, matched_index(best, index, high, low), UNMATCHED)
+    tl.store(out + tl.cast(image, tl.int64) * rows + row, matched, mask=inside)
+
+
+@triton.jit(do_not_specialize=["images", "places", "rows", "blocks", "all_blocks"])
+def match_best_kernel(
+    sc,
+    anchors,
+    out,
+    images,
+    places,
+    rows,
+    blocks,
+    all_blocks,
+    OWN_ANCHORS: tl.constexpr,
+    LOW_QUALITY: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Overwrites the decisions on anchors that have a box's largest IoU: LOW_QUALITY matches them to their own best
+    box, ANCHOR the first one of each box to that box."""
+    image = tl.program_id(0) // blocks
+    local = tl.program_id(0) - image * blocks
+    block = tl.program_id(0) if OWN_ANCHORS else local
+    row = local * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    anchor = row.to(tl.int64) + (tl.cast(image, tl.int64) * rows if OWN_ANCHORS else 0)
+    start = tl.cast(image, tl.int64) * places
+    plane = tl.cast(images, tl.int64) * places
+    count = tl.load(pointer(sc.count, tl.int32) + image)
+    box_index = pointer(sc.index, tl.int32) + start
+    best = tl.zeros((BLOCK,), tl.float32)
+    index = tl.zeros((BLOCK,), tl.int32) + tl.load(box_index, mask=count > 0, other=UNMATCHED)
+    forced = tl.full((BLOCK,), UNMATCHED, tl.int32)
+    restored = tl.zeros((BLOCK,), tl.int32)
+    first = tl.zeros((), tl.int32)
+    while first < count:
+        at = first + tl.arange(0, LANES)
+        valid = at < count
+        key = tl.load(key_pointer(sc, start + at, KEPT), mask=valid, other=0)
+        wanted = valid & False
+        if LOW_QUALITY:
+            # Every anchor has the largest IoU of a box that none overlaps.
+            nothing = valid & (iou_of(key, KEPT) == 0.0)
+            restored |= tl.max(nothing.to(tl.int32), 0)
+            wanted = touching(sc, block, all_blocks, start, plane, at, valid)
+        if KEPT == ANCHOR:
+            wanted |= valid & (anchor_of(key) // BLOCK == local)
+        bits = bits_of(wanted)
+        if bits != 0:
+            a0, a1, a2, a3 = load_corners(anchors, anchor, inside & LOW_QUALITY)
+            area = matching_area(a0, a1, a2, a3)
+            while bits != 0:
+                g = first + lowest(bits)
+                bits = bits & (bits - 1)
+                largest = tl.load(key_pointer(sc, start + g, KEPT))
+                place = tl.load(box_index + g)
+                if LOW_QUALITY:
+                    iou = pair_iou(sc, start + g, plane, a0, a1, a2, a3, area)
+                    over = takes_over(iou, best)
+                    best = tl.where(over, iou, best)
+                    index = tl.where(over, place, index)
+                    restored |= (iou == iou_of(largest, KEPT)).to(tl.int32)
+                if KEPT == ANCHOR:  # of several boxes the last
+                    forced = tl.where(row == anchor_of(largest), place, forced)
+        first += LANES
+    index = tl.where(forced != UNMATCHED, forced, index)
+    changed = inside & ((restored != 0) | (forced != UNMATCHED))
+    tl.store(out + tl.cast(image, tl.int64) * rows + row, index, mask=changed)
+
+
+def _float32(x: float) -> float:
+    """Rounded as a cast does, to infinity too."""
+    return ctypes.c_float(x).value
+
+
+def match_anchors(
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor],
+    gt_labels: Sequence[Tensor],
+    high: float,
+    low: float,
+    allow_low_quality: bool,
+    force_best: bool,
+    matched_idxs: Tensor,
+    workspace: Sequence[Tensor],
+) -> None:
+    images, rows = matched_idxs.shape
+    if images * rows == 0:
+        return
+    kept = (ANCHOR if force_best else IOU if allow_low_quality else NOTHING).value
+    truth, gt_options = ground_truth(gt_boxes, gt_labels)
+    places = gt_boxes[0].shape[1] if gt_options["PADDED"] else max(boxes.shape[0] for boxes in gt_boxes)
+    own = anchors.ndim == 3
+    blocks = cdiv(rows, BLOCK)
+    all_blocks = blocks * (images if own else 1)
+    memory, each = Workspace(workspace), images * places
+    sizes = (4 * all_blocks, 4), (images, 4), (4 * each, 4), (each, 4), (each, 4), (each, _KEY_SIZES[kept])
+    scratch = Scratch(*pack(*(memory.take(count, size) for count, size in sizes)))
+    numbers = (images, places, rows, blocks, all_blocks)
+    options = {"KEPT": kept, "BLOCK": BLOCK, "maxnreg": MAX_REGISTERS, **EXACT}
+    with on_device(anchors):
+        match_prepare_kernel[(images + cdiv(all_blocks, BLOCKS),)](
+            truth, scratch, anchors, *numbers, **gt_options, LABELED=bool(gt_labels), BLOCKS=BLOCKS, num_warps=4,
+            **options,
+        )  # fmt: skip
+        # One warp: a lane per box, and no barrier in the maxima.
+        options |= {"OWN_ANCHORS": own, "LANES": LANES, "num_warps": 1}
+        grid = (images * blocks,)
+        match_kernel[grid](scratch, anchors, matched_idxs, *numbers, _float32(high), _float32(low), **options)
+        if allow_low_quality or force_best:
+            match_best_kernel[grid](scratch, anchors, matched_idxs, *numbers, LOW_QUALITY=allow_low_quality, **options)
+
+
+# ---------------------------------------------------------------------------------------------- FoveaBox
+
+
+class FoveaLevels(NamedTuple):
+    """Packed tables of all levels; float32 as its bits."""
+
+    tile0: tuple[int, ...]
+    tiles: tuple[int, ...]  # per image
+    height: tuple[int, ...]
+    width: tuple[int, ...]
+    first: tuple[int, ...]  # first cell in the image
+    stride: tuple[int, ...]  # float32, as those that follow
+    smallest_squared: tuple[int, ...]
+    largest_squared: tuple[int, ...]
+
+
+@triton.jit
+def pick_float(values, i):
+    return tl.cast(pick(values, i), tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def shrunk(b0, b1, b2, b3, stride, from_, to, width, height):
+    """First and last column and row of the cells that boxes have on a level."""
+    left, right = fovea_cells(b0, b2, stride, from_, to, width)
+    top, bottom = fovea_cells(b1, b3, stride, from_, to, height)
+    return left, top, right, bottom
+
+
+@triton.jit(do_not_specialize=["cells_per_image"])
+def match_fovea_kernel(
+    lv,
+    gt,
+    out,
+    cells_per_image: tl.int64,
+    from_: tl.float32,
+    to: tl.float32,
+    BOX_T: tl.constexpr,
+    LABEL_T: tl.constexpr,
+    PADDED: tl.constexpr,
+    LABELED: tl.constexpr,
+    CELLS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    level = level_of(lv.tile0, tile)
+    per_image = pick(lv.tiles, level)
+    local = tile - pick(lv.tile0, level)
+    image = local // per_image
+    first_cell = (local - image * per_image) * CELLS
+    width = tl.cast(pick(lv.width, level), tl.int32)
+    height = tl.cast(pick(lv.height, level), tl.int32)
+    cell = first_cell + tl.arange(0, CELLS)
+    inside = cell < width * height
+    row = (cell // width).to(tl.float32)
+    column = (cell % width).to(tl.float32)
+    first_row = (first_cell // width).to(tl.float32)
+    last_row = ((first_cell + CELLS - 1) // width).to(tl.float32)
+    stride = pick_float(lv.stride, level)
+    smallest = pick_float(lv.smallest_squared, level)
+    largest = pick_float(lv.largest_squared, level)
+    columns = width.to(tl.float32)
+    rows = height.to(tl.float32)
+    boxes, labels, count = gt_of(gt, image, BOX_T, LABEL_T, PADDED)
+    current = tl.full((CELLS,), float("inf"), tl.float32)
+    index = tl.full((CELLS,), UNMATCHED, tl.int32)
+    first = tl.zeros((), tl.int32)
+    while first < count:
+        at = first + tl.arange(0, LANES)
+        b0, b1, b2, b3, valid = load_gt(boxes, labels, at, count, LABELED)
+        left, top, right, bottom = shrunk(b0, b1, b2, b3, stride, from_, to, columns, rows)
+        valid = valid & is_in_scale(matching_area(b0, b1, b2, b3), smallest, largest)
+        bits = bits_of(valid & (left <= right) & (top <= last_row) & (bottom >= first_row))
+        while bits != 0:
+            g = first + lowest(bits)
+            bits = bits & (bits - 1)
+            box = boxes + 4 * g
+            c0 = tl.load(box).to(tl.float32)
+            c1 = tl.load(box + 1).to(tl.float32)
+            c2 = tl.load(box + 2).to(tl.float32)
+            c3 = tl.load(box + 3).to(tl.float32)
+            left_, top_, right_, bottom_ = shrunk(c0, c1, c2, c3, stride, from_, to, columns, rows)
+            area = matching_area(c0, c1, c2, c3)
+            taken = (left_ <= column) & (column <= right_) & (top_ <= row) & (row <= bottom_)
+            taken = taken & takes_cell(area, current)
+            current = tl.where(taken, area, current)
+            index = tl.where(taken, g, index)
+        first += LANES
+    at = tl.cast(image, tl.int64) * cells_per_image + pick(lv.first, level) + cell
+    tl.store(out + at, index, mask=inside)
+
+
+def _bits(values: Sequence[float]) -> tuple[int, ...]:
+    return pack(*(struct.unpack("<i", struct.pack("<f", _float32(value)))[0] for value in values))
+
+
+def match_fovea(
+    gt_boxes: Sequence[Tensor],
+    gt_labels: Sequence[Tensor],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+    min_sizes: Sequence[float],
+    max_sizes: Sequence[float],
+    sigma: float,
+    matched_idxs: Tensor,
+) -> None:
+    images, per_image = matched_idxs.shape
+    if images * per_image == 0:
+        return
+    cells = [height * width for height, width in zip(heights, widths)]
+    levels = [i for i, count in enumerate(cells) if count > 0]
+    tiles = [cdiv(cells[i], CELLS) for i in levels]
+    table = FoveaLevels(
+        pack(*(sum(tiles[:i]) * images for i in range(len(tiles)))),
+        pack(*tiles),
+        pack(*(heights[i] for i in levels)),
+        pack(*(widths[i] for i in levels)),
+        pack(*(sum(cells[:i]) for i in levels)),
+        _bits([strides[i] for i in levels]),
+        _bits([min_sizes[i] * min_sizes[i] for i in levels]),
+        _bits([max_sizes[i] * max_sizes[i] for i in levels]),
+    )
+    truth, gt_options = ground_truth(gt_boxes, gt_labels)
+    with on_device(matched_idxs):
+        match_fovea_kernel[(sum(tiles) * images,)](
+            table, truth, matched_idxs, per_image, _float32(1 - sigma), _float32(1 + sigma), **gt_options,
+            LABELED=bool(gt_labels), CELLS=CELLS, LANES=LANES, num_warps=4, maxnreg=MAX_REGISTERS, **EXACT,
+        )  # fmt: skip
