@@ -7,6 +7,7 @@ Under torch.compile the forward only reads and the backward computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.name}: {_NO_DOUBLE_BACKWARD}")
 
 
-def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+def guard_double_backward(name: str, grads: list[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients themselves, or, when this backward is recorded (create_graph), wrapped to refuse the next one."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
@@ -55,6 +56,21 @@ def refuse_transforms(name: str, *inputs: Tensor) -> None:
         raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, for inputs that `refuse_transforms` has let pass: without torch.func's part, 9 us of a call.
+
+    (Function.apply asks what torch.func needs of it and then calls its base class, which records the node.)
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty of at most two dimensions, in half its time (a tuple of sizes is parsed slowly there)."""
+    return torch.empty_strided(shape, shape[1:] + (1,) * bool(shape), dtype=dtype, device=device)
+
+
 def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
     """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none."""
     if not wanted:
@@ -66,7 +82,7 @@ def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) 
     return [torch.empty_like(x) for x in inputs]
 
 
-def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
+def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
     """The context's gradient buffers `name`, forgotten by it, and whether they are filled; later, fresh ones."""
     if torch.compiler.is_compiling() or not getattr(ctx, name):
         return [torch.empty_like(x) for x in inputs], False
@@ -75,8 +91,17 @@ def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple
     return buffers, True
 
 
+def is_expected(backend: str, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float) -> bool:
+    """Whether a buffer filled for the expected grad_output is right, where that can be told without waiting for a
+    device. On a GPU the backward op looks for itself.
+    """
+    if backend != "cpu" or torch.compiler.is_compiling() or type(grad_output) is not Tensor:
+        return False
+    return grad_output.item() == (grad_scale if grad_scale_tensor is None else grad_scale_tensor.item())
+
+
 def rescale_inplace(
-    name: str, ctx: Any, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float
+    name: str, ctx: Any, backend: str, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float
 ) -> list[Tensor]:
     """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies, if need be."""
     if torch.is_grad_enabled():  # create_graph: the buffer has no path to the logits that a guard could sit on
@@ -88,7 +113,7 @@ def rescale_inplace(
         )
     buffers, ctx.buffers = ctx.buffers, []
     # .data: the version was already raised when the logits were overwritten
-    op("rescale", ctx.backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
+    op("rescale", backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
     return buffers
 
 
