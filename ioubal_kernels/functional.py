@@ -270,10 +270,11 @@ def iou_balanced_smooth_l1_loss(
                 op, "weight", f"have shape {tuple(rows)} or {tuple(shape)} to match pred_deltas", weight
             )
         validation.like(op, "weight", weight, FLOAT_DTYPES, weight.shape, device, "pred_deltas")
-    validation.number(op, "lambda_", lambda_)
-    validation.number(op, "beta", beta)
-    validation.number(op, "w_loc", w_loc)
-    validation.number(op, "eps", eps)
+    if not validation.are_plain(lambda_, beta, w_loc, eps):
+        validation.number(op, "lambda_", lambda_)
+        validation.number(op, "beta", beta)
+        validation.number(op, "w_loc", w_loc)
+        validation.number(op, "eps", eps)
     validation.flag(op, "normalize", normalize)
     validation.four_weights(op, "box_weights", box_weights)
     validation.reduction(op, reduction, avg_factor, device)
@@ -317,8 +318,9 @@ def _classification(
     validation.like(op, "iou", iou, FLOAT_DTYPES, rows, device, "logits without their last dimension")
     if weight is not None:
         validation.like(op, "weight", weight, FLOAT_DTYPES, rows, device, "labels")
-    validation.number(op, "eta", eta)
-    validation.number(op, "eps", eps)
+    if not validation.are_plain(eta, eps):
+        validation.number(op, "eta", eta)
+        validation.number(op, "eps", eps)
     validation.reduction(op, reduction, avg_factor, device)
     validation.scopes(op, scope_ids, num_scopes, rows, device, "labels")
     validation.grad_scale(op, grad_scale, device)

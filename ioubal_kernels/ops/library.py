@@ -79,6 +79,7 @@ LIBRARIES = ("cpu", "cuda")  # backends that are compiled
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY_FILES = {backend: _PACKAGE / f"_ioubal_{backend}.so" for backend in LIBRARIES}
 _library = torch.library.Library("ioubal", "DEF")
+_overloads: dict[tuple[str, str], Any] = {}  # an op never changes, so neither does what is found once
 
 
 def _no_output(*args: Any) -> None:
@@ -140,7 +141,12 @@ def backend_of(x: Tensor) -> str:
 
 def op(name: str, backend: str) -> Any:
     """The overload of an op that belongs to a backend."""
-    return getattr(getattr(torch.ops.ioubal, name), OVERLOAD[backend])
+    if torch.compiler.is_compiling():
+        return getattr(getattr(torch.ops.ioubal, name), OVERLOAD[backend])
+    found = _overloads.get((name, backend))
+    if found is None:
+        found = _overloads[name, backend] = getattr(getattr(torch.ops.ioubal, name), OVERLOAD[backend])
+    return found
 
 
 def limit_isa(level: int) -> int:
