@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +123,9 @@ def iou_balanced_detection_loss(
     process_group = resolve_process_group(_OP, process_group)
     float64 = first.dtype is torch.float64 or deltas[0].dtype is torch.float64
     impl = backends.choose(_OP, backend, device, float64)
+    check = None
     if validation.values_checked(matched_idxs):
-        validation.check_matched_idxs(_OP, impl, matched_idxs, gt_labels, num_classes)
+        check = partial(validation.check_matched_idxs, _OP, impl, matched_idxs, gt_labels, num_classes)
     return DetectionLoss(
         *impl.detection_loss(
             logits,
@@ -149,6 +151,7 @@ def iou_balanced_detection_loss(
             process_group=process_group,
             grad_scale=grad_scale,
             inplace=inplace,
+            check=check,
         )
     )
 

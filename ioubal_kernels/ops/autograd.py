@@ -7,8 +7,8 @@ Under torch.compile the forward only reads and the backward computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 
 from .library import op
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
 # Private in torch, so allowed to disappear: torch's own error takes over then.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
 
 
@@ -66,12 +68,20 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty of at most two dimensions, in half its time (a tuple of sizes is parsed slowly there)."""
-    return torch.empty_strided(shape, shape[1:] + (1,) * bool(shape), dtype=dtype, device=device)
+# empty_strided takes half of torch.empty's time, which parses a tuple of sizes slowly.
 
 
-def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
+def scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised 0-d tensor."""
+    return torch.empty_strided((), (), dtype=dtype, device=device)
+
+
+def sums_buffer(num_scopes: int, device: torch.device) -> Tensor:
+    """The uninitialised tensor of sums of csrc/common/sums.h."""
+    return torch.empty_strided((1 + num_scopes, 4), (4, 1), dtype=torch.float64, device=device)
+
+
+def gradient_buffers(inputs: Sequence[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
     """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none."""
     if not wanted:
         return []
@@ -91,11 +101,27 @@ def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> t
     return buffers, True
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether values may be read on the host: a CPU tensor, neither compiled nor traced (FakeTensor, make_fx)."""
+    return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and _dispatch_modes() == 0
+
+
+def fills_checked(backend: str, process_group: Any, x: Tensor) -> bool:
+    """Whether one op checks the values and fills: on the CPU, unless processes add up their sums in between."""
+    return backend == "cpu" and process_group is None and has_values(x)
+
+
+def raise_for(check: Callable[[], None]) -> NoReturn:
+    """The error for a value that the op found out of range."""
+    check()
+    raise RuntimeError("a label or index was out of range and no longer is: it was changed during the call")
+
+
 def is_expected(backend: str, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float) -> bool:
-    """Whether a buffer filled for the expected grad_output is right, where that can be told without waiting for a
-    device. On a GPU the backward op looks for itself.
+    """Whether a buffer filled for the expected grad_output is right as it is, where the host can tell. Elsewhere the
+    backward op looks for itself.
     """
-    if backend != "cpu" or torch.compiler.is_compiling() or type(grad_output) is not Tensor:
+    if backend != "cpu" or not has_values(grad_output):
         return False
     return grad_output.item() == (grad_scale if grad_scale_tensor is None else grad_scale_tensor.item())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,16 @@ from . import library
 from .autograd import (
     apply,
     check_inplace,
-    empty,
+    fills_checked,
     gradient_buffers,
     guard_double_backward,
     is_dense,
     is_expected,
+    raise_for,
     refuse_transforms,
     rescale_inplace,
+    scalar,
+    sums_buffer,
     take_buffers,
     tensor_or_number,
 )
@@ -43,53 +46,68 @@ class _Spec(NamedTuple):
     num_gt: int
     num_scopes: int
     parameters: tuple[Any, ...]
-    loss_parameters: tuple[Any, ...]
+    loss_parameters: tuple[float, float, bool, float]
     divisors: tuple[float, float]  # 0: the default
     grad_scale: float
     process_group: Any
     inplace: bool
     grad_enabled: bool
+    packed: bool  # one op checks the values and fills
+    check: Callable[[], None] | None  # with packed: raises for a value out of range
 
 
 def _inputs(heads: Sequence[Tensor], constants: Sequence[Tensor | None], spec: _Spec) -> tuple[Any, ...]:
     """What all three ops begin with. ``heads``: the levels' logits, then their deltas."""
-    first, last = 5, 5 + spec.num_gt
-    gt = (list(constants[first:last]), list(constants[last : last + spec.num_gt]))
-    return (list(heads[: spec.levels]), list(heads[spec.levels :]), *constants[3:first], *gt, *spec.parameters)
+    gt = (list(constants[2 : 2 + spec.num_gt]), list(constants[2 + spec.num_gt : -3]))
+    return (list(heads[: spec.levels]), list(heads[spec.levels :]), *constants[:2], *gt, *spec.parameters)
 
 
 def _scaling(constants: Sequence[Tensor | None], world_size: float, spec: _Spec) -> tuple[Any, ...]:
-    cls_avg_factor, loc_avg_factor, grad_scale_tensor = constants[:3]
+    cls_avg_factor, loc_avg_factor, grad_scale_tensor = constants[-3:]
     divisors = (cls_avg_factor, spec.divisors[0], loc_avg_factor, spec.divisors[1])
     return (*spec.loss_parameters, *divisors, world_size, grad_scale_tensor, spec.grad_scale)
 
 
+def _checked_fill(
+    heads: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    spec: _Spec,
+    written: list[Tensor],
+    grads: tuple[int, int],
+) -> None:
+    """The CPU's check of values and fill in one op; raises for a value out of range, before anything is computed."""
+    level_sizes, scope, eta, alpha, gamma, lambda_, beta, coder, box_weights = spec.parameters
+    eps, w_loc, normalize_loc, cls_weight = spec.loss_parameters
+    present = [t is not None for t in constants[-3:]]
+    integers = [
+        *(spec.levels, spec.num_gt, scope, coder, normalize_loc, spec.check is not None),
+        *(*present, *grads, *level_sizes),
+    ]
+    numbers = [
+        *(eta, alpha, gamma, lambda_, beta, *box_weights, eps, w_loc, cls_weight),
+        *(*spec.divisors, spec.grad_scale),
+    ]
+    read = [*heads, *(t for t in constants if t is not None)]
+    if op("detection_checked_fill", "cpu")(read, written, integers, numbers) >= 0:
+        raise_for(spec.check)
+
+
 class _DetectionLoss(torch.autograd.Function):
-    """``constants``: both avg_factors and grad_scale if they are tensors, anchors, matched_idxs, boxes and labels."""
+    """``constants``: anchors, matched_idxs, gt boxes and labels; avg_factors and grad_scale if they are tensors."""
 
     @staticmethod
     def forward(
         ctx: Any, spec: _Spec, constants: tuple[Tensor | None, ...], *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        backend, levels, process_group = spec.backend, spec.levels, spec.process_group
-        inputs = _inputs(heads, constants, spec)
-        logits, deltas = inputs[:2]
-        device = logits[0].device
-        sums = empty((1 + spec.num_scopes, 4), torch.float64, device)
-        workspace = _workspace(logits, deltas, inputs[3], spec)
-        world_size = 1.0
-        if process_group is not None:
-            op("detection_sums", backend)(*inputs, sums, workspace)
-            # An image's sums are complete on its own process: only the counts of row 0 are shared.
-            by_image = spec.parameters[1] == _SCOPES["image"]
-            torch.distributed.all_reduce(sums[0] if by_image else sums, group=process_group)
-            world_size = float(distributed.world_size(process_group))
-        dtype = result_dtype(*heads)
+        levels, device = spec.levels, heads[0].device
+        logits, deltas = heads[:levels], heads[levels:]
+        sums = sums_buffer(spec.num_scopes, device)
+        dtype = result_dtype(heads[0], heads[levels])  # all levels have one
         outputs = (
-            empty((), dtype, device),
-            empty((), dtype, device),
-            empty((), torch.int64, device),
-            empty((), torch.float32, device),
+            scalar(dtype, device),
+            scalar(dtype, device),
+            scalar(torch.int64, device),
+            scalar(torch.float32, device),
         )
         eager = not torch.compiler.is_compiling()
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
@@ -99,16 +117,25 @@ class _DetectionLoss(torch.autograd.Function):
         ctx.inplace = spec.inplace and eager and want_logits
         logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
-        op("detection_fill", backend)(
-            *inputs,
-            *_scaling(constants, world_size, spec),
-            process_group is None,
-            sums,
-            outputs,
-            logit_buffers,
-            delta_buffers,
-            workspace,
-        )
+        workspace, world_size = [], 1.0
+        if spec.packed:
+            written = [sums, *outputs, *logit_buffers, *delta_buffers]
+            _checked_fill(heads, constants, spec, written, (len(logit_buffers), len(delta_buffers)))
+        else:
+            inputs = _inputs(heads, constants, spec)
+            workspace = _workspace(logits, deltas, constants[1], spec)
+            if spec.process_group is not None:
+                world_size = _global_sums(inputs, sums, workspace, spec)
+            op("detection_fill", spec.backend)(
+                *inputs,
+                *_scaling(constants, world_size, spec),
+                spec.process_group is None,
+                sums,
+                outputs,
+                logit_buffers,
+                delta_buffers,
+                workspace,
+            )
         ctx.mark_non_differentiable(outputs[2], outputs[3])
         ctx.set_materialize_grads(False)
         if want_logits or want_deltas:
@@ -121,8 +148,9 @@ class _DetectionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
         spec, saved = ctx.spec, ctx.saved_tensors
         levels, backend, expected = spec.levels, spec.backend, spec.grad_scale
-        constants = saved[2 * levels :]
-        heads, scale_tensor, rest = saved[: 2 * levels], constants[2], constants[5 + 2 * spec.num_gt :]
+        last = 2 * levels + 2 + 2 * spec.num_gt + 3  # of the constants; the sums and the workspace follow
+        heads, constants = saved[: 2 * levels], saved[2 * levels : last]
+        scale_tensor = constants[-1]
         # Each loss has its own gradients: none of the classification loss reaches the deltas, nor the other way round.
         # A loss that took no part in this backward keeps its buffers for a later one.
         grad_logits: list[Tensor | None] = [None] * levels
@@ -134,7 +162,7 @@ class _DetectionLoss(torch.autograd.Function):
         elif want_logits:
             grad_logits, cls_filled = take_buffers(ctx, heads[:levels])
             if cls_filled and is_expected(backend, grad_cls, scale_tensor, expected):
-                cls_filled = None
+                cls_filled = None  # nothing left to do
         if want_deltas:
             grad_deltas, loc_filled = take_buffers(ctx, heads[levels:], "delta_buffers")
             if loc_filled and is_expected(backend, grad_loc, scale_tensor, expected):
@@ -147,20 +175,27 @@ class _DetectionLoss(torch.autograd.Function):
                     *_inputs(heads, constants, spec),
                     *_scaling(constants, ctx.world_size, spec),
                     filled,
-                    rest[0],
+                    saved[last],
                     grad_cls.detach() if cls_buffers else None,
                     grad_loc.detach() if loc_buffers else None,
                     cls_buffers,
                     loc_buffers,
-                    list(rest[1:]),
+                    list(saved[last + 1 :]),
                 )
         grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], heads)
         return (None, None, *grads)
 
 
-def _workspace(logits: list[Tensor], deltas: list[Tensor], matched_idxs: Tensor, spec: _Spec) -> list[Tensor]:
-    if spec.backend == "cpu":
-        return []
+def _global_sums(inputs: tuple[Any, ...], sums: Tensor, workspace: list[Tensor], spec: _Spec) -> float:
+    """Fills the sums with those of all processes; returns how many there are."""
+    op("detection_sums", spec.backend)(*inputs, sums, workspace)
+    # An image's sums are complete on its own process: only the counts of row 0 are shared.
+    by_image = spec.parameters[1] == _SCOPES["image"]
+    torch.distributed.all_reduce(sums[0] if by_image else sums, group=spec.process_group)
+    return float(distributed.world_size(spec.process_group))
+
+
+def _workspace(logits: Sequence[Tensor], deltas: Sequence[Tensor], matched_idxs: Tensor, spec: _Spec) -> list[Tensor]:
     images, anchors = matched_idxs.shape
     level_sizes, _, eta, _, _, lambda_ = spec.parameters[:6]
     classes = 0
@@ -229,6 +264,7 @@ def detection_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
@@ -238,6 +274,9 @@ def detection_loss(
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     backend = backend or library.backend_of(matched_idxs)
+    packed = fills_checked(backend, process_group, cls_logits[0])
+    if check is not None and not packed:
+        check()
     _check_levels(backend, max(len(cls_logits), len(level_sizes)))
     boxes, labels = _few_tensors(boxes, labels, backend)
     images = matched_idxs.shape[0]
@@ -269,14 +308,13 @@ def detection_loss(
         process_group,
         inplace,
         torch.is_grad_enabled(),
+        packed,
+        check,
     )
     constants = (
-        cls_avg,
-        loc_avg,
-        scale_tensor,
-        _constant(anchors),
-        matched_idxs.contiguous(),
+        *(_constant(anchors), matched_idxs.contiguous()),
         *[_constant(b) for b in boxes],
         *[t.contiguous() for t in labels],
+        *(cls_avg, loc_avg, scale_tensor),
     )
     return apply(_DetectionLoss, spec, constants, *[_dense(x) for x in cls_logits], *bbox_deltas)

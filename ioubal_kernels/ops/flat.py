@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,15 @@ from . import library
 from .autograd import (
     apply,
     check_inplace,
-    empty,
+    fills_checked,
     gradient_buffers,
     guard_double_backward,
     is_expected,
+    raise_for,
     refuse_transforms,
     rescale_inplace,
+    scalar,
+    sums_buffer,
     take_buffers,
     tensor_or_number,
 )
@@ -47,6 +50,8 @@ class _Spec(NamedTuple):
     grad_scale: float = 1.0
     inplace: bool = False
     grad_enabled: bool = True
+    packed: bool = False  # one op checks the values and fills
+    check: Callable[[], None] | None = None  # with packed: raises for a value out of range
 
 
 def _inputs(x: Tensor, constants: Sequence[Tensor | None], spec: _Spec) -> tuple[Any, ...]:
@@ -54,14 +59,23 @@ def _inputs(x: Tensor, constants: Sequence[Tensor | None], spec: _Spec) -> tuple
     return (x, *constants[:4], spec.num_scopes, *spec.sum_parameters)
 
 
-def _sums(inputs: tuple[Any, ...], spec: _Spec, workspace: list[Tensor]) -> tuple[Tensor, float]:
-    """The tensor of sums and the number of processes; with a process group it holds the sums of all of them."""
-    sums = empty((1 + spec.num_scopes, 4), torch.float64, inputs[0].device)
+def _global_sums(inputs: tuple[Any, ...], sums: Tensor, workspace: list[Tensor], spec: _Spec) -> float:
+    """Fills the sums with those of all processes, if there is a process group; returns how many there are."""
     if spec.process_group is None:
-        return sums, 1.0
+        return 1.0
     op(f"{spec.name}_sums", spec.backend)(*inputs, sums, workspace)
     torch.distributed.all_reduce(sums, group=spec.process_group)
-    return sums, float(distributed.world_size(spec.process_group))
+    return float(distributed.world_size(spec.process_group))
+
+
+def _checked_fill(x: Tensor, constants: tuple[Tensor | None, ...], spec: _Spec, written: list[Tensor]) -> None:
+    """The CPU's check of values and fill in one op; raises for a value out of range, before anything is computed."""
+    present = [t is not None for t in constants[2:]]
+    integers = [spec.num_scopes, spec.check is not None, *present]
+    numbers = [*spec.sum_parameters, *spec.loss_parameters, spec.divisor, spec.grad_scale]
+    read = [x, *(t for t in constants if t is not None)]
+    if op(f"{spec.name}_checked_fill", "cpu")(read, written, integers, numbers) >= 0:
+        raise_for(spec.check)
 
 
 def _workspace(x: Tensor, spec: _Spec) -> list[Tensor]:
@@ -75,16 +89,21 @@ class _FlatLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, constants: tuple[Tensor | None, ...], spec: _Spec) -> Tensor:
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
         wanted = spec.grad_enabled and ctx.needs_input_grad[0]
-        inputs, workspace = _inputs(x, constants, spec), _workspace(x, spec)
-        sums, world_size = _sums(inputs, spec, workspace)
-        loss = empty((), result_dtype(x), x.device)
         eager = not torch.compiler.is_compiling()
         ctx.inplace = spec.inplace and eager and wanted
         buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
-        scaling = (constants[4], spec.divisor, world_size, constants[5], spec.grad_scale)
-        op(f"{spec.name}_fill", spec.backend)(
-            *inputs, *spec.loss_parameters, *scaling, spec.process_group is None, sums, loss, buffers, workspace
-        )
+        loss = scalar(result_dtype(x), x.device)
+        sums = sums_buffer(spec.num_scopes, x.device)
+        workspace, world_size = [], 1.0
+        if spec.packed:
+            _checked_fill(x, constants, spec, [sums, loss, *buffers])
+        else:
+            inputs, workspace = _inputs(x, constants, spec), _workspace(x, spec)
+            world_size = _global_sums(inputs, sums, workspace, spec)
+            scaling = (constants[4], spec.divisor, world_size, constants[5], spec.grad_scale)
+            op(f"{spec.name}_fill", spec.backend)(
+                *inputs, *spec.loss_parameters, *scaling, spec.process_group is None, sums, loss, buffers, workspace
+            )
         if wanted:
             ctx.spec, ctx.world_size, ctx.buffers = spec, world_size, buffers
             if ctx.inplace:
@@ -118,7 +137,8 @@ class _ElementwiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, constants: tuple[Tensor | None, ...], spec: _Spec) -> Tensor:
         inputs, workspace = _inputs(x, constants, spec), _workspace(x, spec)
-        sums, _ = _sums(inputs, spec, workspace)
+        sums = sums_buffer(spec.num_scopes, x.device)
+        _global_sums(inputs, sums, workspace, spec)
         by_entry = spec.name == "focal"
         loss = torch.empty_like(x) if by_entry else torch.empty(x.shape[0], dtype=result_dtype(x), device=x.device)
         request = False if by_entry else None
@@ -163,13 +183,15 @@ def _apply(
     process_group: Any,
     grad_scale: Any,
     inplace: bool = False,
+    check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     refuse_transforms(_PUBLIC[name], x)
-    common = (
-        *(name, backend or library.backend_of(x), num_scopes or 1),
-        *(sum_parameters, loss_parameters, process_group),
-    )
+    backend = backend or library.backend_of(x)
+    common = (name, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
+    packed = name == "focal" and reduction != "none" and fills_checked(backend, process_group, x)
+    if check is not None and not packed:
+        check()
     if reduction == "none":
         return apply(_ElementwiseLoss, x, (second, third, weight, scope_ids), _Spec(*common))
     avg_tensor, divisor = (None, 1.0) if reduction == "sum" else tensor_or_number(avg_factor)
@@ -178,7 +200,7 @@ def _apply(
         _FlatLoss,
         x,
         (second, third, weight, scope_ids, avg_tensor, scale_tensor),
-        _Spec(*common, divisor, scale, inplace, torch.is_grad_enabled()),
+        _Spec(*common, divisor, scale, inplace, torch.is_grad_enabled(), packed, check),
     )
 
 
@@ -211,6 +233,7 @@ def sigmoid_focal_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with the focal loss; see ``functional.iou_balanced_sigmoid_focal_loss``."""
@@ -236,6 +259,7 @@ def sigmoid_focal_loss(
         process_group=process_group,
         grad_scale=grad_scale,
         inplace=inplace,
+        check=check,
         backend=backend,
     )
     return loss.reshape(logits.shape) if reduction == "none" else loss
