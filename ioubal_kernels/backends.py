@@ -18,8 +18,9 @@ from types import ModuleType, TracebackType
 
 import torch
 
-from .validation import name_error
+from .validation import environment, environment_key, name_error
 
+_BACKEND_KEY = environment_key("IOUBAL_BACKEND")
 _BUILD_LINE = "pip install --no-build-isolation ."
 
 
@@ -109,7 +110,7 @@ _pending: list[
 _PENDING_KEPT = 64
 _warned: set[str] = set()
 _lock = threading.Lock()
-_chosen: dict[tuple[str | None, str, bool], ModuleType] = {}
+_chosen: dict[tuple[str | None, torch.device, bool], ModuleType] = {}
 
 
 def available_backends() -> list[str]:
@@ -165,7 +166,7 @@ def _apply_pending() -> None:
 
 def _override() -> str | None:
     """The name in force for calls that give none."""
-    return _context_choice.get() or _process_choice or os.environ.get("IOUBAL_BACKEND") or None
+    return _context_choice.get() or _process_choice or environment("IOUBAL_BACKEND", _BACKEND_KEY) or None
 
 
 # torch.compile cannot trace a context variable: it takes the answer at trace time as a constant. This is what
@@ -184,7 +185,7 @@ def choose(op: str, backend: str | None, device: torch.device, float64: bool) ->
         name = _override()
     if name == "auto":
         name = None
-    module = _chosen.get((name, device.type, float64))
+    module = _chosen.get((name, device, float64))
     return module if module is not None else _resolve(op, name, backend is not None, device, float64)
 
 
@@ -202,7 +203,7 @@ def _resolve(op: str, name: str | None, is_argument: bool, device: torch.device,
         _usable_row(op, name)
     module = row.load()
     if name is not None or not _warning_due(row, device.type):
-        _chosen[name, device.type, float64] = module
+        _chosen[name, device, float64] = module
     return module
 
 

@@ -30,7 +30,10 @@ FOVEA_MIN, FOVEA_MAX = 1.0 / 16.0, 16.0
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 if a tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def decode(

@@ -7,6 +7,7 @@ Nothing is computed before every argument has been checked. A backend's module t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,11 +121,9 @@ def _sigmoid(
     validation.inplace(op, inplace, "logits", logits)
     process_group = resolve_process_group(op, process_group)
     impl = backends.choose(op, backend, logits.device, logits.dtype is torch.float64)
+    check = None
     if validation.values_checked(labels):
-        num_classes = logits.shape[-1]
-        expected = f"classes from 0 to {num_classes - 1}, -1 (background) or -2 (ignored)"
-        validation.check_labels(op, "labels", impl, labels, IGNORE, num_classes, expected)
-        _check_scope_values(op, impl, scope_ids, num_scopes)
+        check = partial(_check_sigmoid_values, op, impl, labels, logits.shape[-1], scope_ids, num_scopes)
     return impl.sigmoid_focal_loss(
         logits,
         labels,
@@ -141,6 +140,7 @@ def _sigmoid(
         process_group=process_group,
         grad_scale=grad_scale,
         inplace=inplace,
+        check=check,
     )
 
 
@@ -270,10 +270,11 @@ def iou_balanced_smooth_l1_loss(
                 op, "weight", f"have shape {tuple(rows)} or {tuple(shape)} to match pred_deltas", weight
             )
         validation.like(op, "weight", weight, FLOAT_DTYPES, weight.shape, device, "pred_deltas")
-    validation.number(op, "lambda_", lambda_)
-    validation.number(op, "beta", beta)
-    validation.number(op, "w_loc", w_loc)
-    validation.number(op, "eps", eps)
+    if not validation.are_plain(lambda_, beta, w_loc, eps):
+        validation.number(op, "lambda_", lambda_)
+        validation.number(op, "beta", beta)
+        validation.number(op, "w_loc", w_loc)
+        validation.number(op, "eps", eps)
     validation.flag(op, "normalize", normalize)
     validation.four_weights(op, "box_weights", box_weights)
     validation.reduction(op, reduction, avg_factor, device)
@@ -317,11 +318,20 @@ def _classification(
     validation.like(op, "iou", iou, FLOAT_DTYPES, rows, device, "logits without their last dimension")
     if weight is not None:
         validation.like(op, "weight", weight, FLOAT_DTYPES, rows, device, "labels")
-    validation.number(op, "eta", eta)
-    validation.number(op, "eps", eps)
+    if not validation.are_plain(eta, eps):
+        validation.number(op, "eta", eta)
+        validation.number(op, "eps", eps)
     validation.reduction(op, reduction, avg_factor, device)
     validation.scopes(op, scope_ids, num_scopes, rows, device, "labels")
     validation.grad_scale(op, grad_scale, device)
+
+
+def _check_sigmoid_values(
+    op: str, impl: Any, labels: Tensor, num_classes: int, scope_ids: Tensor | None, num_scopes: int | None
+) -> None:
+    expected = f"classes from 0 to {num_classes - 1}, -1 (background) or -2 (ignored)"
+    validation.check_labels(op, "labels", impl, labels, IGNORE, num_classes, expected)
+    _check_scope_values(op, impl, scope_ids, num_scopes)
 
 
 def _check_scope_values(op: str, impl: Any, scope_ids: Tensor | None, num_scopes: int | None) -> None:

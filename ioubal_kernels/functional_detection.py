@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,20 +100,21 @@ def iou_balanced_detection_loss(
     first = logits[0]
     device, images, anchors_per_image = first.device, first.shape[0], sum(level_sizes)
     _targets(anchors, matched_idxs, gt_boxes, gt_labels, images, anchors_per_image, device)
-    validation.number(_OP, "eta", eta)
-    validation.number(_OP, "lambda_", lambda_)
-    validation.number(_OP, "w_loc", w_loc)
+    if not validation.are_plain(eta, lambda_, w_loc, gamma, beta, eps, cls_weight):
+        validation.number(_OP, "eta", eta)
+        validation.number(_OP, "lambda_", lambda_)
+        validation.number(_OP, "w_loc", w_loc)
+        validation.number(_OP, "gamma", gamma)
+        validation.number(_OP, "beta", beta)
+        validation.number(_OP, "eps", eps)
+        validation.number(_OP, "cls_weight", cls_weight)
     if alpha is not None:
         validation.number(_OP, "alpha", alpha, high=1.0)
-    validation.number(_OP, "gamma", gamma)
-    validation.number(_OP, "beta", beta)
     validation.choice(_OP, "box_coder", box_coder, BOX_CODERS)
     validation.four_weights(_OP, "box_weights", box_weights)
     validation.flag(_OP, "normalize_loc", normalize_loc)
     validation.choice(_OP, "normalizer_scope", normalizer_scope, NORMALIZER_SCOPES)
     level_sizes = _level_sizes(anchors_per_level, level_sizes, first.ndim == 3, normalizer_scope, anchors_per_image)
-    validation.number(_OP, "eps", eps)
-    validation.number(_OP, "cls_weight", cls_weight)
     avg_factor = _avg_factors(avg_factor, device, images)
     validation.grad_scale(_OP, grad_scale, device)
     if inplace is not False:
@@ -121,8 +123,9 @@ def iou_balanced_detection_loss(
     process_group = resolve_process_group(_OP, process_group)
     float64 = first.dtype is torch.float64 or deltas[0].dtype is torch.float64
     impl = backends.choose(_OP, backend, device, float64)
+    check = None
     if validation.values_checked(matched_idxs):
-        validation.check_matched_idxs(_OP, impl, matched_idxs, gt_labels, num_classes)
+        check = partial(validation.check_matched_idxs, _OP, impl, matched_idxs, gt_labels, num_classes)
     return DetectionLoss(
         *impl.detection_loss(
             logits,
@@ -148,6 +151,7 @@ def iou_balanced_detection_loss(
             process_group=process_group,
             grad_scale=grad_scale,
             inplace=inplace,
+            check=check,
         )
     )
 
@@ -242,8 +246,19 @@ def _targets(
     for argument, value in (("gt_boxes", gt_boxes), ("gt_labels", gt_labels)):
         if len(value) != images:
             fail_value(_OP, argument, f"have one tensor for each of the {images} images", value)
+    first_box, first_label = (gt_boxes[0], gt_labels[0]) if images else (None, None)
     for i in range(images):
         boxes, labels = gt_boxes[i], gt_labels[i]
+        if (  # the names of the arguments are put together for errors only
+            isinstance(boxes, Tensor)
+            and boxes.ndim == 2
+            and boxes.shape[1] == 4
+            and validation.is_like(boxes, FLOAT_DTYPES, boxes.shape, device)
+            and validation.is_like(labels, INDEX_DTYPES, boxes.shape[:1], device)
+            and boxes.dtype is first_box.dtype
+            and labels.dtype is first_label.dtype
+        ):
+            continue
         validation.tensor(_OP, f"gt_boxes[{i}]", boxes, FLOAT_DTYPES)
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             fail_value(_OP, f"gt_boxes[{i}]", "have shape (G_i, 4)", boxes)

@@ -4,14 +4,15 @@ copy.
 Arguments are validated by ``functional``. Half precision is computed in float32, float64 in float64; autograd
 differentiates, so double backward and forward-mode AD work. Nothing here synchronises with the host or depends on
 values in its control flow, so the functions trace under ``torch.compile(fullgraph=True)``. ``grad_scale`` and
-``inplace`` only matter to the fused backends and change nothing here.
+``inplace`` only matter to the fused backends and change nothing here. ``check``, if given, raises for a label or index
+out of range: a backend calls it before it computes anything, unless it knows by itself that there is none.
 
 Values outside their range never read out of bounds: the row they are in becomes NaN, and with it the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +103,14 @@ def sigmoid_focal_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    check: Callable[[], None] | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with the focal loss (gamma 0 and alpha None: binary cross entropy). Logits (..., K), the rest
     (...).
     """
     del grad_scale, inplace
+    if check is not None:
+        check()
     dtype = boxes.result_dtype(logits)
     num_classes = logits.shape[-1]
     rows = labels.numel()
@@ -255,6 +259,7 @@ def detection_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Classification and localisation loss of a dense detector, num_positives (int64) and mean_iou (float32), all 0-d.
 
@@ -262,6 +267,8 @@ def detection_loss(
     H, W).
     """
     del grad_scale, inplace
+    if check is not None:
+        check()
     dtype = boxes.result_dtype(*cls_logits, *bbox_deltas)
     logits, deltas = _flatten_levels(cls_logits, bbox_deltas)
     images, anchors_per_image, num_classes = logits.shape

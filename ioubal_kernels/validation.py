@@ -20,6 +20,9 @@ FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfl
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 REDUCTIONS = ("mean", "sum", "none")
 _CHECK_MODES = ("auto", "0", "1")
+_WITH_VALUES = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
+_INFINITY = math.inf
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -73,6 +76,18 @@ def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -
         fail_type(op, argument, "be a dense strided tensor (not sparse, nested or mkldnn)", value)
 
 
+def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int], device: torch.device) -> bool:
+    """Whether `like` lets a value pass: for callers whose argument's name is text to be put together."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in dtypes
+        and value.layout is _STRIDED
+        and not value.is_nested
+        and value.shape == shape
+        and value.device == device
+    )
+
+
 def like(
     op: str,
     argument: str,
@@ -83,6 +98,8 @@ def like(
     of: str,
 ) -> None:
     """A tensor of exactly this shape, on the device of argument `of`."""
+    if is_like(value, dtypes, shape, device):
+        return
     tensor(op, argument, value, dtypes)
     if value.shape != shape:
         fail_value(op, argument, f"have shape {tuple(shape)} to match {of} (nothing is broadcast)", value)
@@ -91,6 +108,14 @@ def like(
 
 
 # ---------------------------------------------------------------------------------------------- numbers and names
+
+
+def are_plain(*values: Any) -> bool:
+    """Whether `number` with its default bounds lets every one of these pass at the first look: floats in [0, inf)."""
+    for value in values:
+        if not (type(value) is float and 0.0 <= value < _INFINITY):
+            return False
+    return True
 
 
 def number(op: str, argument: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
@@ -130,6 +155,8 @@ def four_weights(op: str, argument: str, value: Any) -> None:
         fail_type(op, argument, "be a tuple of four positive numbers", value)
     if len(value) != 4:
         fail_value(op, argument, "have four positive numbers", value)
+    if are_plain(*value) and 0.0 not in value:
+        return
     for i, weight in enumerate(value):
         number(op, f"{argument}[{i}]", weight)
         if weight == 0:
@@ -141,7 +168,7 @@ def four_weights(op: str, argument: str, value: Any) -> None:
 
 def grad_scale(op: str, value: Any, device: torch.device) -> None:
     """A finite number or a 0-d float tensor."""
-    if type(value) is float and -math.inf < value < math.inf:
+    if type(value) is float and -_INFINITY < value < _INFINITY:
         return
     if isinstance(value, Tensor):
         like(op, "grad_scale", value, FLOAT_DTYPES, (), value.device, "a scalar")
@@ -209,18 +236,32 @@ def scopes(op: str, ids: Any, num_scopes: Any, shape: Sequence[int], device: tor
 # ---------------------------------------------------------------------------------------------- values
 
 
+def environment(name: str, key: Any) -> str | None:
+    """The environment variable `name` as it is now; `key` is what ``environment_key(name)`` returned."""
+    if not torch.compiler.is_compiling():
+        # For a variable that is not set, the usual case, os.environ.get raises and catches a KeyError: several us.
+        kept = getattr(os.environ, "_data", None)
+        if kept is not None and key not in kept:
+            return None
+    return os.environ.get(name)
+
+
+def environment_key(name: str) -> Any:
+    """What the dict inside os.environ calls a variable: bytes, or upper-case text on Windows."""
+    return os.environ.encodekey(name) if hasattr(os.environ, "encodekey") else name
+
+
+_CHECK_KEY = environment_key("IOUBAL_CHECK")
+
+
 def values_checked(sample: Tensor) -> bool:
     """Whether label and index values are read: IOUBAL_CHECK=auto (CPU tensors outside torch.compile), 1 (everywhere),
     0.
     """
-    mode = os.environ.get("IOUBAL_CHECK", "auto")
-    if mode == "auto":
+    mode = environment("IOUBAL_CHECK", _CHECK_KEY)
+    if mode is None or mode == "auto":
         # A tensor subclass (FakeTensor, a tracer's proxy) may have no values to read.
-        return (
-            sample.device.type == "cpu"
-            and type(sample) in (Tensor, torch.nn.Parameter)
-            and not torch.compiler.is_compiling()
-        )
+        return sample.is_cpu and type(sample) in _WITH_VALUES and not torch.compiler.is_compiling()
     if mode not in _CHECK_MODES:
         raise name_error("ioubal_kernels", "the environment variable IOUBAL_CHECK", _CHECK_MODES, mode)
     return mode == "1"

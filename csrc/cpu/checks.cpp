@@ -1,7 +1,8 @@
 // Value checks that Python turns into errors, and the choice of the instruction set.
+#include "cpu/checks.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include "common/tensor_access.h"
 #include "cpu/isa.h"
 #include "cpu/scan.h"
 
@@ -23,7 +24,8 @@ int64_t first_outside(const Int* values, int64_t count, int64_t low, int64_t hig
   return -1;
 }
 
-// Flat index of the first label outside [min_label, num_classes), or -1.
+}  // namespace
+
 int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
   const IntReader label(labels);
   const int64_t count = labels.numel();
@@ -31,8 +33,6 @@ int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
                       : first_outside(static_cast<const int32_t*>(label.data()), count, min_label, num_classes);
 }
 
-// Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class in
-// [0, num_classes); or -1.
 int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t num_classes) {
   const int64_t images = matched_idxs.size(0), anchors = matched_idxs.size(1);
   const bool padded = gt_labels.size() == 1 && gt_labels[0].dim() == 2;
@@ -49,9 +49,10 @@ int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t nu
   return -1;
 }
 
+namespace {
 int64_t cpu_isa(int64_t limit) { return set_isa_limit(static_cast<int>(limit)); }
-
 }  // namespace
+
 }  // namespace ioubal
 
 STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/large_pages.h"
 #include "cpu/scan.h"
@@ -373,6 +374,40 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   FloatWriter(outputs[3]).set(0, count > 0 ? sums.shared(Sums::kIou) / count : 0.0);
 }
 
+// check_matched_idxs and, if it finds nothing, detection_fill for one process, whose arguments come packed. Returns the
+// position it found, -1 for none.
+// read: logits and deltas of the levels, anchors, matched_idxs, gt boxes, gt labels, tensors of divisors and
+// grad_scale. written: sums, the outputs, gradients of the logits and of the deltas.
+int64_t detection_checked_fill(TensorList read, TensorList written, std::vector<int64_t> integers,
+                               std::vector<double> numbers) {
+  enum : int { kLevels, kTruths, kScope, kCoder, kNormalizeLoc, kCheck, kHasClsAvg, kHasLocAvg, kHasScale };
+  enum : int { kGradLogits = kHasScale + 1, kGradDeltas, kLevelSizes };  // numbers of gradients
+  enum : int { kEta, kAlpha, kGamma, kLambda, kBeta, kBoxWeights, kEps = kBoxWeights + 4, kWLoc, kClsWeight };
+  enum : int { kClsDivisor = kClsWeight + 1, kLocDivisor, kGradScale };
+  const std::vector<int64_t>& i = integers;
+  const std::vector<double>& n = numbers;
+  Unpacker from(read), to(written);
+  TensorList logits = from.list(i[kLevels]), deltas = from.list(i[kLevels]);
+  const Tensor &anchors = from.one(), &matched_idxs = from.one();
+  TensorList gt_boxes = from.list(i[kTruths]), gt_labels = from.list(i[kTruths]);
+  if (i[kCheck]) {
+    const Tensor& first = logits[0];
+    const int64_t classes = first.dim() == 3 ? first.size(2) : first.size(1) / (deltas[0].size(1) / 4);
+    const int64_t position = check_matched_idxs(matched_idxs, gt_labels, classes);
+    if (position >= 0) return position;
+  }
+  const OptionalTensor cls_avg = from.optional(i[kHasClsAvg]), loc_avg = from.optional(i[kHasLocAvg]);
+  const OptionalTensor grad_scale_tensor = from.optional(i[kHasScale]);
+  const Tensor& sums = to.one();
+  TensorList outputs = to.list(4), grad_logits = to.list(i[kGradLogits]), grad_deltas = to.list(i[kGradDeltas]);
+  detection_fill(std::move(logits), std::move(deltas), anchors, matched_idxs, std::move(gt_boxes), std::move(gt_labels),
+                 {i.begin() + kLevelSizes, i.end()}, i[kScope], n[kEta], n[kAlpha], n[kGamma], n[kLambda], n[kBeta],
+                 i[kCoder], {n.begin() + kBoxWeights, n.begin() + kEps}, n[kEps], n[kWLoc], i[kNormalizeLoc] != 0,
+                 n[kClsWeight], cls_avg, n[kClsDivisor], loc_avg, n[kLocDivisor], 1.0, grad_scale_tensor, n[kGradScale],
+                 true, sums, std::move(outputs), std::move(grad_logits), std::move(grad_deltas), {});
+  return -1;
+}
+
 // Leaves gradients filled for the expected grad_output as they are, computes the others anew. An empty list: not
 // wanted.
 void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
@@ -405,5 +440,6 @@ void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Te
 STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
   m.impl("detection_sums.cpp", TORCH_BOX(&ioubal::detection_sums));
   m.impl("detection_fill.cpp", TORCH_BOX(&ioubal::detection_fill));
+  m.impl("detection_checked_fill.cpp", TORCH_BOX(&ioubal::detection_checked_fill));
   m.impl("detection_backward.cpp", TORCH_BOX(&ioubal::detection_backward));
 }

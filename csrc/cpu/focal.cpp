@@ -1,6 +1,7 @@
 // IoU-balanced sigmoid focal loss and binary cross entropy over flat logits (R, K).
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/large_pages.h"
 #include "cpu/scan.h"
@@ -132,6 +133,30 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
       0, op.run(sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
 }
 
+// check_labels of labels and scope_ids and, if it finds nothing, focal_fill for one process, whose arguments come
+// packed. Returns the position it found, -1 for none. read: logits, labels, iou, and those present of weight,
+// scope_ids, avg_factor, grad_scale. written: sums, loss, and the gradient if it is wanted.
+int64_t focal_checked_fill(TensorList read, TensorList written, std::vector<int64_t> integers,
+                           std::vector<double> numbers) {
+  enum : int { kNumScopes, kCheck, kHasWeight, kHasScopeIds, kHasAvgFactor, kHasScale };
+  enum : int { kEta, kAlpha, kGamma, kEps, kDivisor, kGradScale };
+  const std::vector<int64_t>& i = integers;
+  const std::vector<double>& n = numbers;
+  Unpacker from(read), to(written);
+  const Tensor &logits = from.one(), &labels = from.one(), &iou = from.one();
+  const OptionalTensor weight = from.optional(i[kHasWeight]), scope_ids = from.optional(i[kHasScopeIds]);
+  if (i[kCheck]) {
+    int64_t position = check_labels(labels, logits.size(1), kIgnore);
+    if (position < 0 && scope_ids) position = check_labels(*scope_ids, i[kNumScopes], 0);
+    if (position >= 0) return position;
+  }
+  const OptionalTensor avg_factor = from.optional(i[kHasAvgFactor]), grad_scale_tensor = from.optional(i[kHasScale]);
+  const Tensor &sums = to.one(), &loss = to.one();
+  focal_fill(logits, labels, iou, weight, scope_ids, i[kNumScopes], n[kEta], n[kAlpha], n[kGamma], n[kEps], avg_factor,
+             n[kDivisor], 1.0, grad_scale_tensor, n[kGradScale], true, sums, loss, to.list(written.size() - 2), {});
+  return -1;
+}
+
 // Leaves a gradient filled for the expected grad_output as it is, else computes it anew.
 void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                     int64_t num_scopes, double eta, double alpha, double gamma, double eps, OptionalTensor avg_factor,
@@ -162,6 +187,7 @@ void focal_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor 
 STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
   m.impl("focal_sums.cpp", TORCH_BOX(&ioubal::focal_sums));
   m.impl("focal_fill.cpp", TORCH_BOX(&ioubal::focal_fill));
+  m.impl("focal_checked_fill.cpp", TORCH_BOX(&ioubal::focal_checked_fill));
   m.impl("focal_backward.cpp", TORCH_BOX(&ioubal::focal_backward));
   m.impl("focal_elementwise.cpp", TORCH_BOX(&ioubal::focal_elementwise));
 }

@@ -7,7 +7,8 @@ Under torch.compile the forward only reads and the backward computes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch.autograd import forward_ad
 
 from .library import op
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
 # Private in torch, so allowed to disappear: torch's own error takes over then.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
 
 
@@ -35,7 +38,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.name}: {_NO_DOUBLE_BACKWARD}")
 
 
-def guard_double_backward(name: str, grads: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+def guard_double_backward(name: str, grads: list[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients themselves, or, when this backward is recorded (create_graph), wrapped to refuse the next one."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
@@ -55,7 +58,30 @@ def refuse_transforms(name: str, *inputs: Tensor) -> None:
         raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")
 
 
-def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, for inputs that `refuse_transforms` has let pass: without torch.func's part, 9 us of a call.
+
+    (Function.apply asks what torch.func needs of it and then calls its base class, which records the node.)
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
+# empty_strided takes half of torch.empty's time, which parses a tuple of sizes slowly.
+
+
+def scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised 0-d tensor."""
+    return torch.empty_strided((), (), dtype=dtype, device=device)
+
+
+def sums_buffer(num_scopes: int, device: torch.device) -> Tensor:
+    """The uninitialised tensor of sums of csrc/common/sums.h."""
+    return torch.empty_strided((1 + num_scopes, 4), (4, 1), dtype=torch.float64, device=device)
+
+
+def gradient_buffers(inputs: Sequence[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
     """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none."""
     if not wanted:
         return []
@@ -66,7 +92,7 @@ def gradient_buffers(inputs: list[Tensor], wanted: bool, inplace: bool = False) 
     return [torch.empty_like(x) for x in inputs]
 
 
-def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
+def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
     """The context's gradient buffers `name`, forgotten by it, and whether they are filled; later, fresh ones."""
     if torch.compiler.is_compiling() or not getattr(ctx, name):
         return [torch.empty_like(x) for x in inputs], False
@@ -75,8 +101,33 @@ def take_buffers(ctx: Any, inputs: list[Tensor], name: str = "buffers") -> tuple
     return buffers, True
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether values may be read on the host: a CPU tensor, neither compiled nor traced (FakeTensor, make_fx)."""
+    return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and _dispatch_modes() == 0
+
+
+def fills_checked(backend: str, process_group: Any, x: Tensor) -> bool:
+    """Whether one op checks the values and fills: on the CPU, unless processes add up their sums in between."""
+    return backend == "cpu" and process_group is None and has_values(x)
+
+
+def raise_for(check: Callable[[], None]) -> NoReturn:
+    """The error for a value that the op found out of range."""
+    check()
+    raise RuntimeError("a label or index was out of range and no longer is: it was changed during the call")
+
+
+def is_expected(backend: str, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float) -> bool:
+    """Whether a buffer filled for the expected grad_output is right as it is, where the host can tell. Elsewhere the
+    backward op looks for itself.
+    """
+    if backend != "cpu" or not has_values(grad_output):
+        return False
+    return grad_output.item() == (grad_scale if grad_scale_tensor is None else grad_scale_tensor.item())
+
+
 def rescale_inplace(
-    name: str, ctx: Any, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float
+    name: str, ctx: Any, backend: str, grad_output: Tensor, grad_scale_tensor: Tensor | None, grad_scale: float
 ) -> list[Tensor]:
     """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies, if need be."""
     if torch.is_grad_enabled():  # create_graph: the buffer has no path to the logits that a guard could sit on
@@ -88,7 +139,7 @@ def rescale_inplace(
         )
     buffers, ctx.buffers = ctx.buffers, []
     # .data: the version was already raised when the logits were overwritten
-    op("rescale", ctx.backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
+    op("rescale", backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
     return buffers
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,18 @@ from .. import distributed
 from ..boxes import result_dtype
 from . import library
 from .autograd import (
+    apply,
     check_inplace,
+    fills_checked,
     gradient_buffers,
     guard_double_backward,
     is_dense,
+    is_expected,
+    raise_for,
     refuse_transforms,
     rescale_inplace,
+    scalar,
+    sums_buffer,
     take_buffers,
     tensor_or_number,
 )
@@ -26,96 +32,125 @@ from .library import op
 from .workspace import detection_workspace, groups_of
 
 _NAME = "iou_balanced_detection_loss"
-_FIRST_MAP = 16  # position of the first map among the Function's arguments
+_FIRST_MAP = 2  # position of the first map among the Function's arguments
 _MAX_LEVELS = 16  # kMaxLevels of csrc/cuda
 _MAX_LISTED = 64  # images whose boxes come as a list; kMaxImages of csrc/cuda
 _SCOPES = {"batch": 0, "level": 1, "image": 2}
 
 
+class _Spec(NamedTuple):
+    """A call but for its tensors: one argument of the Function, since autograd takes time for each."""
+
+    backend: str
+    levels: int
+    num_gt: int
+    num_scopes: int
+    parameters: tuple[Any, ...]
+    loss_parameters: tuple[float, float, bool, float]
+    divisors: tuple[float, float]  # 0: the default
+    grad_scale: float
+    process_group: Any
+    inplace: bool
+    grad_enabled: bool
+    packed: bool  # one op checks the values and fills
+    check: Callable[[], None] | None  # with packed: raises for a value out of range
+
+
+def _inputs(heads: Sequence[Tensor], constants: Sequence[Tensor | None], spec: _Spec) -> tuple[Any, ...]:
+    """What all three ops begin with. ``heads``: the levels' logits, then their deltas."""
+    gt = (list(constants[2 : 2 + spec.num_gt]), list(constants[2 + spec.num_gt : -3]))
+    return (list(heads[: spec.levels]), list(heads[spec.levels :]), *constants[:2], *gt, *spec.parameters)
+
+
+def _scaling(constants: Sequence[Tensor | None], world_size: float, spec: _Spec) -> tuple[Any, ...]:
+    cls_avg_factor, loc_avg_factor, grad_scale_tensor = constants[-3:]
+    divisors = (cls_avg_factor, spec.divisors[0], loc_avg_factor, spec.divisors[1])
+    return (*spec.loss_parameters, *divisors, world_size, grad_scale_tensor, spec.grad_scale)
+
+
+def _checked_fill(
+    heads: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    spec: _Spec,
+    written: list[Tensor],
+    grads: tuple[int, int],
+) -> None:
+    """The CPU's check of values and fill in one op; raises for a value out of range, before anything is computed."""
+    level_sizes, scope, eta, alpha, gamma, lambda_, beta, coder, box_weights = spec.parameters
+    eps, w_loc, normalize_loc, cls_weight = spec.loss_parameters
+    present = [t is not None for t in constants[-3:]]
+    integers = [
+        *(spec.levels, spec.num_gt, scope, coder, normalize_loc, spec.check is not None),
+        *(*present, *grads, *level_sizes),
+    ]
+    numbers = [
+        *(eta, alpha, gamma, lambda_, beta, *box_weights, eps, w_loc, cls_weight),
+        *(*spec.divisors, spec.grad_scale),
+    ]
+    read = [*heads, *(t for t in constants if t is not None)]
+    if op("detection_checked_fill", "cpu")(read, written, integers, numbers) >= 0:
+        raise_for(spec.check)
+
+
 class _DetectionLoss(torch.autograd.Function):
-    """``levels`` maps of logits, then as many of deltas, then the constant tensors in ``split`` groups."""
+    """``constants``: anchors, matched_idxs, gt boxes and labels; avg_factors and grad_scale if they are tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: str,
-        levels: int,
-        num_gt: int,
-        num_scopes: int,
-        parameters: tuple[Any, ...],
-        loss_parameters: tuple[Any, ...],
-        divisors: tuple[float, float],
-        grad_scale: float,
-        process_group: Any,
-        inplace: bool,
-        grad_enabled: bool,
-        cls_avg_factor: Tensor | None,
-        loc_avg_factor: Tensor | None,
-        grad_scale_tensor: Tensor | None,
-        anchors: Tensor,
-        matched_idxs: Tensor,
-        *tensors: Tensor,
+        ctx: Any, spec: _Spec, constants: tuple[Tensor | None, ...], *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, deltas = list(tensors[:levels]), list(tensors[levels : 2 * levels])
-        gt_boxes, gt_labels = list(tensors[2 * levels : 2 * levels + num_gt]), list(tensors[2 * levels + num_gt :])
-        device = anchors.device
-        sums = torch.empty((1 + num_scopes, 4), dtype=torch.float64, device=device)
-        inputs = (logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, *parameters)
-        workspace = _workspace(backend, logits, deltas, matched_idxs, parameters, num_scopes)
-        world_size = 1.0
-        if process_group is not None:
-            op("detection_sums", backend)(*inputs, sums, workspace)
-            # An image's sums are complete on its own process: only the counts of row 0 are shared.
-            torch.distributed.all_reduce(sums[0] if parameters[1] == _SCOPES["image"] else sums, group=process_group)
-            world_size = float(distributed.world_size(process_group))
-        dtype = result_dtype(*logits, *deltas)
+        levels, device = spec.levels, heads[0].device
+        logits, deltas = heads[:levels], heads[levels:]
+        sums = sums_buffer(spec.num_scopes, device)
+        dtype = result_dtype(heads[0], heads[levels])  # all levels have one
         outputs = (
-            torch.empty((), dtype=dtype, device=device),
-            torch.empty((), dtype=dtype, device=device),
-            torch.empty((), dtype=torch.int64, device=device),
-            torch.empty((), dtype=torch.float32, device=device),
+            scalar(dtype, device),
+            scalar(dtype, device),
+            scalar(torch.int64, device),
+            scalar(torch.float32, device),
         )
         eager = not torch.compiler.is_compiling()
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
-        want_logits = grad_enabled and any(ctx.needs_input_grad[_FIRST_MAP : _FIRST_MAP + levels])
-        want_deltas = grad_enabled and any(ctx.needs_input_grad[_FIRST_MAP + levels : _FIRST_MAP + 2 * levels])
-        ctx.inplace = inplace and eager and want_logits
+        needed = ctx.needs_input_grad
+        want_logits = spec.grad_enabled and any(needed[_FIRST_MAP : _FIRST_MAP + levels])
+        want_deltas = spec.grad_enabled and any(needed[_FIRST_MAP + levels :])
+        ctx.inplace = spec.inplace and eager and want_logits
         logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
-        scaling = (cls_avg_factor, divisors[0], loc_avg_factor, divisors[1], world_size, grad_scale_tensor, grad_scale)
-        op("detection_fill", backend)(
-            *inputs,
-            *loss_parameters,
-            *scaling,
-            process_group is None,
-            sums,
-            outputs,
-            logit_buffers,
-            delta_buffers,
-            workspace,
-        )
+        workspace, world_size = [], 1.0
+        if spec.packed:
+            written = [sums, *outputs, *logit_buffers, *delta_buffers]
+            _checked_fill(heads, constants, spec, written, (len(logit_buffers), len(delta_buffers)))
+        else:
+            inputs = _inputs(heads, constants, spec)
+            workspace = _workspace(logits, deltas, constants[1], spec)
+            if spec.process_group is not None:
+                world_size = _global_sums(inputs, sums, workspace, spec)
+            op("detection_fill", spec.backend)(
+                *inputs,
+                *_scaling(constants, world_size, spec),
+                spec.process_group is None,
+                sums,
+                outputs,
+                logit_buffers,
+                delta_buffers,
+                workspace,
+            )
         ctx.mark_non_differentiable(outputs[2], outputs[3])
         ctx.set_materialize_grads(False)
         if want_logits or want_deltas:
-            ctx.backend, ctx.levels, ctx.num_gt, ctx.num_workspace = backend, levels, num_gt, len(workspace)
-            ctx.parameters, ctx.loss_parameters, ctx.divisors = parameters, loss_parameters, divisors
-            ctx.world_size, ctx.expected = world_size, grad_scale
-            ctx.wants = (want_logits, want_deltas)
+            ctx.spec, ctx.world_size, ctx.wants = spec, world_size, (want_logits, want_deltas)
             ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
-            constants = (cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums)
-            ctx.save_for_backward(*constants, *workspace, *tensors)
+            ctx.save_for_backward(*heads, *constants, sums, *workspace)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_cls: Tensor | None, grad_loc: Tensor | None, *unused: Any) -> Any:
-        cls_avg_factor, loc_avg_factor, grad_scale_tensor, anchors, matched_idxs, sums, *tensors = ctx.saved_tensors
-        levels, num_gt = ctx.levels, ctx.num_gt
-        workspace, tensors = tensors[: ctx.num_workspace], tensors[ctx.num_workspace :]
-        logits, deltas = tensors[:levels], tensors[levels : 2 * levels]
-        gt_boxes, gt_labels = tensors[2 * levels : 2 * levels + num_gt], tensors[2 * levels + num_gt :]
-        scaling = (cls_avg_factor, ctx.divisors[0], loc_avg_factor, ctx.divisors[1], ctx.world_size, grad_scale_tensor)
-        constants = (anchors, matched_idxs, gt_boxes, gt_labels, *ctx.parameters, *ctx.loss_parameters)
-
+        spec, saved = ctx.spec, ctx.saved_tensors
+        levels, backend, expected = spec.levels, spec.backend, spec.grad_scale
+        last = 2 * levels + 2 + 2 * spec.num_gt + 3  # of the constants; the sums and the workspace follow
+        heads, constants = saved[: 2 * levels], saved[2 * levels : last]
+        scale_tensor = constants[-1]
         # Each loss has its own gradients: none of the classification loss reaches the deltas, nor the other way round.
         # A loss that took no part in this backward keeps its buffers for a later one.
         grad_logits: list[Tensor | None] = [None] * levels
@@ -123,43 +158,46 @@ class _DetectionLoss(torch.autograd.Function):
         want_logits, want_deltas = grad_cls is not None and ctx.wants[0], grad_loc is not None and ctx.wants[1]
         cls_filled = loc_filled = None
         if want_logits and ctx.inplace:
-            grad_logits = rescale_inplace(_NAME, ctx, grad_cls, grad_scale_tensor, ctx.expected)
+            grad_logits = rescale_inplace(_NAME, ctx, backend, grad_cls, scale_tensor, expected)
         elif want_logits:
-            grad_logits, cls_filled = take_buffers(ctx, logits)
+            grad_logits, cls_filled = take_buffers(ctx, heads[:levels])
+            if cls_filled and is_expected(backend, grad_cls, scale_tensor, expected):
+                cls_filled = None  # nothing left to do
         if want_deltas:
-            grad_deltas, loc_filled = take_buffers(ctx, deltas, "delta_buffers")
+            grad_deltas, loc_filled = take_buffers(ctx, heads[levels:], "delta_buffers")
+            if loc_filled and is_expected(backend, grad_loc, scale_tensor, expected):
+                loc_filled = None
         for filled in (True, False):  # one call for both heads, unless only one of them was filled in the forward
             cls_buffers = grad_logits if cls_filled is filled else []
             loc_buffers = grad_deltas if loc_filled is filled else []
             if cls_buffers or loc_buffers:
-                op("detection_backward", ctx.backend)(
-                    logits,
-                    deltas,
-                    *constants,
-                    *scaling,
-                    ctx.expected,
+                op("detection_backward", backend)(
+                    *_inputs(heads, constants, spec),
+                    *_scaling(constants, ctx.world_size, spec),
                     filled,
-                    sums,
+                    saved[last],
                     grad_cls.detach() if cls_buffers else None,
                     grad_loc.detach() if loc_buffers else None,
                     cls_buffers,
                     loc_buffers,
-                    workspace,
+                    list(saved[last + 1 :]),
                 )
-        grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], [*logits, *deltas])
-        return (*[None] * _FIRST_MAP, *grads, *[None] * (2 * num_gt))
+        grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], heads)
+        return (None, None, *grads)
 
 
-def _workspace(
-    backend: str,
-    logits: list[Tensor],
-    deltas: list[Tensor],
-    matched_idxs: Tensor,
-    parameters: tuple[Any, ...],
-    num_scopes: int,
-) -> list[Tensor]:
+def _global_sums(inputs: tuple[Any, ...], sums: Tensor, workspace: list[Tensor], spec: _Spec) -> float:
+    """Fills the sums with those of all processes; returns how many there are."""
+    op("detection_sums", spec.backend)(*inputs, sums, workspace)
+    # An image's sums are complete on its own process: only the counts of row 0 are shared.
+    by_image = spec.parameters[1] == _SCOPES["image"]
+    torch.distributed.all_reduce(sums[0] if by_image else sums, group=spec.process_group)
+    return float(distributed.world_size(spec.process_group))
+
+
+def _workspace(logits: Sequence[Tensor], deltas: Sequence[Tensor], matched_idxs: Tensor, spec: _Spec) -> list[Tensor]:
     images, anchors = matched_idxs.shape
-    level_sizes, _, eta, _, _, lambda_ = parameters[:6]
+    level_sizes, _, eta, _, _, lambda_ = spec.parameters[:6]
     classes = 0
     for x, d in zip(logits, deltas, strict=True):
         classes = max(classes, x.shape[1] * 4 // d.shape[1] if x.ndim == 4 else x.shape[2])
@@ -168,7 +206,7 @@ def _workspace(
     # iou^lambda is iou^eta where they are the same, but for degenerate boxes: there 0^0 must not count.
     weights = 1 if eta == lambda_ != 0 else 2
     return detection_workspace(
-        backend, images, anchors, classes, groups, levels, num_scopes, weights, matched_idxs.device
+        spec.backend, images, anchors, classes, groups, levels, spec.num_scopes, weights, matched_idxs.device
     )
 
 
@@ -191,6 +229,10 @@ def _check_levels(backend: str, levels: int) -> None:
         raise ValueError(
             f"{_NAME}: the {backend} kernels take at most {_MAX_LEVELS} levels, got {levels}; use backend='reference'"
         )
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach().contiguous() if x.requires_grad else x.contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -222,6 +264,7 @@ def detection_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
@@ -231,8 +274,11 @@ def detection_loss(
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     backend = backend or library.backend_of(matched_idxs)
+    packed = fills_checked(backend, process_group, cls_logits[0])
+    if check is not None and not packed:
+        check()
     _check_levels(backend, max(len(cls_logits), len(level_sizes)))
-    boxes, labels = _few_tensors([b.detach() for b in boxes], labels, backend)
+    boxes, labels = _few_tensors(boxes, labels, backend)
     images = matched_idxs.shape[0]
     num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]
     parameters = (
@@ -250,7 +296,7 @@ def detection_loss(
     cls_avg, cls_divisor = tensor_or_number(avg_factor[0])
     loc_avg, loc_divisor = tensor_or_number(avg_factor[1])
     scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
-    return _DetectionLoss.apply(
+    spec = _Spec(
         backend,
         len(cls_logits),
         len(boxes),
@@ -262,13 +308,13 @@ def detection_loss(
         process_group,
         inplace,
         torch.is_grad_enabled(),
-        cls_avg,
-        loc_avg,
-        scale_tensor,
-        anchors.detach().contiguous(),
-        matched_idxs.contiguous(),
-        *[_dense(x) for x in cls_logits],
-        *bbox_deltas,
-        *[b.contiguous() for b in boxes],
-        *[t.contiguous() for t in labels],
+        packed,
+        check,
     )
+    constants = (
+        *(_constant(anchors), matched_idxs.contiguous()),
+        *[_constant(b) for b in boxes],
+        *[t.contiguous() for t in labels],
+        *(cls_avg, loc_avg, scale_tensor),
+    )
+    return apply(_DetectionLoss, spec, constants, *[_dense(x) for x in cls_logits], *bbox_deltas)
