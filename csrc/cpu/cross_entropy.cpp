@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
 #include "cpu/classification.h"
 #include "math/softmax.h"
@@ -17,12 +19,19 @@ struct SoftmaxLoss {
   int64_t background;
   double eta, eps;
 
+  static constexpr int64_t kAhead = 8;  // rows
+
+  // pow costs as much as a row's exponentials.
+  double power(double overlap) const {
+    if (eta != 1.5) return iou_power(overlap, eta);
+    const double clamped = clamp(overlap, 0.0, 1.0);
+    return clamped * std::sqrt(clamped);
+  }
+
   int64_t rows() const { return logits.size(0); }
   int64_t columns() const { return logits.size(1); }
   int64_t rows_per_block() const { return std::max<int64_t>(1, kBlockEntries / columns()); }
   int64_t blocks() const { return (rows() + rows_per_block() - 1) / rows_per_block(); }
-  std::vector<float> buffer() const { return std::vector<float>(columns() + 16); }
-
   // f(block, first row, last row) for fixed blocks of rows.
   template <class F>
   void for_blocks(const F& f) const {
@@ -48,26 +57,21 @@ struct SoftmaxLoss {
   void add_up(const Tensor& sums_tensor) const {
     const int64_t per_block = 4 * (1 + scopes.count());
     std::vector<double> parts(blocks() * per_block);
-    const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
-    const char* x = static_cast<const char*>(logits.const_data_ptr());
-    const int64_t stride = columns() * logits.element_size();
     const IntReader label(labels);
-    const FloatReader overlap(iou);
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       const Sums sums{parts.data() + b * per_block};
-      std::vector<float> scratch = buffer();
+      std::vector<int64_t> positives;
+      positives.reserve(last - first);
       for (int64_t r = first; r < last; ++r) {
         const int64_t y = label[r], scope = scopes.get(r);
         if (y >= 0) sums.shared(Sums::kCount) += 1;
         if (y >= columns() || scope < 0) {
           sums.shared(Sums::kBad) += 1;  // never used as an index; poisons the loss
-          continue;
+        } else if (y >= 0 && y != background) {
+          positives.push_back(r);
         }
-        if (y < 0 || y == background) continue;
-        const double plain = row(x + r * stride, nullptr, columns(), y, 1.0, scratch.data());
-        const double limit = plain - plain == 0 ? plain : not_finite(r, y, 1.0, nullptr);
-        sums.add(scope, Sums::kClsPlain, weight.get(r, 1.0) * limit, iou_power(overlap[r], eta));
       }
+      add_positives(positives, sums);
     });
     double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
     std::fill(total, total + per_block, 0.0);
@@ -76,13 +80,49 @@ struct SoftmaxLoss {
     }
   }
 
+  // The losses of these rows, whose logits are put together for the kernel.
+  void add_positives(const std::vector<int64_t>& rows, const Sums& sums) const {
+    const SoftmaxRows kernel = kernels().softmax[dtype_index(logits)];
+    const int64_t stride = columns() * logits.element_size(), per_tile = softmax_tile_rows(columns());
+    const char* x = static_cast<const char*>(logits.const_data_ptr());
+    std::vector<char> together(per_tile * stride);
+    std::vector<float> buffer(softmax_buffer(columns()));
+    const IntReader label(labels);
+    const FloatReader overlap(iou);
+    SoftmaxTile tile;
+    tile.x = together.data();
+    tile.out = nullptr;
+    tile.columns = columns();
+    const int64_t count = static_cast<int64_t>(rows.size());
+    for (int64_t first = 0; first < count; first += tile.rows) {
+      tile.rows = std::min(per_tile, count - first);
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t r = rows[first + i];
+        std::memcpy(together.data() + i * stride, x + r * stride, stride);
+        const int64_t later = first + i + kAhead;
+        if (later < count) {
+          for (int64_t o = 0; o < stride; o += 64) __builtin_prefetch(x + rows[later] * stride + o, 0, 3);
+        }
+        tile.target[i] = label[r];
+        tile.scale[i] = 0;
+      }
+      kernel(tile, buffer.data());
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t r = rows[first + i];
+        const double plain = tile.loss[i];
+        const double limit = plain - plain == 0 ? plain : not_finite(r, tile.target[i], 1.0, nullptr);
+        sums.add(scopes.get(r), Sums::kClsPlain, weight.get(r, 1.0) * limit, power(overlap[r]));
+      }
+    }
+  }
+
   // Every row's weight times loss, in order: returns their sum. each: the rows' losses; out: out_scale (or the row's
   // element of grad_rows) times the gradient. Rows with an unusable label give NaN.
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
     const Sums sums = sums_of(sums_tensor);
-    const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
-    const int64_t stride = columns() * logits.element_size();
+    const SoftmaxRows kernel = kernels().softmax[dtype_index(logits)];
+    const int64_t stride = columns() * logits.element_size(), per_tile = softmax_tile_rows(columns());
     const char* x = static_cast<const char*>(logits.const_data_ptr());
     char* g = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
     const IntReader label(labels);
@@ -95,28 +135,35 @@ struct SoftmaxLoss {
     for (int64_t s = 0; s < scopes.count(); ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
     std::vector<double> parts(blocks());
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
-      std::vector<float> scratch = buffer();
+      std::vector<float> buffer(softmax_buffer(columns()));
+      double balance[kSoftmaxRows], sample[kSoftmaxRows];
+      SoftmaxTile tile;
+      tile.columns = columns();
       double sum = 0;
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t y = label[r], scope = scopes.get(r);
-        for (int64_t o = 0; o < stride; o += 64) {
-          __builtin_prefetch(x + r * stride + 2048 + o, 0, 3);
-          if (g) __builtin_prefetch(g + r * stride + 2048 + o, 1, 3);
+      for (int64_t at = first; at < last; at += tile.rows) {
+        tile.rows = std::min(per_tile, last - at);
+        tile.x = x + at * stride;
+        tile.out = g ? g + at * stride : nullptr;
+        for (int64_t i = 0; i < tile.rows; ++i) {
+          const int64_t r = at + i, y = label[r], scope = scopes.get(r);
+          const bool usable = y >= 0 && y < columns() && scope >= 0;
+          tile.target[i] = usable ? y : -1;
+          balance[i] = !usable ? 0.0 : y == background ? 1.0 : normalizers[scope] * power(overlap[r]);
+          sample[i] = y < 0 && scope >= 0 ? 0.0 : usable ? weight.get(r, 1.0) : NAN;
+          tile.scale[i] = usable ? sample[i] * balance[i] * (grad_row ? (*grad_row)[r] : out_scale) : 0.0;
         }
-        double loss = 0;
-        if (y < 0 || y >= columns() || scope < 0) {
-          if (g) std::fill(g + r * stride, g + (r + 1) * stride, 0);
-          if (y >= columns() || scope < 0) loss = NAN;
-        } else {
-          const double balance = y == background ? 1.0 : normalizers[scope] * iou_power(overlap[r], eta);
-          const double sample = weight.get(r, 1.0);
-          const double scale = sample * balance * (grad_row ? (*grad_row)[r] : out_scale);
-          double plain = row(x + r * stride, g ? g + r * stride : nullptr, columns(), y, scale, scratch.data());
-          if (plain - plain != 0) plain = not_finite(r, y, scale, out);
-          loss = weighted_loss(balance, sample * plain);
+        kernel(tile, buffer.data());
+        for (int64_t i = 0; i < tile.rows; ++i) {
+          const int64_t y = tile.target[i];
+          double loss = sample[i];
+          if (y >= 0) {
+            double plain = tile.loss[i];
+            if (plain - plain != 0) plain = not_finite(at + i, y, tile.scale[i], out);
+            loss = weighted_loss(balance[i], sample[i] * plain);
+          }
+          if (each_row) each_row->set(at + i, loss);
+          sum += loss;
         }
-        if (each_row) each_row->set(r, loss);
-        sum += loss;
       }
       parts[b] = sum;
     });
