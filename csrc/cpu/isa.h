@@ -23,14 +23,18 @@ enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
                               Output output);
 
-// Softmax cross entropy of some rows that follow each other: loss = logsumexp(x) - x[target], and where out is given
-// scale * (softmax(x) - onehot(target)). A row with a negative target is ignored: zeros in out, no loss. A row without a
-// finite loss is the caller's: its loss is not finite, what it has in out is unspecified. out may be x.
+// Softmax cross entropy of some rows: loss = logsumexp(x) - x[target], and where out is given scale * (softmax(x) -
+// onehot(target)). A row with a negative target is ignored: loss 0, zeros in out. A row without a finite loss is the
+// caller's: its loss is not finite, what it has in out is unspecified. out may be x.
 constexpr int64_t kSoftmaxRows = 64;
 struct SoftmaxTile {
   const void* x;
   void* out;
   int64_t rows, columns;
+  // Null: the rows begin at x and follow each other. Else row i is row order[i] of the all_rows rows at x, there is no
+  // out, and order[rows ... 2 * rows) names the rows that will be wanted next.
+  const int64_t* order;
+  int64_t all_rows;
   int64_t target[kSoftmaxRows];
   double scale[kSoftmaxRows], loss[kSoftmaxRows];
 };
@@ -39,8 +43,8 @@ inline int64_t softmax_tile_rows(int64_t columns) {
   const int64_t rows = 2048 / columns;
   return rows >= kSoftmaxRows ? kSoftmaxRows : rows >= 8 ? rows / 8 * 8 : rows > 1 ? rows : 1;
 }
-// The size of the kernel's buffer.
-inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 32; }
+// The size of the kernel's buffer: room for its alignment and for the last vector.
+inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 48; }
 using SoftmaxRows = void (*)(SoftmaxTile& tile, float* buffer);
 
 struct KernelTable {

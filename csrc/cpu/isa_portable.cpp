@@ -33,10 +33,11 @@ double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, doub
 void softmax_rows_f64(SoftmaxTile& tile, float*) {
   const int64_t columns = tile.columns;
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const double* x = (const double*)tile.x + r * columns;
+    const double* x = (const double*)tile.x + (tile.order ? tile.order[r] : r) * columns;
     double* out = tile.out ? (double*)tile.out + r * columns : nullptr;
     const int64_t target = tile.target[r];
     if (target < 0) {
+      tile.loss[r] = 0;
       if (out) std::fill(out, out + columns, 0.0);
       continue;
     }
