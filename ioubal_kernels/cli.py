@@ -1,7 +1,7 @@
 """The `ioubal` program, also `python -m ioubal_kernels`.
 
-`doctor`, `bench` and `--version` run on the base install (`bench` lists what it lacks as not installed). Everything else
-needs the extra [train]; without it, one line says so.
+`doctor`, `bench` and `--version` run on the base install (`bench` lists what it lacks as not installed). Everything
+else needs the extra [train]; without it, one line says so.
 Exit codes: 0 ok, 1 failed, 2 usage or data, 3 input/output, 130 and 143 signals.
 """
 

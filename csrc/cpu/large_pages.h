@@ -10,9 +10,9 @@
 
 namespace ioubal {
 
-// Asks the system to back a large tensor that is about to be written whole by huge pages. glibc takes large blocks fresh
-// from the system and gives them back, so that writing 64 MB meets 16,000 page faults of 4 KB, which cost more than the
-// whole loss; with 2 MB there are 32. Linux gives huge pages to those who ask ("madvise", the usual setting of
+// Asks the system to back a large tensor that is about to be written whole by huge pages. glibc takes large blocks
+// fresh from the system and gives them back, so that writing 64 MB meets 16,000 page faults of 4 KB, which cost more
+// than the whole loss; with 2 MB there are 32. Linux gives huge pages to those who ask ("madvise", the usual setting of
 // /sys/kernel/mm/transparent_hugepage/enabled). A refusal changes nothing, nor do pages that are there already.
 inline void ask_for_large_pages(const torch::stable::Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -42,7 +42,6 @@ EMULATE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
 }
 EMULATE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], c[i]); }); }
 EMULATE __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], -c[i]); }); }
-EMULATE __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
 EMULATE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(-a[i], b[i], c[i]); }); }
 EMULATE __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
 EMULATE __m512 _mm512_min_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] < b[i] ? a[i] : b[i]; }); }
