@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/classification.h"
 #include "math/softmax.h"
@@ -17,28 +18,35 @@ struct SoftmaxLoss {
   int64_t background;
   double eta, eps;
 
-  int64_t rows() const { return logits.size(0); }
-  int64_t columns() const { return logits.size(1); }
-  int64_t rows_per_block() const { return std::max<int64_t>(1, kBlockEntries / columns()); }
-  int64_t blocks() const { return (rows() + rows_per_block() - 1) / rows_per_block(); }
-  std::vector<float> buffer() const { return std::vector<float>(columns() + 16); }
+  // pow costs as much as a row's exponentials.
+  double power(double overlap) const {
+    if (eta != 1.5) return iou_power(overlap, eta);
+    const double clamped = clamp(overlap, 0.0, 1.0);
+    return clamped * std::sqrt(clamped);
+  }
+
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  const int64_t tile_rows = softmax_tile_rows(columns);
+  const int64_t rows_per_block = std::max<int64_t>(1, kBlockEntries / columns / tile_rows) * tile_rows;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const SoftmaxRows kernel = kernels().softmax[dtype_index(logits)];
 
   // f(block, first row, last row) for fixed blocks of rows.
   template <class F>
   void for_blocks(const F& f) const {
-    torch::stable::parallel_for(0, blocks(), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       FlushDenormals flush;
-      for (int64_t b = begin; b < end; ++b) f(b, b * rows_per_block(), std::min(rows(), (b + 1) * rows_per_block()));
+      for (int64_t b = begin; b < end; ++b) f(b, b * rows_per_block, std::min(rows, (b + 1) * rows_per_block));
     });
   }
 
   // A row whose loss is not finite, by the rules for infinite logits and NaN.
   double not_finite(int64_t r, int64_t y, double scale, const Tensor* out) const {
     const FloatReader x(logits);
-    const int64_t first = r * columns();
+    const int64_t first = r * columns;
     std::optional<FloatWriter> gradient;
     if (out) gradient.emplace(*out);
-    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns(), y,
+    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns, y,
                                  [&](int64_t k, double slope) {
                                    if (gradient) gradient->set(first + k, slope != slope ? slope : scale * slope);
                                  });
@@ -47,32 +55,81 @@ struct SoftmaxLoss {
   // Row 0 of the sums counts the rows that are not ignored: the default divisor of a softmax loss.
   void add_up(const Tensor& sums_tensor) const {
     const int64_t per_block = 4 * (1 + scopes.count());
-    std::vector<double> parts(blocks() * per_block);
-    const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
-    const char* x = static_cast<const char*>(logits.const_data_ptr());
-    const int64_t stride = columns() * logits.element_size();
+    std::vector<double> parts(blocks * per_block);
     const IntReader label(labels);
-    const FloatReader overlap(iou);
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       const Sums sums{parts.data() + b * per_block};
-      std::vector<float> scratch = buffer();
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t y = label[r], scope = scopes.get(r);
-        if (y >= 0) sums.shared(Sums::kCount) += 1;
-        if (y >= columns() || scope < 0) {
-          sums.shared(Sums::kBad) += 1;  // never used as an index; poisons the loss
-          continue;
-        }
-        if (y < 0 || y == background) continue;
-        const double plain = row(x + r * stride, nullptr, columns(), y, 1.0, scratch.data());
-        const double limit = plain - plain == 0 ? plain : not_finite(r, y, 1.0, nullptr);
-        sums.add(scope, Sums::kClsPlain, weight.get(r, 1.0) * limit, iou_power(overlap[r], eta));
+      std::vector<int64_t> positives(last - first + 2 * tile_rows);
+      int64_t found = 0, counted = 0, bad = 0;
+      for (int64_t r = first; r < last; ++r) {  // no branches: which rows are positive cannot be predicted
+        const int64_t y = label[r];
+        const bool wrong = (y >= columns) | (scopes.get(r) < 0);  // never used as an index; poisons the loss
+        positives[found] = r;
+        found += !wrong & (y >= 0) & (y != background);
+        counted += y >= 0;
+        bad += wrong;
       }
+      sums.shared(Sums::kCount) = static_cast<double>(counted);
+      sums.shared(Sums::kBad) = static_cast<double>(bad);
+      std::fill(positives.begin() + found, positives.end(), found ? positives[found - 1] : first);
+      add_positives(positives.data(), found, sums);
     });
     double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
     std::fill(total, total + per_block, 0.0);
-    for (int64_t b = 0; b < blocks(); ++b) {
+    for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t i = 0; i < per_block; ++i) total[i] += parts[b * per_block + i];
+    }
+  }
+
+  // The losses of these rows; a tile's number of rows more can be read behind them.
+  void add_positives(const int64_t* positives, int64_t count, const Sums& sums) const {
+    std::vector<float> buffer(softmax_buffer(columns));
+    const IntReader label(labels);
+    const FloatReader overlap(iou);
+    SoftmaxTile tile;
+    tile.x = logits.const_data_ptr();
+    tile.out = nullptr;
+    tile.columns = columns;
+    tile.all_rows = rows;
+    for (int64_t first = 0; first < count; first += tile.rows) {
+      tile.rows = std::min(tile_rows, count - first);
+      tile.order = positives + first;
+      for (int64_t i = 0; i < tile.rows; ++i) tile.target[i] = label[tile.order[i]];
+      std::fill(tile.scale, tile.scale + tile.rows, 0.0);
+      kernel(tile, buffer.data());
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t r = tile.order[i];
+        const double plain = tile.loss[i];
+        const double limit = plain - plain == 0 ? plain : not_finite(r, tile.target[i], 1.0, nullptr);
+        sums.add(scopes.get(r), Sums::kClsPlain, weight.get(r, 1.0) * limit, power(overlap[r]));
+      }
+    }
+  }
+
+  // Targets and scales of the tile's rows, which begin at row `first`; balance and sample: a row's two weights.
+  void describe(SoftmaxTile& tile, int64_t first, const std::vector<double>& normalizers, double out_scale,
+                const FloatReader* grad_row, double* balance, double* sample) const {
+    const IntReader label(labels);
+    const FloatReader overlap(iou);
+    int64_t positives[kSoftmaxRows], found = 0;
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const int64_t y = label[first + i];
+      const bool wrong = (y >= columns) | (scopes.get(first + i) < 0), counted = !wrong & (y >= 0);
+      tile.target[i] = counted ? y : -1;
+      sample[i] = wrong ? NAN : 1.0;
+      balance[i] = 1.0;
+      positives[found] = i;
+      found += counted & (y != background);
+    }
+    for (int64_t j = 0; j < found; ++j) {
+      const int64_t i = positives[j], r = first + i;
+      balance[i] = normalizers[scopes.get(r)] * power(overlap[r]);
+    }
+    if (weight) {
+      for (int64_t i = 0; i < tile.rows; ++i) sample[i] *= tile.target[i] < 0 ? 1.0 : weight.get(first + i, 1.0);
+    }
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      tile.scale[i] = sample[i] * balance[i] * (grad_row ? (*grad_row)[first + i] : out_scale);
     }
   }
 
@@ -81,42 +138,36 @@ struct SoftmaxLoss {
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
     const Sums sums = sums_of(sums_tensor);
-    const SoftmaxRow row = kernels().softmax[dtype_index(logits)];
-    const int64_t stride = columns() * logits.element_size();
+    const int64_t stride = columns * logits.element_size();
     const char* x = static_cast<const char*>(logits.const_data_ptr());
     char* g = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
-    const IntReader label(labels);
-    const FloatReader overlap(iou);
     std::optional<FloatWriter> each_row;
     std::optional<FloatReader> grad_row;
     if (each) each_row.emplace(*each);
     if (grad_rows) grad_row.emplace(*grad_rows);
     std::vector<double> normalizers;
     for (int64_t s = 0; s < scopes.count(); ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
-    std::vector<double> parts(blocks());
+    std::vector<double> parts(blocks);
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
-      std::vector<float> scratch = buffer();
+      std::vector<float> buffer(softmax_buffer(columns));
+      double balance[kSoftmaxRows], sample[kSoftmaxRows], losses[kSoftmaxRows];
+      SoftmaxTile tile;
+      tile.columns = columns;
+      tile.order = nullptr;
       double sum = 0;
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t y = label[r], scope = scopes.get(r);
-        for (int64_t o = 0; o < stride; o += 64) {
-          __builtin_prefetch(x + r * stride + 2048 + o, 0, 3);
-          if (g) __builtin_prefetch(g + r * stride + 2048 + o, 1, 3);
+      for (int64_t at = first; at < last; at += tile.rows) {
+        tile.rows = std::min(tile_rows, last - at);
+        tile.x = x + at * stride;
+        tile.out = g ? g + at * stride : nullptr;
+        describe(tile, at, normalizers, out_scale, grad_row ? &*grad_row : nullptr, balance, sample);
+        kernel(tile, buffer.data());
+        for (int64_t i = 0; i < tile.rows; ++i) {
+          double plain = tile.loss[i];
+          if (plain - plain != 0) plain = not_finite(at + i, tile.target[i], tile.scale[i], out);
+          losses[i] = weighted_loss(balance[i], sample[i] * plain);
         }
-        double loss = 0;
-        if (y < 0 || y >= columns() || scope < 0) {
-          if (g) std::fill(g + r * stride, g + (r + 1) * stride, 0);
-          if (y >= columns() || scope < 0) loss = NAN;
-        } else {
-          const double balance = y == background ? 1.0 : normalizers[scope] * iou_power(overlap[r], eta);
-          const double sample = weight.get(r, 1.0);
-          const double scale = sample * balance * (grad_row ? (*grad_row)[r] : out_scale);
-          double plain = row(x + r * stride, g ? g + r * stride : nullptr, columns(), y, scale, scratch.data());
-          if (plain - plain != 0) plain = not_finite(r, y, scale, out);
-          loss = weighted_loss(balance, sample * plain);
-        }
-        if (each_row) each_row->set(r, loss);
-        sum += loss;
+        for (int64_t i = 0; i < tile.rows; ++i) sum += losses[i];
+        for (int64_t i = 0; each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
       }
       parts[b] = sum;
     });

@@ -22,13 +22,34 @@ enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 
 // Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out.
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
                               Output output);
-// logsumexp(x) - x[target]; with out also scale * (softmax - onehot). buffer holds columns + 16 floats (doubles for
-// float64).
-using SoftmaxRow = double (*)(const void* x, void* out, int64_t columns, int64_t target, double scale, float* buffer);
+
+// Softmax cross entropy of some rows: loss = logsumexp(x) - x[target], and where out is given scale * (softmax(x) -
+// onehot(target)). A row with a negative target is ignored: loss 0, zeros in out. A row without a finite loss is the
+// caller's: its loss is not finite, what it has in out is unspecified. out may be x.
+constexpr int64_t kSoftmaxRows = 64;
+struct SoftmaxTile {
+  const void* x;
+  void* out;
+  int64_t rows, columns;
+  // Null: the rows begin at x and follow each other. Else row i is row order[i] of the all_rows rows at x, there is no
+  // out, and order[rows ... 2 * rows) names the rows that will be wanted next.
+  const int64_t* order;
+  int64_t all_rows;
+  int64_t target[kSoftmaxRows];
+  double scale[kSoftmaxRows], loss[kSoftmaxRows];
+};
+// Rows of a tile: its exponentials fill a part of the L1 cache, and rows come in vectors.
+inline int64_t softmax_tile_rows(int64_t columns) {
+  const int64_t rows = 2048 / columns;
+  return rows >= kSoftmaxRows ? kSoftmaxRows : rows >= 8 ? rows / 8 * 8 : rows > 1 ? rows : 1;
+}
+// The size of the kernel's buffer: room for its alignment and for the last vector.
+inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 48; }
+using SoftmaxRows = void (*)(SoftmaxTile& tile, float* buffer);
 
 struct KernelTable {
   FocalDense focal[4];
-  SoftmaxRow softmax[4];
+  SoftmaxRows softmax[4];
   int isa;  // 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16
 };
 

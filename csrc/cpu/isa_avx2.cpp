@@ -10,7 +10,7 @@ IOUBAL_TARGET_BEGIN("avx2,fma,f16c")
 #include "cpu/simd.inc"
 //
 #include "cpu/focal_dense.inc"
-#include "cpu/softmax_row.inc"
+#include "cpu/softmax_rows.inc"
 IOUBAL_TARGET_END
 
 }  // namespace
@@ -18,7 +18,7 @@ IOUBAL_TARGET_END
 const KernelTable& avx2_kernels() {
   static const KernelTable table = {
       {focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, portable_kernels().focal[kFloat64]},
-      {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, portable_kernels().softmax[kFloat64]},
+      {softmax_rows<float>, softmax_rows<BFloat16>, softmax_rows<Half>, portable_kernels().softmax[kFloat64]},
       2};
   return table;
 }

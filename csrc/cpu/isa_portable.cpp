@@ -1,5 +1,5 @@
 // Kernels for any CPU, and the float64 ones of every instruction set.
-#include <vector>
+#include <algorithm>
 
 #include "cpu/isa_body.h"
 #include "math/focal.h"
@@ -12,7 +12,7 @@ namespace {
 #include "cpu/simd.inc"
 //
 #include "cpu/focal_dense.inc"
-#include "cpu/softmax_row.inc"
+#include "cpu/softmax_rows.inc"
 
 // float64 is for gradcheck and the oracle's company: plain scalar code.
 double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const PeriodicMask& mask,
@@ -30,24 +30,33 @@ double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, doub
   return total;
 }
 
-double softmax_row_f64(const void* x_, void* out_, int64_t columns, int64_t target, double scale, float*) {
-  const double* x = (const double*)x_;
-  double* out = (double*)out_;
-  const double x_target = x[target];
-  const RowSum<double> row = row_sum<double>([x](int64_t k) { return x[k]; }, columns);
-  if (out) {
-    const double at_target = (std::exp(x_target - row.top) / row.sum - 1) * scale;
-    for (int64_t k = 0; k < columns; ++k) out[k] = std::exp(x[k] - row.top) / row.sum * scale;
-    out[target] = at_target;
+void softmax_rows_f64(SoftmaxTile& tile, float*) {
+  const int64_t columns = tile.columns;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const double* x = (const double*)tile.x + (tile.order ? tile.order[r] : r) * columns;
+    double* out = tile.out ? (double*)tile.out + r * columns : nullptr;
+    const int64_t target = tile.target[r];
+    if (target < 0) {
+      tile.loss[r] = 0;
+      if (out) std::fill(out, out + columns, 0.0);
+      continue;
+    }
+    const double x_target = x[target];
+    const RowSum<double> row = row_sum<double>([x](int64_t k) { return x[k]; }, columns);
+    if (out) {
+      const double at_target = (std::exp(x_target - row.top) / row.sum - 1) * tile.scale[r];
+      for (int64_t k = 0; k < columns; ++k) out[k] = std::exp(x[k] - row.top) / row.sum * tile.scale[r];
+      out[target] = at_target;
+    }
+    tile.loss[r] = std::log(row.sum) + (row.top - x_target);
   }
-  return std::log(row.sum) + (row.top - x_target);
 }
 
 }  // namespace
 
 const KernelTable& portable_kernels() {
   static const KernelTable table = {{focal_dense<float>, focal_dense<BFloat16>, focal_dense<Half>, focal_dense_f64},
-                                    {softmax_row<float>, softmax_row<BFloat16>, softmax_row<Half>, softmax_row_f64},
+                                    {softmax_rows<float>, softmax_rows<BFloat16>, softmax_rows<Half>, softmax_rows_f64},
                                     0};
   return table;
 }

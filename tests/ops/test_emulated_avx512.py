@@ -32,7 +32,8 @@ def kernels(tmp_path_factory):
     built = subprocess.run([COMPILER, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
-    loaded.focal.restype = loaded.softmax.restype = ctypes.c_double
+    loaded.focal.restype = ctypes.c_double
+    loaded.softmax.restype = None
     return loaded
 
 
@@ -109,19 +110,59 @@ def test_extremes(kernels, isa, dtype):
     assert total != total and out.isnan().sum() == 30
 
 
-@pytest.mark.parametrize("columns", (2, 15, 16, 17, 81, 1204))
+def call_softmax(kernels, isa, x, target, scale, order=None, out=None):
+    rows = target.numel()
+    loss = torch.full((rows,), float("nan"), dtype=torch.float64)
+    tensors = (x, out, target, scale.double(), order, loss)
+    pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
+    i64 = ctypes.c_int64
+    kernels.softmax(
+        *(isa, DTYPES.index(x.dtype), *pointers[:2], i64(x.shape[0]), i64(x.shape[1])),
+        *(*pointers[2:5], i64(rows), pointers[5]),
+    )
+    return loss
+
+
+@pytest.mark.parametrize("columns", (1, 2, 3, 7, 15, 16, 17, 33, 63, 64, 65, 81, 1204))
+@pytest.mark.parametrize("offset, spread", ((0.0, 3.0), (60.0, 3.0), (0.0, 60.0)))
 @pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
-def test_softmax(kernels, isa, dtype, columns):
+def test_softmax(kernels, isa, dtype, offset, spread, columns):
+    """Without and with a shift by the rows' maxima; some rows ignored; all rows, and rows in another order."""
     g = torch.Generator().manual_seed(2)
-    i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    for target in (0, columns // 2, columns - 1):
-        x = (torch.randn(columns, generator=g) * 3).to(dtype)
-        out = torch.full_like(x, float("nan"))
-        memory = (pointer(x.data_ptr()), pointer(out.data_ptr()))
-        loss = kernels.softmax(isa, DTYPES.index(dtype), *memory, i64(columns), i64(target), ctypes.c_double(0.7))
-        wide = x.double().requires_grad_()
-        want = F.cross_entropy(wide, torch.tensor(target))
-        want.backward()
-        assert abs(loss - float(want)) <= 1e-6 * max(float(want), 0.1)
-        floor = testing.FLOOR + F.one_hot(torch.tensor(target), columns).double() * 0.7
-        testing.assert_close_budget(out, 0.7 * wide.grad, dtype, floor=floor, what=f"target {target}")
+    rows = 70
+    x = (torch.randn(rows, columns, generator=g) * spread + offset).to(dtype)
+    target, scale = torch.randint(0, columns, (rows,), generator=g), torch.rand(rows, generator=g) + 0.1
+    target[5::9] = -1
+    wide = x.double().requires_grad_()
+    each = F.cross_entropy(wide, target, reduction="none", ignore_index=-1)
+    (want,) = torch.autograd.grad(each @ scale.double(), wide)
+    out = torch.full_like(x, float("nan"))
+    loss = call_softmax(kernels, isa, x, target, scale, out=out)
+    hot = F.one_hot(target.clamp(min=0), columns) * (target >= 0)[:, None]
+    testing.assert_close_budget(loss, each, torch.float32, floor=0.1, what="losses")
+    testing.assert_close_budget(out, want, dtype, floor=testing.FLOOR + hot * scale[:, None].double(), what="gradient")
+    order = torch.tensor([69, 68, 3, 3, 0, 41])
+    loss = call_softmax(kernels, isa, x, target[order].contiguous(), scale, order)
+    testing.assert_close_budget(loss, each[order], torch.float32, floor=0.1, what="losses of some rows")
+
+
+@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+def test_softmax_of_rows_without_a_finite_loss(kernels, isa, dtype):
+    """They announce themselves, and their neighbours do not notice."""
+    x = (torch.randn(40, 21, generator=torch.Generator().manual_seed(3)) * 3).to(dtype)
+    target, scale = torch.arange(40) % 21, torch.ones(40)
+    x[3, 20] = x[11, 11] = float("nan")
+    x[12, 0] = float("inf")
+    x[20] = x[0, 9] = x[21, 0] = float("-inf")  # a whole row, one that is not the target, the target
+    target[21] = 0
+    bad = torch.zeros(40, dtype=torch.bool)
+    bad[torch.tensor([3, 11, 12, 20, 21])] = True
+    wide = x[~bad].double().requires_grad_()
+    each = F.cross_entropy(wide, target[~bad], reduction="none")
+    (want,) = torch.autograd.grad(each.sum(), wide)
+    out = torch.full_like(x, float("nan"))
+    loss = call_softmax(kernels, isa, x, target, scale, out=out)
+    assert torch.equal(loss.isfinite(), ~bad)
+    testing.assert_close_budget(loss[~bad], each, torch.float32, floor=0.1, what="losses")
+    floor = testing.FLOOR + F.one_hot(target[~bad], 21).double()
+    testing.assert_close_budget(out[~bad], want, dtype, floor=floor, what="gradient")

@@ -34,6 +34,8 @@ EMULATE __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 EMULATE __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 EMULATE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 EMULATE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], c[i]); }); }
+EMULATE __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(a[i], b[i], -c[i]); }); }
+EMULATE __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
 EMULATE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return lanes([&](int i) { return std::fma(-a[i], b[i], c[i]); }); }
 EMULATE __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
 EMULATE __m512 _mm512_min_ps(__m512 a, __m512 b) { return lanes([&](int i) { return a[i] < b[i] ? a[i] : b[i]; }); }
@@ -58,6 +60,15 @@ EMULATE __m512i _mm512_set1_epi32(int a) { return __m512i{} + a; }
 EMULATE __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 EMULATE __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATE __m512i _mm512_add_epi32(__m512i a, __m512i b) { return a + b; }
+EMULATE __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return a - b; }
+EMULATE __m512i _mm512_max_epi32(__m512i a, __m512i b) { return a > b ? a : b; }
+EMULATE __m512i _mm512_srai_epi32(__m512i a, int n) { return a >> n; }
+EMULATE __m512 _mm512_cvtepi32_ps(__m512i a) { return __builtin_convertvector(a, __m512); }
+EMULATE __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
+  int m = 0;
+  for (int i = 0; i < 16; ++i) m |= (a[i] > b[i]) << i;
+  return static_cast<__mmask16>(m);
+}
 EMULATE __m512i _mm512_slli_epi32(__m512i a, int n) { return a << n; }
 EMULATE __m512i _mm512_srli_epi32(__m512i a, int n) {
   typedef uint32_t unsigned_lanes __attribute__((vector_size(64)));

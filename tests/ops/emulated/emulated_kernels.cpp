@@ -1,4 +1,7 @@
 // The kernels of csrc/cpu compiled as for AVX-512, over emulated intrinsics, behind a plain C interface.
+#include <algorithm>
+#include <vector>
+
 #include "avx512_emulation.h"
 #include "cpu/isa.h"
 
@@ -10,13 +13,18 @@ using c10::BFloat16;
 using c10::Half;
 using ioubal::Output;
 using ioubal::PeriodicMask;
+using ioubal::SoftmaxTile;
+using ioubal::kSoftmaxRows;
+using ioubal::SoftmaxRows;
+using ioubal::softmax_buffer;
+using ioubal::softmax_tile_rows;
 
 namespace avx512 {
 #define IOUBAL_ISA 4
 #include "cpu/simd.inc"
 //
 #include "cpu/focal_dense.inc"
-#include "cpu/softmax_row.inc"
+#include "cpu/softmax_rows.inc"
 #undef IOUBAL_ISA
 }  // namespace avx512
 
@@ -25,7 +33,7 @@ namespace avx512_bf16 {
 #include "cpu/simd.inc"
 //
 #include "cpu/focal_dense.inc"
-#include "cpu/softmax_row.inc"
+#include "cpu/softmax_rows.inc"
 }  // namespace avx512_bf16
 
 extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n, double scale, double gamma,
@@ -38,10 +46,29 @@ extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n,
   return avx512::focal_dense<Half>(x, out, n, scale, gamma, keep, o);
 }
 
-extern "C" double softmax(int isa, int dtype, const void* x, void* out, int64_t columns, int64_t target, double scale) {
-  float buffer[4096];
-  if (isa == 5) return avx512_bf16::softmax_row<BFloat16>(x, out, columns, target, scale, buffer);
-  if (dtype == 0) return avx512::softmax_row<float>(x, out, columns, target, scale, buffer);
-  if (dtype == 1) return avx512::softmax_row<BFloat16>(x, out, columns, target, scale, buffer);
-  return avx512::softmax_row<Half>(x, out, columns, target, scale, buffer);
+// All rows, in tiles as the library forms them; order: null, or the rows to take (then `selected` of them, no out).
+extern "C" void softmax(int isa, int dtype, const void* x, void* out, int64_t rows, int64_t columns,
+                        const int64_t* target, const double* scale, const int64_t* order, int64_t selected,
+                        double* loss) {
+  const int64_t size = dtype == 0 ? 4 : 2, count = order ? selected : rows, per_tile = softmax_tile_rows(columns);
+  const SoftmaxRows kernel = isa == 5     ? avx512_bf16::softmax_rows<BFloat16>
+                             : dtype == 0 ? avx512::softmax_rows<float>
+                             : dtype == 1 ? avx512::softmax_rows<BFloat16>
+                                          : avx512::softmax_rows<Half>;
+  std::vector<float> buffer(softmax_buffer(columns));
+  std::vector<int64_t> padded(order, order + (order ? selected : 0));
+  padded.resize(count + 2 * per_tile, 0);
+  SoftmaxTile tile;
+  tile.columns = columns;
+  tile.all_rows = rows;
+  for (int64_t first = 0; first < count; first += tile.rows) {
+    tile.rows = std::min(per_tile, count - first);
+    tile.order = order ? padded.data() + first : nullptr;
+    tile.x = static_cast<const char*>(x) + (order ? 0 : first * columns * size);
+    tile.out = out ? static_cast<char*>(out) + first * columns * size : nullptr;
+    std::copy_n(target + first, tile.rows, tile.target);
+    std::copy_n(scale + first, tile.rows, tile.scale);
+    kernel(tile, buffer.data());
+    std::copy_n(tile.loss, tile.rows, loss + first);
+  }
 }
