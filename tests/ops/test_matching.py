@@ -72,6 +72,24 @@ def test_many_boxes_and_many_ties():
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_pairs_that_must_not_be_culled(level):
+    """IoUs of 0 / 0 far apart: one anchor without area, anywhere in a block, and a box without; areas of 25 and -25."""
+    limit_isa(level)
+    regular = torch.tensor([[0.0, 0, 5, 5]]).expand(150, 4)
+    empty, inverted = torch.tensor([[-90.0, -90, -90, -85]]), torch.tensor([[-90.0, -90, -95, -85]])
+    options = {"high": 0.5, "low": 0.4, "allow_low_quality": False, "force_best": False}
+    for place in range(150):
+        anchors = regular.clone()
+        anchors[place, 2 + place % 2] = 0.0
+        got = ik.match_anchors(anchors, [empty], **options, backend="cpu")
+        assert (got[0] == 0).nonzero().tolist() == [[place]] and torch.equal(
+            got, torchvision_matches(anchors, [empty], **options)
+        )
+    assert (torchvision_matches(regular, [inverted], **options) == 0).all()
+    assert (ik.match_anchors(regular, [inverted], **options, backend="cpu") == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_any_alignment(level):
     limit_isa(level)
     for rows in (1, 5, 16, 127, 130, 1025):
