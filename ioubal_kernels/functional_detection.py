@@ -251,6 +251,7 @@ def _targets(
         boxes, labels = gt_boxes[i], gt_labels[i]
         if (  # the names of the arguments are put together for errors only
             isinstance(boxes, Tensor)
+            and not boxes.is_nested  # which has no shape
             and boxes.ndim == 2
             and boxes.shape[1] == 4
             and validation.is_like(boxes, FLOAT_DTYPES, boxes.shape, device)

@@ -194,6 +194,7 @@ DETECTION = [
     ("gt_boxes", [torch.zeros(2, 4)], ValueError, ["2 images", "length 1"]),
     ("gt_boxes", [torch.zeros(2, 5), torch.zeros(2, 4)], ValueError, ["gt_boxes[0]", "(G_i, 4)", "(2, 5)"]),
     ("gt_boxes", [np.zeros((2, 4)), torch.zeros(2, 4)], TypeError, ["gt_boxes[0]", "ndarray"]),
+    ("gt_boxes", [NESTED, torch.zeros(2, 4)], TypeError, ["gt_boxes[0]", "nested"]),
     ("gt_boxes", torch.zeros(2, 3, 4), TypeError, ["gt_labels", "padded"]),
     ("gt_boxes", torch.zeros(1, 3, 4), ValueError, ["(2, G, 4)", "(1, 3, 4)"]),
     ("gt_labels", None, TypeError, ["list", "None"]),
