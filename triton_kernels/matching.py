@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ._launch import (
     EXACT,
-    MAX_REGISTERS,
     Workspace,
     cdiv,
     ground_truth,
@@ -50,9 +49,9 @@ from ._math import (
 )
 
 BLOCK = 128  # anchors culled together; _MATCH_BLOCK of ops/workspace.py
-BLOCKS = 8  # bounded by one program
-CELLS = 256  # of a program
+CELLS = 128  # of a program
 LANES = 32  # boxes tested at once: bits of an int32
+REGISTERS = 72  # what the pairs need without spilling: 28 programs of one warp per multiprocessor
 # What is kept of a box's anchors: nothing, the largest IoU, or the first anchor that has it, too.
 NOTHING, IOU, ANCHOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _KEY_SIZES = {NOTHING.value: 0, IOU.value: 4, ANCHOR.value: 8}
@@ -116,20 +115,27 @@ def lowest(bits):
 
 
 @triton.jit
+def ordered(iou):
+    """An integer that is larger for a larger IoU; NaN is above all, -0 below 0, from which every search starts."""
+    return tl.where(is_nan(iou), 0x7FC00000, iou.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def key_of(iou, anchor, KEPT: tl.constexpr):
-    """An integer that is larger for a larger IoU (NaN above all), of equal ones for the earlier anchor. -0 is below the
-    key of 0 and the first anchor, from which the search starts."""
-    bits = tl.where(is_nan(iou), 0x7FC00000, iou.to(tl.int32, bitcast=True))
+    """What is kept of an ordered IoU: an integer that is larger for a larger one, of equal ones for the earlier
+    anchor."""
     if KEPT == ANCHOR:
-        return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - anchor.to(tl.int64))
-    return bits
+        return (iou.to(tl.int64) << 32) | (0xFFFFFFFF - anchor.to(tl.int64))
+    else:
+        return iou
 
 
 @triton.jit
 def iou_of(key, KEPT: tl.constexpr):
     if KEPT == ANCHOR:
-        key = (key >> 32).to(tl.int32)
-    return key.to(tl.float32, bitcast=True)
+        return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return key.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -141,7 +147,8 @@ def anchor_of(key):
 def key_pointer(sc, at, KEPT: tl.constexpr):
     if KEPT == ANCHOR:
         return pointer(sc.key, tl.int64) + at
-    return pointer(sc.key, tl.int32) + at
+    else:
+        return pointer(sc.key, tl.int32) + at
 
 
 # ---------------------------------------------------------------------------------------------- 1: boxes and bounds
@@ -171,34 +178,26 @@ def collect_boxes(
         tl.store(pointer(sc.index, tl.int32) + start + order, at, mask=valid)
         if KEPT != NOTHING:
             none = tl.zeros((LANES,), tl.int32)
-            tl.store(key_pointer(sc, start + order, KEPT), key_of(none.to(tl.float32), none, KEPT), mask=valid)
+            tl.store(key_pointer(sc, start + order, KEPT), key_of(none, none, KEPT), mask=valid)
         found += tl.sum(valid.to(tl.int32), 0)
         first += LANES
     tl.store(pointer(sc.count, tl.int32) + image, found)
 
 
 @triton.jit
-def bound_blocks(sc, anchors, first, rows, blocks, all_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Bounds of the blocks from `first` on; those of a block with an irregular anchor touch every box."""
-    block = first + tl.arange(0, BLOCKS)
-    row = (block % blocks)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (block < all_blocks)[:, None]
-    at = (block // blocks).to(tl.int64)[:, None] * rows + row
-    size: tl.constexpr = BLOCKS * BLOCK
-    a0, a1, a2, a3 = load_corners(anchors, at.reshape((size,)), inside.reshape((size,)))
-    regular = is_regular_anchor(a0, a1, a2, a3).reshape((BLOCKS, BLOCK)) | (inside == 0)
-    whole = tl.min(regular.to(tl.int32), 1) != 0
+def bound_block(sc, anchors, block, rows, blocks, all_blocks, BLOCK: tl.constexpr):
+    """Bounds of a block of anchors; those of one with an irregular anchor touch every box."""
+    row = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    a0, a1, a2, a3 = load_corners(anchors, tl.cast(block // blocks, tl.int64) * rows + row, inside)
+    regular = is_regular_anchor(a0, a1, a2, a3) | (inside == 0)
     big: tl.constexpr = float("inf")
-    low_x = tl.min(tl.where(inside, a0.reshape((BLOCKS, BLOCK)), big), 1)
-    low_y = tl.min(tl.where(inside, a1.reshape((BLOCKS, BLOCK)), big), 1)
-    high_x = tl.max(tl.where(inside, a2.reshape((BLOCKS, BLOCK)), -big), 1)
-    high_y = tl.max(tl.where(inside, a3.reshape((BLOCKS, BLOCK)), -big), 1)
+    whole = tl.min(regular.to(tl.int32), 0) != 0
     out = pointer(sc.bounds, tl.float32) + block
-    mask = block < all_blocks
-    tl.store(out, tl.where(whole, low_x, -big), mask=mask)
-    tl.store(out + all_blocks, tl.where(whole, low_y, -big), mask=mask)
-    tl.store(out + 2 * all_blocks, tl.where(whole, high_x, big), mask=mask)
-    tl.store(out + 3 * all_blocks, tl.where(whole, high_y, big), mask=mask)
+    tl.store(out, tl.where(whole, tl.min(tl.where(inside, a0, big), 0), -big))
+    tl.store(out + all_blocks, tl.where(whole, tl.min(tl.where(inside, a1, big), 0), -big))
+    tl.store(out + 2 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a2, -big), 0), big))
+    tl.store(out + 3 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a3, -big), 0), big))
 
 
 @triton.jit(do_not_specialize=["images", "places", "rows", "blocks", "all_blocks"])
@@ -217,13 +216,13 @@ def match_prepare_kernel(
     LABELED: tl.constexpr,
     KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < images:
-        collect_boxes(gt, sc, program, images, places, BOX_T, LABEL_T, PADDED, LABELED, KEPT, BLOCK)
+        collect_boxes(gt, sc, program, images, places, BOX_T, LABEL_T, PADDED, LABELED, KEPT, LANES)
     else:
-        bound_blocks(sc, anchors, (program - images) * BLOCKS, rows, blocks, all_blocks, BLOCK, BLOCKS)
+        bound_block(sc, anchors, program - images, rows, blocks, all_blocks, BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------- 2 and 3: the pairs
@@ -299,7 +298,10 @@ def match_kernel(
                 best = tl.where(over, iou, best)
                 index = tl.where(over, tl.load(box_index + g), index)
                 if KEPT != NOTHING:
-                    key = tl.max(tl.where(inside, key_of(iou, row, KEPT), 0), 0)
+                    order = tl.where(inside, ordered(iou), -1)
+                    largest = tl.max(order, 0)
+                    first_row = tl.min(tl.where(order == largest, row, 0x7FFFFFFF), 0)
+                    key = key_of(largest, first_row, KEPT)
                     tl.atomic_max(key_pointer(sc, start + g, KEPT), key, sem="relaxed")
         first += LANES
     matched = tl.where(count > 0, matched_index(best, index, high, low), UNMATCHED)
@@ -403,14 +405,13 @@ def match_anchors(
     sizes = (4 * all_blocks, 4), (images, 4), (4 * each, 4), (each, 4), (each, 4), (each, _KEY_SIZES[kept])
     scratch = Scratch(*pack(*(memory.take(count, size) for count, size in sizes)))
     numbers = (images, places, rows, blocks, all_blocks)
-    options = {"KEPT": kept, "BLOCK": BLOCK, "maxnreg": MAX_REGISTERS, **EXACT}
+    # One warp: a lane per box, no barrier in the maxima.
+    options = {"KEPT": kept, "BLOCK": BLOCK, "LANES": LANES, "num_warps": 1, "maxnreg": REGISTERS, **EXACT}
     with on_device(anchors):
-        match_prepare_kernel[(images + cdiv(all_blocks, BLOCKS),)](
-            truth, scratch, anchors, *numbers, **gt_options, LABELED=bool(gt_labels), BLOCKS=BLOCKS, num_warps=4,
-            **options,
-        )  # fmt: skip
-        # One warp: a lane per box, and no barrier in the maxima.
-        options |= {"OWN_ANCHORS": own, "LANES": LANES, "num_warps": 1}
+        match_prepare_kernel[(images + all_blocks,)](
+            truth, scratch, anchors, *numbers, **gt_options, LABELED=bool(gt_labels), **options
+        )
+        options["OWN_ANCHORS"] = own
         grid = (images * blocks,)
         match_kernel[grid](scratch, anchors, matched_idxs, *numbers, _float32(high), _float32(low), **options)
         if allow_low_quality or force_best:
@@ -544,5 +545,5 @@ def match_fovea(
     with on_device(matched_idxs):
         match_fovea_kernel[(sum(tiles) * images,)](
             table, truth, matched_idxs, per_image, _float32(1 - sigma), _float32(1 + sigma), **gt_options,
-            LABELED=bool(gt_labels), CELLS=CELLS, LANES=LANES, num_warps=4, maxnreg=MAX_REGISTERS, **EXACT,
+            LABELED=bool(gt_labels), CELLS=CELLS, LANES=LANES, num_warps=1, maxnreg=REGISTERS, **EXACT,
         )  # fmt: skip

@@ -39,6 +39,12 @@ from ioubal_kernels.ops import library, with_triton  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+# What may differ from the operations that the source names: multiply-adds, products and sums that ptxas may contract
+# into them (those with a rounding of their own it must not), approximate divisions, numbers flushed to 0.
+INEXACT = re.compile(r"\b(?:(?:fma|mad)\.\S*f(?:32|64)|(?:mul|add|sub|div)\.(?!rn\.f)\S*f(?:32|64)|\S+\.ftz\S*)")
+EXACT_KERNELS = ("match_",)  # what the names begin with of kernels whose results are compared for equality
+
+
 class CompileOnly:
     """A driver for a GPU that is not there."""
 
@@ -56,7 +62,8 @@ class CompileOnly:
 
 
 def figures(kernel: Any) -> dict[str, int]:
-    """Registers, spilled instructions, 16-byte accesses, and float atomics, which there must be none of."""
+    """Registers, spilled instructions, 16-byte accesses, float atomics, which there must be none of, and operations
+    that may be rounded otherwise than written."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.asm["cubin"])
@@ -71,6 +78,7 @@ def figures(kernel: Any) -> dict[str, int]:
         "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
         "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128\b", code)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.f(?:16|32|64)", kernel.asm["ptx"])),
+        "inexact": len(INEXACT.findall(kernel.asm["ptx"])),
     }
 
 
@@ -108,6 +116,14 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         x = rows.logits.requires_grad_()
         ik.iou_balanced_sigmoid_focal_loss(x * 1, rows.labels, rows.iou, backend="triton", inplace=True).backward()
 
+    def matching(padded: bool, rule: str, index: torch.dtype) -> None:
+        d = testing.detection_inputs(images=2, per_location=9, levels=((16, 32),), dtype=dtype)
+        gt = d.padded() if padded else d
+        own = d.anchors.expand(2, -1, 4) if padded else d.anchors
+        options = {"gt_labels": gt.gt_labels if padded else None, "dtype": index, "backend": "triton"}
+        ik.match_anchors(own.to(dtype), gt.gt_boxes, **ik.MATCHING_RULES[rule], **options)
+        ik.match_fovea(gt.gt_boxes, [(16, 32), (8, 16)], strides=(8, 16), scale_ranges=((1, 64), (32, 128)), **options)
+
     focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
     wide, mixed = ((32, 64), (16, 32)), ((32, 64), (5, 7))
     yield "detection flat", lambda: detection("flat", wide)
@@ -120,6 +136,17 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "smooth L1", smooth_l1
     yield "boxes", boxes
     yield "in place", in_place
+    yield "matching retinanet", lambda: matching(False, "retinanet", torch.int32)
+    yield "matching ssd", lambda: matching(True, "ssd", torch.int64)
+    yield "matching roi_heads", lambda: matching(False, "roi_heads", torch.int64)
+
+
+@functools.cache
+def _take_cpu_tensors() -> None:
+    """Registers the launchers for CPU tensors, which torch allows once."""
+    for schema in library.SCHEMAS:
+        name = schema.split(".")[0]
+        library._library.impl(f"{name}.triton", with_triton._kernel(name), "CPU")
 
 
 def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> dict[str, dict[str, int]]:
@@ -141,9 +168,7 @@ def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> 
         return kernel
 
     JITFunction.run = compile_only
-    for schema in library.SCHEMAS:
-        name = schema.split(".")[0]
-        library._library.impl(f"{name}.triton", with_triton._kernel(name), "CPU")
+    _take_cpu_tensors()
     row = backends._BACKENDS["triton"]
     backends._BACKENDS["triton"] = dataclasses.replace(row, device="cpu", unavailable=lambda: None)
     try:
@@ -164,6 +189,8 @@ def breaches(found: dict[str, dict[str, int]], budget: dict[str, list[int]]) -> 
         for figure in ("stack", "local", "float_atomics"):
             if got[figure]:
                 wrong.append(f"{name}: {figure} {got[figure]}")
+        if got["inexact"] and name.split(": ")[1].startswith(EXACT_KERNELS):
+            wrong.append(f"{name}: {got['inexact']} operations that are not rounded as written")
         if name not in budget:
             wrong.append(f"{name}: not in {BUDGET.name}")
             continue

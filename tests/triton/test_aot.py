@@ -39,6 +39,26 @@ def test_the_fused_loss_keeps_its_budget(case: str) -> None:
     gate("--capability", "90", "--dtype", "bfloat16", "--case", case)
 
 
+@pytest.mark.parametrize("rule", ("retinanet", "ssd"))
+def test_matching_keeps_its_budget_and_contracts_nothing(rule: str) -> None:
+    gate("--capability", "90", "--dtype", "float32", "--case", f"matching {rule}")
+
+
+def test_the_gate_sees_a_contraction() -> None:
+    """Without the option that forbids it, the compiler does contract these kernels' multiply-adds."""
+    code = """
+import aot
+from ioubal_kernels.triton_kernels import matching
+matching.EXACT.clear()
+found = aot.compile_all(90, ["float32"], "matching retinanet")
+inexact = {name.split(": ")[1]: got["inexact"] for name, got in found.items()}
+assert inexact["match_kernel #1"] and inexact["match_best_kernel #1"] and inexact["match_fovea_kernel #1"], inexact
+"""
+    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -63,12 +83,18 @@ def test_the_passes_over_the_logits_read_and_write_16_bytes() -> None:
 def test_the_gate_finds_what_it_should() -> None:
     code = """
 import aot
-good = {"registers": 40, "stack": 0, "local": 0, "wide_loads": 4, "wide_stores": 2, "float_atomics": 0}
-budget = {"k": [40, 4, 2]}
-assert aot.breaches({"k": good}, budget) == []
+good = {"registers": 40, "stack": 0, "local": 0, "wide_loads": 4, "wide_stores": 2, "float_atomics": 0,
+        "inexact": 7}
+budget = {"k: k #1": [40, 4, 2], "k: match_kernel #1": [40, 4, 2]}
+assert aot.breaches({"k: k #1": good}, budget) == []
+assert len(aot.breaches({"k: match_kernel #1": good}, budget)) == 1
 for name, value in (("registers", 41), ("stack", 8), ("local", 1), ("wide_loads", 3), ("wide_stores", 0)):
-    assert len(aot.breaches({"k": {**good, name: value}}, budget)) == 1, name
-assert len(aot.breaches({"new": good}, budget)) == 1
+    assert len(aot.breaches({"k: k #1": {**good, name: value}}, budget)) == 1, name
+assert len(aot.breaches({"new: k #1": good}, budget)) == 1
+for code in ("fma.rn.f32 %r1", "mul.f32 %r1", "add.ftz.f32 %r1", "div.full.f32 %r1", "sub.f64 %rd1", "max.ftz.f32 %r1"):
+    assert aot.INEXACT.search(code), code
+for code in ("mul.rn.f32 %r1", "div.rn.f32 %r1", "max.f32 %r1", "mad.lo.s32 %r1", "add.s32 %r1", "mul.wide.s32 %r1"):
+    assert not aot.INEXACT.search(code), code
 """
     environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)

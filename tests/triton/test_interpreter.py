@@ -15,10 +15,12 @@ QUICK = {
     "detection": ("test_detection.py", "parity or nothing_there or bitwise", 59),
     "focal": ("test_flat.py", "focal or addresses", 150),
     "other flat losses, boxes": ("test_flat.py", "not (focal or addresses)", 100),
-    "hostile": ("test_hostile.py", "not extreme", 45),
+    "hostile": ("test_hostile.py", "not extreme", 47),
+    "matching": ("test_matching.py", "not drawn_batches", 70),
 }
 SLOW = {
     "extreme logits": ("test_hostile.py", "extreme", 24),
+    "matching": ("test_matching.py", "drawn_batches", 80),
     "detection": ("test_detection.py", "not (parity or nothing_there or bitwise)", 50),
 }
 

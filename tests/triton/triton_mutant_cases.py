@@ -4,6 +4,7 @@ kernels in FOLDER until one fails; FILE, the changed one, chooses which come fir
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from checks import check_detection, check_flat
 
 import ioubal_kernels as ik
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.ops import workspace
 
 
@@ -84,8 +85,53 @@ def boxes() -> None:
         testing.assert_close_budget(results[1][1], results[0][1], torch.float32)
 
 
-FIRST = {"cross_entropy.py": softmax, "smooth_l1.py": smooth_l1, "focal.py": focal, "rescale.py": focal}
-ALL = (focal, smooth_l1, boxes, softmax, detection)
+def matching() -> None:
+    g = torch.Generator().manual_seed(8)
+    corner = torch.arange(140).unsqueeze(1) * torch.tensor([3.0, 0.5])
+    anchors = torch.cat([corner, corner + 24 + torch.rand(140, 2, generator=g)], 1)
+    boxes = torch.cat([anchors[100:130] + 1.5, anchors[10:14], anchors[10:12]])
+    boxes[20:] += torch.rand(16, 4, generator=g) * 6
+    boxes[31] = anchors[137]
+    boxes[7] = torch.tensor([20.0, 3, 10, 30])
+    few, far = anchors[[5, 5, 90]] + 2, anchors[[0]] - 900
+    odd = torch.tensor([[0.0, 0, math.inf, 40], [30, 20, 30, 50], [40, 15, 61, 41]])
+    kinked = anchors.clone()
+    kinked[3] = torch.tensor([9.0, 9, 9, 9])
+    kinked[60, 3] = math.nan
+    for given, images, high, low in (
+        (anchors, [boxes, boxes[:1]], 0.5, 0.4),
+        (anchors, [few, boxes[:0], far], 0.5, 0.4),
+        (torch.stack([kinked, anchors.flip(0)]), [odd, few], 0.3, 0.2),
+    ):
+        labels = [torch.arange(len(b)) % 6 - 1 for b in images]
+        padded = testing_matching.padded_boxes(images)
+        padded[:, 4] = math.nan
+        places = (torch.arange(padded.shape[1]) % 6 - 1).repeat(len(images), 1)
+        for rule in ((True, False), (False, True), (True, True), (False, False)):
+            options = {"high": high, "low": low, "allow_low_quality": rule[0], "force_best": rule[1]}
+            pairs = [(images, None)] if rule[0] else [(images, labels)]
+            pairs += [(padded, places if rule[1] else None)]
+            for gt, gt_labels in pairs:
+                want = ik.match_anchors(given, gt, gt_labels=gt_labels, backend="reference", **options)
+                got = ik.match_anchors(given, gt, gt_labels=gt_labels, backend="triton", **options)
+                assert torch.equal(got, want), (options, got, want)
+    boxes = boxes * torch.tensor([0.25, 1.2, 0.25, 1.2])
+    boxes[33], boxes[34] = boxes[32], torch.tensor([-9.0, -9, 30, 30])
+    levels = [(12, 14), (6, 7)], (8, 16), ((1, 20), (16, 64))
+    for gt, gt_labels in (([boxes, boxes[5:9]], None), (boxes[None], torch.arange(36)[None] % 7 - 1)):
+        options = {"gt_labels": gt_labels, "strides": levels[1], "scale_ranges": levels[2]}
+        want = ik.match_fovea(gt, levels[0], backend="reference", **options)
+        assert torch.equal(ik.match_fovea(gt, levels[0], backend="triton", **options), want), want
+
+
+FIRST = {
+    "matching.py": matching,
+    "cross_entropy.py": softmax,
+    "smooth_l1.py": smooth_l1,
+    "focal.py": focal,
+    "rescale.py": focal,
+}
+ALL = (focal, smooth_l1, boxes, softmax, detection, matching)
 
 
 def main(folder: str, changed: str | None = None) -> None:

@@ -57,6 +57,28 @@ _math.py
     (low - high) * size / w0
     return (b2 - b0 <= 0.0) | (b3 - b1 <= 0.0)
     return (b2 - b0 < 0.0) | (b3 - b1 < 0.0)
+    rounded_product(b2 - b0, b3 - b1)
+    rounded_product(b2 - b0, b3 - b0)
+    union = box_area + anchor_area - overlap
+    union = box_area + (anchor_area - overlap)
+    tl.where(overlap == 0.0, rounded_product(overlap, quotient), quotient)
+    tl.where(overlap == 0.0, overlap, quotient)
+    ((iou <= best) == 0) & (is_nan(best) == 0)
+    ((iou <= best) == 0)
+    ((iou <= best) == 0) & (is_nan(best) == 0)
+    (iou > best)
+    ((iou <= best) == 0) & (is_nan(best) == 0)
+    (iou >= best)
+    tl.where(iou < low, UNMATCHED
+    tl.where(iou <= low, UNMATCHED
+    tl.where(iou < high, BETWEEN
+    tl.where(iou <= high, BETWEEN
+    (area >= smallest_squared) & (area <= largest_squared)
+    (area >= smallest_squared) & (area < largest_squared)
+    first = tl.ceil(low + rounded_product(from_, half) - 0.5)
+    first = tl.ceil(low + rounded_product(to, half) - 0.5)
+    return area <= current_area
+    return area < current_area
 _launch.py
     while value % width:
     while False:
@@ -133,6 +155,51 @@ smooth_l1.py
     factor *= tl.load(grad_rows
     overlap = tl.load(iou + row
     overlap = 0.9 * tl.load(iou + row
+matching.py
+    valid = inside & (is_padding(b0, b1, b2, b3) == 0)
+    valid = inside
+    != NO_LABEL)
+    != 7)
+    tl.store(pointer(sc.index, tl.int32) + start + order, at
+    tl.store(pointer(sc.index, tl.int32) + start + order, order
+    regular = is_regular_anchor(a0, a1, a2, a3) | (inside == 0)
+    regular = inside == inside
+    (is_regular_box(area)) == 0)
+    (area == area)) == 0)
+    out + 2 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a2
+    out + 2 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a0
+    apart |= tl.load(corners + 2 * plane, mask=valid, other=0.0) <=
+    apart |= tl.load(corners + 0 * plane, mask=valid, other=0.0) <=
+    0xFFFFFFFF - anchor.to(tl.int64)
+    anchor.to(tl.int64)
+    first_row = tl.min(
+    first_row = tl.max(
+    tl.where(is_nan(iou), 0x7FC00000, iou.to
+    tl.where(is_nan(iou), 0, iou.to
+    order = tl.where(inside, ordered(iou), -1)
+    order = ordered(iou)
+    tl.atomic_max(
+    tl.atomic_min(
+    matched = tl.where(count > 0, matched_index
+    matched = tl.where(count >= 0, matched_index
+    nothing = valid & (iou_of(key, KEPT) == 0.0)
+    nothing = valid & (iou_of(key, KEPT) == -1.0)
+    wanted |= valid & (anchor_of(key) // BLOCK == local)
+    wanted |= valid & (anchor_of(key) // BLOCK == 0)
+    forced = tl.where(row == anchor_of(largest), place, forced)
+    forced = tl.where((row == anchor_of(largest)) & (forced < 0), place, forced)
+    restored |= (iou == iou_of(largest, KEPT)).to(tl.int32)
+    restored |= (iou >= iou_of(largest, KEPT) - 1e-6).to(tl.int32)
+    tl.load(box_index, mask=count > 0, other=UNMATCHED)
+    tl.zeros((), tl.int32)
+    (top <= last_row)
+    (top < last_row)
+    (bottom >= first_row)
+    (bottom > first_row)
+    (column <= right_)
+    (column < right_)
+    pick(lv.first, level) + cell
+    cell
 rescale.py
     value = tl.load(at, mask=mask).to(tl.float32) * factor
     value = tl.load(at, mask=mask).to(tl.float32) / factor

@@ -10,7 +10,7 @@ from guarded import guarded, guarded_inputs
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops.library import SCHEMAS, op
-from ioubal_kernels.ops.workspace import detection_workspace, rows_workspace
+from ioubal_kernels.ops.workspace import detection_workspace, matching_workspace, rows_workspace
 
 focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
 
@@ -210,6 +210,11 @@ def samples():
     yield "paired_box_iou", (boxes, boxes, torch.empty(5))
     yield "delta_iou", (pred, target, w, 0, torch.empty(5))
     yield "rescale", ([pred.clone()], torch.tensor(2.0), None, 1.0)
+    scratch = matching_workspace("triton", boxes.shape, 2, 3, boxes.device)
+    listed = [boxes[:3] + 1, boxes[:2]], []
+    yield "match_anchors", (boxes, *listed, 0.5, 0.4, True, True, torch.empty(2, 5, dtype=torch.int32), scratch)
+    levels = ([3], [4], [8], [1.0], [64.0])
+    yield "match_fovea", ([d.gt_boxes], [d.gt_labels], *levels, 0.4, torch.empty(1, 12, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", sorted(schema.split(".")[0] for schema in SCHEMAS))
