@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ioubal_kernels as ik
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.ops.library import OVERLOAD, SCHEMAS, op
 
 from .cases import DTYPES
@@ -89,6 +89,12 @@ def calls(plan: Plan, i: int) -> list[Callable[[], Any]]:
     made.append(lambda: ik.encode_boxes(anchors + 1, anchors, **coder))
     made.append(lambda: ik.paired_box_iou(anchors + 1, anchors, backend=plan.backend))
     made.append(lambda: ik.delta_iou(pred.detach(), target, **coder))
+    case = testing_matching.matching_case(i, dtype, plan.device)
+    boxes = testing_matching.padded_boxes(case.gt_boxes) if i % 2 else case.gt_boxes
+    index = {"dtype": (torch.int64, torch.int32)[i // 2 % 2], "backend": plan.backend}
+    levels = {"level_shapes": ((9, 7), (i, 2)), "strides": (8, 16), "scale_ranges": ((0, 64), (32, 1000))}
+    made.append(lambda: ik.match_anchors(case.anchors, boxes, **case.options, **index))
+    made.append(lambda: ik.match_fovea(boxes, **levels, **index))
     return made
 
 

@@ -80,9 +80,9 @@ def groups_of(deltas: Sequence[Tensor]) -> int:
 def matching_workspace(
     backend: str, anchor_shape: Sequence[int], images: int, boxes: int, device: torch.device
 ) -> list[Tensor]:
-    """For matching anchors (R, 4) or (N, R, 4) with up to `boxes` boxes an image. CUDA: float32 copies of the boxes, the
-    best anchor of each, and a word for every 32 anchors and image. Triton: the bounds of every block of anchors, and the
-    best IoU of every box with its anchor. Never of the size R x G."""
+    """For matching anchors (R, 4) or (N, R, 4) with up to `boxes` boxes an image. CUDA: float32 copies of the boxes,
+    the best anchor of each, and a word for every 32 anchors and image. Triton: the bounds of every block of anchors,
+    and the best IoU of every box with its anchor. Never of the size R x G."""
     if backend == "cpu":
         return []
     sets = anchor_shape[0] if len(anchor_shape) == 3 else 1

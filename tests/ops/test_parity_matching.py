@@ -13,7 +13,7 @@ SEEDS = 100
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_decides_as_torchvision(dtype):
-    """Ties, nested, zero-area, inverted, overflowing, infinite and NaN boxes, all rules; 16 bits are converted first."""
+    """Ties, nested, zero-area, inverted, overflowing, infinite and NaN boxes, all rules; 16 bits are converted."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for seed in range(SEEDS):
         case = matching_case(seed, dtype)
