@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 import ioubal_kernels as ik
-from ioubal_kernels import testing
+from ioubal_kernels import testing, testing_matching
+from ioubal_kernels.functional_matching import FOVEA_SCALE_RANGES, FOVEA_STRIDES
 
 from .. import inputs as bench_inputs
+from . import matching_cases
 from .cases import Case, Figure, check, short
 from .sections import NotRun, Plan, Tally
 
 # Most launches forward and backward. Triton has one of its own for the deltas, and one more for odd maps in NCHW.
 LAUNCHES = {"cuda": (4, 1), "triton": (5, 3)}
 MEMORY_EXTRA, MEMORY_IN_PLACE = 1.1, 0.05  # x logits
+MATCHING_LAUNCHES = 3  # at most, for a batch
 OURS = "ioubal"  # in the name of every kernel of the library; Triton's have plain names, torch's are C++
 
 Step = Callable[[], list[Tensor]]
@@ -69,6 +72,27 @@ def losses(plan: Plan, dtype: torch.dtype = torch.float32, seed: int = 0, large:
             return [loss.detach(), *torch.autograd.grad(loss, x)]
 
         steps[name] = step
+    return steps | matching(plan, seed, large)
+
+
+def matching(plan: Plan, seed: int = 0, large: bool = True) -> dict[str, Step]:
+    """Matching of anchors, by every rule, and of cells: several blocks, boxes as a list and padded."""
+    levels = matching_cases.FOVEA_LEVELS if large else matching_cases.FOVEA_LEVELS[3:]
+    anchors = matching_cases.retinanet_anchors(plan.device, levels)
+    boxes = matching_cases.picture_boxes(seed, 6, 20, plan.device)
+    padded = testing_matching.padded_boxes(boxes)
+    cells = {
+        "level_shapes": levels,
+        "strides": FOVEA_STRIDES[: len(levels)],
+        "scale_ranges": FOVEA_SCALE_RANGES[: len(levels)],
+    }
+    steps: dict[str, Step] = {}
+    for form, given in (("listed", boxes), ("padded", padded)):
+        for name, rule in ik.MATCHING_RULES.items():
+            steps[f"matching {name}, {form}"] = lambda g=given, r=rule: [
+                ik.match_anchors(anchors, g, **r, backend=plan.backend)
+            ]
+        steps[f"fovea, {form}"] = lambda g=given: [ik.match_fovea(g, **cells, backend=plan.backend)]
     return steps
 
 
@@ -281,6 +305,13 @@ def launches(tally: Tally) -> None:
         assert 1 <= ours[0] <= most[0], f"{ours[0]} launches forward: {first}"
         assert 1 <= ours[1] <= most[1], f"{ours[1]} launches backward: {second}"
 
+    def count_matching(name: str, step: Step) -> None:
+        step()
+        kernels = kernels_of(step)
+        ours = sum("::" not in k if plan.backend == "triton" else OURS in k for k in kernels)
+        counts[name] = {"forward": ours, "all": [len(kernels)]}
+        assert 1 <= ours <= MATCHING_LAUNCHES, f"{ours} launches: {kernels}"
+
     cases: list[tuple[str, Callable[[], Any]]] = []
     for layout in testing.LAYOUTS:
         heads = testing.detection_inputs(classes=80, layout=layout, device=plan.device).requiring_grad()
@@ -302,6 +333,7 @@ def launches(tally: Tally) -> None:
         call = lambda f=function, leaf=leaf, rest=rest: (f(leaf, *rest, backend=plan.backend), leaf)  # noqa: E731
         cases.append((name, lambda n=name, c=call: count(n, c)))
     tally.each(cases)
+    tally.each([(name, lambda n=name, s=step: count_matching(n, s)) for name, step in matching(plan).items()])
     tally.facts["launches"] = counts
 
 

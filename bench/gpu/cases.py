@@ -18,6 +18,8 @@ from torch import Tensor
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 
+from . import matching_cases
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows x classes: vector tails, single classes, several blocks, COCO's and LVIS's class counts.
 SHAPES = ((1, 1), (33, 3), (257, 7), (40, 21), (129, 80), (900, 80), (31, 91), (5, 1203))
@@ -30,7 +32,7 @@ class Figure:
 
     what: str
     value: Tensor
-    kind: str  # of assert_close_budget
+    kind: str  # of assert_close_budget, or "exact"
     budget: torch.dtype
     floor: float | Tensor = testing.FLOOR
 
@@ -48,6 +50,10 @@ def check(case: Case, backend: str, device: str) -> None:
     want = case.evaluate("reference", device, True)
     for figure, exact in zip(got, want, strict=True):
         what = f"{case.name}: {figure.what}"
+        if figure.kind == "exact":
+            same = figure.value == exact.value
+            assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} differ"
+            continue
         testing.assert_close_budget(figure.value, exact.value, figure.budget, figure.kind, figure.floor, what=what)
 
 
@@ -377,13 +383,23 @@ def box_cases() -> Iterator[Case]:
         yield Case("boxes", f"{op} {short(dtype)} {coder}", evaluate)
 
 
+def decision_cases() -> Iterator[Case]:
+    """Matching: no budget."""
+    for op, name, decide in matching_cases.decisions():
+
+        def evaluate(backend: str, device: str, wide: bool, decide: matching_cases.Decide = decide) -> list[Figure]:
+            return [Figure("matches", decide(backend, device), "exact", torch.float32)]
+
+        yield Case(op, name, evaluate)
+
+
 # ---------------------------------------------------------------------------------------------- the lists
 
 
 def parity_cases() -> list[Case]:
     """Every case, in an order that mixes the ops: what a time limit cuts off is a share of each."""
     flat = (focal_cases, in_place_cases, memory_cases, cross_entropy_cases, smooth_l1_cases)
-    generators = (*flat, detection_cases, box_cases)
+    generators = (*flat, detection_cases, box_cases, decision_cases)
     cases = [case for generator in generators for case in generator()]
     random.Random(0).shuffle(cases)
     return cases

@@ -22,7 +22,7 @@ struct FoveaTable {
   IntOut out;      // (N, R)
 };
 
-// A box's cells of one level, bounds included.
+// A box's cells of one level, bounds included; none if left > right or top > bottom.
 struct FoveaBox {
   u32 left, top, right, bottom, place;
   float area;
@@ -40,7 +40,7 @@ IOUBAL_DEVICE bool find_cells(const FoveaTable& tb, const FoveaLevel& level, con
   out.right = static_cast<u32>(x.last);
   out.top = static_cast<u32>(y.first);
   out.bottom = static_cast<u32>(y.last);
-  return out.left <= out.right && out.top <= last_row && first_row <= out.bottom;
+  return out.top <= last_row && first_row <= out.bottom;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (has_cells) list[at] = box;
     __syncthreads();
-    for (u32 i = 0; i < count; ++i) {  // in the order of the boxes
+    // In the order of the boxes. The next ones come behind a barrier, where all threads are done with these.
+    for (u32 i = 0; i < count; ++i) {
       const FoveaBox& other = list[i];
       const bool inside = other.left <= column && column <= other.right && other.top <= row && row <= other.bottom;
       if (inside && takes_cell(other.area, area)) {
@@ -82,7 +83,6 @@ __global__ void __launch_bounds__(kThreads)
         best = other.place;
       }
     }
-    __syncthreads();
   }
   if (cell < cells) {
     tb.out.set(image * tb.cells_per_image + level.first_cell + cell, best == kNone ? kUnmatched : int64_t{best});

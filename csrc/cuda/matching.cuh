@@ -31,13 +31,12 @@ struct IntOut {
 
 // ---------------------------------------------------------------------------------------------------------- gt boxes
 
-// A box in float32; all NaN where a place holds none.
+// A box in float32; one with a NaN coordinate where a place holds none.
 IOUBAL_DEVICE Quad<float> gt_box(const GroundTruth& truth, int64_t image, int64_t place) {
   const Quad<float> none = {{NAN, NAN, NAN, NAN}};
   if (place >= truth.count(image)) return none;
   if (truth.labels[truth.padded ? 0 : image] && truth.label(image, place) == kNoLabel) return none;
-  const Quad<float> box = truth.box<float>(image, place);
-  return is_padding(box) ? none : box;
+  return truth.box<float>(image, place);
 }
 
 // A box's best anchor as one number: the IoU's rank above the complement of the anchor's index, so that the largest key
@@ -45,7 +44,7 @@ IOUBAL_DEVICE Quad<float> gt_box(const GroundTruth& truth, int64_t image, int64_
 using Key = unsigned long long;
 
 // IoUs are -0, 0, positive or NaN: where boxes overlap, no area is negative. The bits of such numbers have their order,
-// and a NaN comes last.
+// and a NaN, of whatever bits, comes last.
 constexpr u32 kNanRank = ~0u;
 IOUBAL_DEVICE u32 rank_of(float iou) { return is_nan(iou) ? kNanRank : float_to_bits(iou) & 0x7fffffffu; }
 

@@ -142,7 +142,8 @@ def test_a_section_that_dies_or_hangs_does_not_take_the_others_along():
 def test_the_parity_matrix_is_large_and_its_names_tell_the_cases_apart():
     cases = gpu_cases.parity_cases()
     assert len(cases) >= 400 and len({case.name for case in cases}) == len(cases)
-    assert {case.op for case in cases} == {"focal", "cross_entropy", "smooth_l1", "detection", "boxes"}
+    ops = {"focal", "cross_entropy", "smooth_l1", "detection", "boxes", "match_anchors", "match_fovea"}
+    assert {case.op for case in cases} == ops
     for word in ("float32", "bfloat16", "float16", "nchw", "channels_last", "padded", "listed", "fovea", "image"):
         assert any(word in case.name for case in cases), word
 

@@ -34,7 +34,7 @@ def grid_anchors(levels: tuple[tuple[int, int], ...], per_location: int = 3) -> 
 
 def given(boxes: list[Tensor], form: str, index: torch.dtype, generator: torch.Generator) -> dict[str, object]:
     """gt_boxes and gt_labels of a form, every tensor in an allocation of its own that ends with it."""
-    labels = [torch.randint(-1, 4, (len(b),), generator=generator).to(index) for b in boxes]
+    labels = [torch.randint(-2, 4, (len(b),), generator=generator).to(index) for b in boxes]  # -1: no box
     if form in ("padded", "labelled"):
         padded = testing_matching.padded_boxes(boxes)
         rest = torch.full(padded.shape[:2], 2, dtype=index)
@@ -78,6 +78,15 @@ def drawn(seed: int, dtype: torch.dtype, form: str, index: torch.dtype, offset: 
     check_anchors(anchors, arguments, f"{case.what}, {form}, {dtype}, off by {offset}", dtype=index, **case.options)
 
 
+def nan_bits(seed: int) -> None:
+    """NaN IoUs of several bits: as numbers the later ones are larger, and yet the first is a box's best."""
+    anchors = grid_anchors(((6, 5),))
+    bits = anchors.view(torch.int32)
+    bits[7 + seed, seed % 4], bits[90, 1], bits[-1, 2] = 0x7FC00000, 0x7FC00100, 0x7FFFFFFF
+    for rule in RULES:
+        check_anchors(anchors, {"gt_boxes": [anchors[[3, 60]] + 1, anchors[100:101]]}, f"NaN bits {seed}", **rule)
+
+
 def culled(seed: int, images: int, boxes: int, form: str, own: bool, rule: dict[str, bool]) -> None:
     """Anchors on a grid, boxes here and there: most pairs are never computed. Some seeds have a box without overlap."""
     g = torch.Generator().manual_seed(seed)
@@ -118,6 +127,8 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
     for seed in range(120):
         form, offset = FORMS[seed % 4], (0, 0, 1, 3)[seed // 4 % 4]
         yield "matching", partial(drawn, seed, DTYPES[seed % 3], form, next(indices), offset)
+    for seed in range(4):
+        yield "matching", partial(nan_bits, seed)
     sizes = itertools.product((1, 4, 6), (0, 3, 31, 33, 70), (False, True))
     for seed, (images, boxes, own) in enumerate(sizes):
         yield "matching", partial(culled, seed, images, boxes, FORMS[seed // 2 % 4], own, RULES[seed % 4])

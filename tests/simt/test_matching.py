@@ -124,9 +124,7 @@ def test_what_the_launchers_refuse(monkeypatch):
     anchors, boxes = grid_anchors(((4, 4),)), listed_boxes(2)
     numbers = (0.5, 0.4, True, False, torch.empty(2, len(anchors), dtype=torch.int64), [torch.empty(99).double()])
     call = library.op("match_anchors", "simt")
-    with pytest.raises(
-        RuntimeError, match="match_anchors: anchors must be float32, bfloat16 or float16 .* got float64"
-    ):
+    with pytest.raises(RuntimeError, match="match_anchors: anchors must be float32, .* got float64"):
         call(anchors.double(), boxes, [], *numbers)
     with pytest.raises(RuntimeError, match="match_anchors: gt_boxes must be .* got float64"):
         call(anchors, [b.double() for b in boxes], [], *numbers)
