@@ -275,7 +275,7 @@ def detection_loss(
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
     backend = backend or library.backend_of(matched_idxs)
     packed = fills_checked(backend, process_group, cls_logits[0])
-    if check is not None and not packed:
+    if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs
         check()
     _check_levels(backend, max(len(cls_logits), len(level_sizes)))
     boxes, labels = _few_tensors(boxes, labels, backend)

@@ -190,7 +190,7 @@ def _apply(
     backend = backend or library.backend_of(x)
     common = (name, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
     packed = name == "focal" and reduction != "none" and fills_checked(backend, process_group, x)
-    if check is not None and not packed:
+    if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs
         check()
     if reduction == "none":
         return apply(_ElementwiseLoss, x, (second, third, weight, scope_ids), _Spec(*common))

@@ -116,6 +116,8 @@ def test_a_value_out_of_range_is_found_before_the_logits_are_written():
     inputs, _ = focal_case()
     before = inputs.logits.clone()
     x = inputs.logits.clone().requires_grad_() * 1
+    with pytest.raises(ValueError, match="labels"):
+        ik.iou_balanced_sigmoid_focal_loss(x, torch.full_like(inputs.labels, -3), inputs.iou)
     bad = inputs.labels.clone()
     bad[11] = 7
     with pytest.raises(ValueError, match=r"iou_balanced_sigmoid_focal_loss: labels must .* got 7 at labels\[11\]"):
@@ -128,14 +130,14 @@ def test_a_value_out_of_range_is_found_before_the_logits_are_written():
         ik.iou_balanced_sigmoid_focal_loss(
             x, inputs.labels, inputs.iou, inplace=True, scope_ids=scopes, num_scopes=inputs.num_scopes
         )
-    assert torch.equal(x, before)
+    assert torch.equal(x, before) and x._version == 0
     for layout, gt in itertools.product(testing.LAYOUTS, ("list", "padded")):
         d = testing.detection_inputs(layout=layout, gt=gt).requiring_grad()
         before = [h.detach().clone() for h in d.heads()]
         d.matched_idxs[1, 9] = 40
         with pytest.raises(ValueError, match=r"matched_idxs must .* got 40 at matched_idxs\[1, 9\]"):
             ik.iou_balanced_detection_loss(*d.arguments(), inplace=True)
-        assert all(torch.equal(h, b) for h, b in zip(d.heads(), before, strict=True))
+        assert all(torch.equal(h, b) and h._version == 0 for h, b in zip(d.heads(), before, strict=True))
 
 
 @pytest.mark.parametrize("mode", ("real", "fake", "symbolic"))
