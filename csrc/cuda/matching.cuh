@@ -13,7 +13,7 @@
 
 namespace ioubal::cuda {
 
-// More images save loading and bounding the anchors again; fewer leave more warps to share the work.
+// Of shared anchors. More images save loading and bounding them again; fewer leave more warps to share the work.
 constexpr u32 kImagesPerWarp = 4;
 constexpr u32 kNone = ~0u;
 
@@ -73,12 +73,11 @@ struct MatchTable {
   FloatRef anchors;  // (R, 4), or (N, R, 4): `own`
   bool own, aligned;
   u32 rows, units;  // R; warps' worth of anchors
-  int64_t images;
-  u32 images_per_warp, groups;  // groups * images_per_warp >= images
-  u32 places;                   // of boxes per image
-  float4* boxes;                // (N, places)
-  Key* keys;                    // (N, places), or nullptr: not wanted
-  u32* contends;                // (N, units): whether a box's best IoU may be there; nullptr: not wanted
+  u32 images, images_per_warp;
+  u32 places;     // of boxes per image; those of the batch are less than 2^31
+  float4* boxes;  // (N, places)
+  Key* keys;      // (N, places), or nullptr: not wanted
+  u32* contends;  // (groups of images, units), a bit per image: whether a box's best IoU may be there
   float high, low;
   bool force_best;
   IntOut out;  // (N, R)
@@ -90,8 +89,8 @@ struct MatchTable {
       default: return anchor_of(static_cast<const float*>(anchors.data) + 4 * row);
     }
   }
-  IOUBAL_DEVICE Quad<float> box(int64_t image, u32 place) const {
-    const float4 b = __ldg(boxes + image * places + place);
+  IOUBAL_DEVICE Quad<float> box(u32 at) const {
+    const float4 b = __ldg(boxes + at);
     return {{b.x, b.y, b.z, b.w}};
   }
 
@@ -120,9 +119,10 @@ struct Unit {
   Quad<float> bounds;
   bool regular;  // all of them
 
+  IOUBAL_DEVICE u32 row() const { return first + lane; }
   IOUBAL_DEVICE void load(const MatchTable& tb, int64_t image) {
-    const u32 row = here ? first + lane : tb.rows - 1;
-    anchor = tb.anchor((tb.own ? image * tb.rows : 0) + static_cast<int64_t>(row));
+    const int64_t row_or_last = here ? row() : tb.rows - 1;
+    anchor = tb.anchor((tb.own ? image * tb.rows : 0) + row_or_last);
     area = matching_area(anchor);
     regular = __all_sync(~0u, is_regular_anchor(anchor));
     bounds = anchor;
@@ -140,16 +140,25 @@ struct Unit {
   }
 };
 
-// The group of images that this warp works on, and its unit; false: a warp too many. The last units come first:
-// the anchors of the coarsest level, usually, which overlap the most boxes.
-IOUBAL_DEVICE bool find_unit(const MatchTable& tb, Unit& unit, u32& group) {
+// The images that a warp works on, at most 32.
+struct Images {
+  u32 group, count, first;
+};
+
+// The unit and the images of this warp; false: a warp too many. The last units come first: the anchors of the coarsest
+// level, usually, which overlap the most boxes.
+IOUBAL_DEVICE bool find_work(const MatchTable& tb, Unit& unit, Images& images) {
   const u32 warp = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
-  group = warp / tb.units;
-  unit.index = tb.units - 1 - (warp - group * tb.units);
+  images.group = warp / tb.units;
+  images.first = images.group * tb.images_per_warp;
+  if (images.first >= tb.images) return false;
+  const u32 left = tb.images - images.first;
+  images.count = left < tb.images_per_warp ? left : tb.images_per_warp;
+  unit.index = tb.units - 1 - (warp - images.group * tb.units);
   unit.lane = threadIdx.x % kWarp;
   unit.first = unit.index * kWarp;
-  unit.here = unit.first + unit.lane < tb.rows;
-  return group < tb.groups;
+  unit.here = unit.row() < tb.rows;
+  return true;
 }
 
 // An anchor's best box so far. Boxes that need not be computed have an IoU of 0, as the first box has at least.
@@ -165,23 +174,23 @@ struct BestBox {
   IOUBAL_DEVICE u32 box() const { return taken == kNone ? first : taken; }
 };
 
-// Up to 32 boxes of an image, from place `chunk`: pair(place, iou) for each that an anchor of the unit may overlap, in
-// their order and by all lanes; `best` is kept.
+// Up to 32 boxes of an image, `first` its first one, from place `chunk`: pair(place, iou) for each that an anchor of
+// the unit may overlap, in their order and by all lanes; `best` is kept.
 template <class F>
-IOUBAL_DEVICE void for_pairs(const MatchTable& tb, const Unit& unit, int64_t image, u32 chunk, BestBox& best,
+IOUBAL_DEVICE void for_pairs(const MatchTable& tb, const Unit& unit, u32 first, u32 chunk, BestBox& best,
                              const F& pair) {
   const u32 place = chunk + unit.lane;
   bool valid = false, wanted = false;
   if (place < tb.places) {
-    const Quad<float> box = tb.box(image, place);
+    const Quad<float> box = tb.box(first + place);
     valid = !is_padding(box);
     wanted = valid && (!unit.regular || !is_regular_box(matching_area(box)) || unit.overlaps(box));
   }
-  const u32 boxes = __ballot_sync(~0u, valid);
-  if (best.first == kNone && boxes) best.first = chunk + __ffs(boxes) - 1;
+  const u32 any = __ballot_sync(~0u, valid);
+  if (best.first == kNone && any) best.first = chunk + __ffs(any) - 1;
   for (u32 left = __ballot_sync(~0u, wanted); left; left &= left - 1) {
     const u32 at = chunk + __ffs(left) - 1;
-    const Quad<float> box = tb.box(image, at);
+    const Quad<float> box = tb.box(first + at);
     const float area = matching_area(box);
     const float iou = matching_iou(box, area, unit.anchor, unit.area, unit.regular && is_regular_box(area));
     best.take(iou, at);
@@ -203,52 +212,50 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads) match_anchors_kernel(const IOUBAL_GRID_CONSTANT MatchTable tb) {
   Unit unit;
-  u32 group;
-  if (!find_unit(tb, unit, group)) return;
-  int64_t image = static_cast<int64_t>(group) * tb.images_per_warp;
-  unit.load(tb, image);
-  for (u32 n = 0; n < tb.images_per_warp && image < tb.images; ++n, ++image) {
+  Images images;
+  if (!find_work(tb, unit, images)) return;
+  unit.load(tb, images.first);
+  u32 contends = 0;
+  for (u32 n = 0; n < images.count; ++n) {
+    const u32 image = images.first + n, boxes = image * tb.places;
     BestBox best;
-    bool contends = false;
+    bool may_hold = false;
     for (u32 chunk = 0; chunk < tb.places; chunk += kWarp) {
       Key key = 0;  // of the lane's box, among these anchors
-      for_pairs(tb, unit, image, chunk, best, [&](u32 place, float iou) {
+      for_pairs(tb, unit, boxes, chunk, best, [&](u32 place, float iou) {
         if (!tb.keys) return;
         const u32 rank = rank_of(iou), top = warp_max(rank);
         const u32 holders = __ballot_sync(~0u, rank == top);
         if (place == chunk + unit.lane) key = key_of(top, unit.first + __ffs(holders) - 1);
       });
       if (key_rank(key) > 0) {
-        const Key before = atomicMax(tb.keys + image * tb.places + chunk + unit.lane, key);
-        contends |= key_rank(before) <= key_rank(key);
+        const Key before = atomicMax(tb.keys + (boxes + chunk + unit.lane), key);
+        may_hold |= key_rank(before) <= key_rank(key);
       }
     }
     if (unit.here) {
       const bool none = best.first == kNone;
-      tb.out.set(image * tb.rows + unit.first + unit.lane,
+      tb.out.set(static_cast<int64_t>(image) * tb.rows + unit.row(),
                  none ? kUnmatched : matched_index(best.iou, int64_t{best.box()}, tb.high, tb.low));
     }
-    if (tb.contends) {
-      contends = __any_sync(~0u, contends);
-      if (unit.lane == 0) tb.contends[image * tb.units + unit.index] = contends;
-    }
+    contends |= __any_sync(~0u, may_hold) ? 1u << n : 0;
   }
+  if (tb.contends && unit.lane == 0) tb.contends[static_cast<int64_t>(images.group) * tb.units + unit.index] = contends;
 }
 
 __global__ void __launch_bounds__(kThreads) restore_matches_kernel(const IOUBAL_GRID_CONSTANT MatchTable tb) {
   Unit unit;
-  u32 group;
-  if (!find_unit(tb, unit, group)) return;
-  bool loaded = false;
-  int64_t image = static_cast<int64_t>(group) * tb.images_per_warp;
-  for (u32 n = 0; n < tb.images_per_warp && image < tb.images; ++n, ++image) {
-    const Key* keys = tb.keys + image * tb.places;
+  Images images;
+  if (!find_work(tb, unit, images)) return;
+  const u32 contends = tb.contends ? tb.contends[static_cast<int64_t>(images.group) * tb.units + unit.index] : 0;
+  for (u32 n = 0; n < images.count; ++n) {
+    const u32 image = images.first + n, boxes = image * tb.places;
     // A box that no anchor overlaps has all of them for its best.
     bool all = false;
     u32 forced = kNone;
     for (u32 chunk = 0; chunk < tb.places; chunk += kWarp) {
       const u32 place = chunk + unit.lane;
-      const Key key = place < tb.places ? keys[place] : key_of(kNanRank, kNone);
+      const Key key = place < tb.places ? tb.keys[boxes + place] : key_of(kNanRank, kNone);
       all |= __any_sync(~0u, key_rank(key) == 0) != 0;
       if (!tb.force_best) continue;
       const u32 at = key_anchor(key) - unit.first;
@@ -259,16 +266,17 @@ __global__ void __launch_bounds__(kThreads) restore_matches_kernel(const IOUBAL_
     }
     bool restored = false;
     BestBox best;
-    if (tb.contends && (all || tb.contends[image * tb.units + unit.index])) {
-      if (!loaded) unit.load(tb, image);
-      loaded = true;
+    if (tb.contends && (all || contends >> n & 1)) {
+      unit.load(tb, image);
       restored = all;
       for (u32 chunk = 0; chunk < tb.places; chunk += kWarp) {
-        for_pairs(tb, unit, image, chunk, best, [&](u32 place, float iou) { restored |= iou == key_iou(keys[place]); });
+        for_pairs(tb, unit, boxes, chunk, best,
+                  [&](u32 place, float iou) { restored |= iou == key_iou(tb.keys[boxes + place]); });
       }
     }
     const u32 index = forced == kNone ? best.box() : forced;
-    if (unit.here && (restored || forced != kNone)) tb.out.set(image * tb.rows + unit.first + unit.lane, index);
+    if (unit.here && (restored || forced != kNone))
+      tb.out.set(static_cast<int64_t>(image) * tb.rows + unit.row(), index);
   }
 }
 
