@@ -48,7 +48,7 @@ def test_the_gate_sees_a_contraction() -> None:
     """Without the option that forbids it, the compiler does contract these kernels' multiply-adds."""
     code = """
 import aot
-from ioubal_kernels.triton_kernels import matching
+from ioubal_kernels.triton_kernels import matching, fovea
 matching.EXACT.clear()
 found = aot.compile_all(90, ["float32"], "matching retinanet")
 inexact = {name.split(": ")[1]: got["inexact"] for name, got in found.items()}

@@ -126,6 +126,7 @@ def matching() -> None:
 
 FIRST = {
     "matching.py": matching,
+    "fovea.py": matching,
     "cross_entropy.py": softmax,
     "smooth_l1.py": smooth_l1,
     "focal.py": focal,

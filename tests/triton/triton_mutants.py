@@ -192,6 +192,7 @@ matching.py
     restored |= (iou >= iou_of(largest, KEPT) - 1e-6).to(tl.int32)
     tl.load(box_index, mask=count > 0, other=UNMATCHED)
     tl.zeros((), tl.int32)
+fovea.py
     (top <= last_row)
     (top < last_row)
     (bottom >= first_row)
