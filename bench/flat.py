@@ -120,7 +120,7 @@ def softmax(bench: Bench, case: Softmax) -> Problem:
             (BOTH, FORWARD, BACKWARD),
         )
 
-    if case.peers:
+    if case.peers and bench.peers:
         contenders += [
             peer("F.cross_entropy", PLAIN_SOFTMAX, plain),
             peer("eager PyTorch", SOFTMAX, balanced_cross_entropy),

@@ -183,7 +183,7 @@ def build(bench: Bench, case: RetinaNet) -> Problem:
             ours(f"fused, {name}", partial(fused, backend=headline, isa=isa), (BOTH,), backend=headline, isa=name)
         reference = Peer("reference backend", WHOLE, partial(fused, backend="reference"), phases=(BOTH,))
         theirs(reference, backend="reference")
-    if case.peers:
+    if case.peers and bench.peers:
         for peer in peers_of(case.batch, case.layout, case.dtype):
             theirs(peer)
     logits, deltas, matched = elements * item, rows * 4 * item, rows * 4

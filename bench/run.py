@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--heap", choices=("warm", "default"), default="warm", help="on Linux; warm keeps freed memory")
     add("--isa", choices=("best", "all"), default="best", help="all: the plainer instruction sets too")
     add("--backend", choices=("cpu", "cuda", "triton"), help="ours on this one alone")
+    add("--own", action="store_true", help="without the peers, which take most of the time")
     add("--dry-run", action="store_true", help="tiny inputs, no rows without --output: does every path run?")
     add("--no-save", action="store_true", help="print only")
     add("--output", type=Path, help="folder of the rows (default: the package's bench/results)")
@@ -72,7 +73,7 @@ def backends_of(device: str) -> tuple[str, ...]:
 def measured_on(device: str, options: argparse.Namespace) -> Bench:
     isas = tuple(isa for isa in isa_levels()[:-1]) if options.isa == "all" and device == "cpu" else ()
     ours = (options.backend,) if options.backend else available(device)
-    return Bench(device, ours, options.dry_run, options.rounds, options.replays, options.seconds, isas)
+    return Bench(device, ours, options.dry_run, options.rounds, options.replays, options.seconds, isas, not options.own)
 
 
 class Store:

@@ -35,6 +35,7 @@ class Bench:
     replays: int = 20  # queued replays of a round, on a GPU
     seconds: float = 4.0  # of one path in one case
     isas: tuple[int, ...] = ()  # instruction sets beside the best one
+    peers: bool = True
 
 
 @dataclass
