@@ -93,7 +93,8 @@ for name, value in (("registers", 41), ("stack", 8), ("local", 1), ("wide_loads"
 assert len(aot.breaches({"new: k #1": good}, budget)) == 1
 for code in ("fma.rn.f32 %r1", "mul.f32 %r1", "add.ftz.f32 %r1", "div.full.f32 %r1", "sub.f64 %rd1", "max.ftz.f32 %r1"):
     assert aot.INEXACT.search(code), code
-for code in ("mul.rn.f32 %r1", "div.rn.f32 %r1", "max.f32 %r1", "mad.lo.s32 %r1", "add.s32 %r1", "mul.wide.s32 %r1"):
+for code in ("mul.rn.f32 %r1", "div.rn.f32 %r1", "max.f32 %r1", "mad.lo.s32 %r1", "add.s32 %r1",
+             "mul.wide.s32 %r1", "cvt.rpi.ftz.f32.f32 %r1"):
     assert not aot.INEXACT.search(code), code
 """
     environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
