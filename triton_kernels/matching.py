@@ -1,4 +1,4 @@
-"""Matching of anchors and of FoveaBox's cells with gt boxes: at most three launches for anchors, one for cells.
+"""Matching of anchors with gt boxes, in at most three launches.
 
 1. A program per image copies its boxes, without the padded places, as float32; others bound blocks of anchors.
 2. A program per image and block of anchors computes the pairs that may overlap, and leaves every anchor's decision. The
@@ -11,8 +11,6 @@ also where every search starts: with the first box of an image, with the first a
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,38 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    EXACT,
-    Workspace,
-    cdiv,
-    ground_truth,
-    level_of,
-    on_device,
-    pack,
-    pick,
-    pointer,
-    pointer_at,
-)
+from ._launch import EXACT, Workspace, cdiv, float32, ground_truth, on_device, pack, pointer
 from ._math import (
-    NO_LABEL,
     UNMATCHED,
-    fovea_cells,
-    is_in_scale,
     is_nan,
-    is_padding,
     is_regular_anchor,
     is_regular_box,
     matched_index,
     matching_area,
     matching_iou,
-    takes_cell,
     takes_over,
 )
+from .matching_boxes import LANES, REGISTERS, bits_of, gt_of, load_corners, load_gt, lowest
 
 BLOCK = 128  # anchors culled together; _MATCH_BLOCK of ops/workspace.py
-CELLS = 128  # of a program
-LANES = 32  # boxes tested at once: bits of an int32
-REGISTERS = 72  # what the pairs need without spilling: 28 programs of one warp per multiprocessor
 # What is kept of a box's anchors: nothing, the largest IoU, or the first anchor that has it, too.
 NOTHING, IOU, ANCHOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _KEY_SIZES = {NOTHING.value: 0, IOU.value: 4, ANCHOR.value: 8}
@@ -66,52 +46,6 @@ class Scratch(NamedTuple):
     area: int  # float32 (images, places), as all that follows
     index: int  # int32: place among the image's gt boxes
     key: int  # int32 or int64: see key_of
-
-
-@triton.jit
-def load_corners(start, row, mask):
-    """x1 y1 x2 y2 of boxes in float32, one access each."""
-    at = (4 * row)[:, None] + tl.arange(0, 4)[None, :]
-    four = tl.load(start + at, mask=mask[:, None], other=0.0).to(tl.float32)
-    first, second = tl.split(four.reshape((row.shape[0], 2, 2)))
-    b0, b2 = tl.split(first)
-    b1, b3 = tl.split(second)
-    return b0, b1, b2, b3
-
-
-@triton.jit
-def gt_of(gt, image, BOX_T: tl.constexpr, LABEL_T: tl.constexpr, PADDED: tl.constexpr):
-    """An image's boxes and labels, and how many places it has."""
-    if PADDED:
-        count = tl.cast(pick(gt.counts, 0), tl.int32)
-        first = tl.cast(image, tl.int64) * count
-        return pointer_at(gt.boxes, 0, BOX_T) + 4 * first, pointer_at(gt.labels, 0, LABEL_T) + first, count
-    else:
-        count = tl.cast(pick(gt.counts, image), tl.int32)
-        return pointer_at(gt.boxes, image, BOX_T), pointer_at(gt.labels, image, LABEL_T), count
-
-
-@triton.jit
-def load_gt(boxes, labels, at, count, LABELED: tl.constexpr):
-    """Boxes, and which of the places hold one."""
-    inside = at < count
-    b0, b1, b2, b3 = load_corners(boxes, at, inside)
-    valid = inside & (is_padding(b0, b1, b2, b3) == 0)
-    if LABELED:
-        valid = valid & (tl.load(labels + at, mask=inside, other=NO_LABEL) != NO_LABEL)
-    return b0, b1, b2, b3, valid
-
-
-@triton.jit
-def bits_of(mask):
-    """The lanes of a mask of 32 as bits of an integer."""
-    return tl.xor_sum(tl.where(mask, 1 << tl.arange(0, mask.shape[0]), 0), 0)
-
-
-@triton.jit
-def lowest(bits):
-    """Number of the lowest bit that is set: the exponent of that bit alone, as a float32."""
-    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 0xFF) - 127
 
 
 @triton.jit
@@ -376,11 +310,6 @@ def match_best_kernel(
     tl.store(out + tl.cast(image, tl.int64) * rows + row, index, mask=changed)
 
 
-def _float32(x: float) -> float:
-    """Rounded as a cast does, to infinity too."""
-    return ctypes.c_float(x).value
-
-
 def match_anchors(
     anchors: Tensor,
     gt_boxes: Sequence[Tensor],
@@ -413,137 +342,6 @@ def match_anchors(
         )
         options["OWN_ANCHORS"] = own
         grid = (images * blocks,)
-        match_kernel[grid](scratch, anchors, matched_idxs, *numbers, _float32(high), _float32(low), **options)
+        match_kernel[grid](scratch, anchors, matched_idxs, *numbers, float32(high), float32(low), **options)
         if allow_low_quality or force_best:
             match_best_kernel[grid](scratch, anchors, matched_idxs, *numbers, LOW_QUALITY=allow_low_quality, **options)
-
-
-# ---------------------------------------------------------------------------------------------- FoveaBox
-
-
-class FoveaLevels(NamedTuple):
-    """Packed tables of all levels; float32 as its bits."""
-
-    tile0: tuple[int, ...]
-    tiles: tuple[int, ...]  # per image
-    height: tuple[int, ...]
-    width: tuple[int, ...]
-    first: tuple[int, ...]  # first cell in the image
-    stride: tuple[int, ...]  # float32, as those that follow
-    smallest_squared: tuple[int, ...]
-    largest_squared: tuple[int, ...]
-
-
-@triton.jit
-def pick_float(values, i):
-    return tl.cast(pick(values, i), tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def shrunk(b0, b1, b2, b3, stride, from_, to, width, height):
-    """First and last column and row of the cells that boxes have on a level."""
-    left, right = fovea_cells(b0, b2, stride, from_, to, width)
-    top, bottom = fovea_cells(b1, b3, stride, from_, to, height)
-    return left, top, right, bottom
-
-
-@triton.jit(do_not_specialize=["cells_per_image"])
-def match_fovea_kernel(
-    lv,
-    gt,
-    out,
-    cells_per_image: tl.int64,
-    from_: tl.float32,
-    to: tl.float32,
-    BOX_T: tl.constexpr,
-    LABEL_T: tl.constexpr,
-    PADDED: tl.constexpr,
-    LABELED: tl.constexpr,
-    CELLS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    level = level_of(lv.tile0, tile)
-    per_image = pick(lv.tiles, level)
-    local = tile - pick(lv.tile0, level)
-    image = local // per_image
-    first_cell = (local - image * per_image) * CELLS
-    width = tl.cast(pick(lv.width, level), tl.int32)
-    height = tl.cast(pick(lv.height, level), tl.int32)
-    cell = first_cell + tl.arange(0, CELLS)
-    inside = cell < width * height
-    row = (cell // width).to(tl.float32)
-    column = (cell % width).to(tl.float32)
-    first_row = (first_cell // width).to(tl.float32)
-    last_row = ((first_cell + CELLS - 1) // width).to(tl.float32)
-    stride = pick_float(lv.stride, level)
-    smallest = pick_float(lv.smallest_squared, level)
-    largest = pick_float(lv.largest_squared, level)
-    columns = width.to(tl.float32)
-    rows = height.to(tl.float32)
-    boxes, labels, count = gt_of(gt, image, BOX_T, LABEL_T, PADDED)
-    current = tl.full((CELLS,), float("inf"), tl.float32)
-    index = tl.full((CELLS,), UNMATCHED, tl.int32)
-    first = tl.zeros((), tl.int32)
-    while first < count:
-        at = first + tl.arange(0, LANES)
-        b0, b1, b2, b3, valid = load_gt(boxes, labels, at, count, LABELED)
-        left, top, right, bottom = shrunk(b0, b1, b2, b3, stride, from_, to, columns, rows)
-        valid = valid & is_in_scale(matching_area(b0, b1, b2, b3), smallest, largest)
-        bits = bits_of(valid & (left <= right) & (top <= last_row) & (bottom >= first_row))
-        while bits != 0:
-            g = first + lowest(bits)
-            bits = bits & (bits - 1)
-            box = boxes + 4 * g
-            c0 = tl.load(box).to(tl.float32)
-            c1 = tl.load(box + 1).to(tl.float32)
-            c2 = tl.load(box + 2).to(tl.float32)
-            c3 = tl.load(box + 3).to(tl.float32)
-            left_, top_, right_, bottom_ = shrunk(c0, c1, c2, c3, stride, from_, to, columns, rows)
-            area = matching_area(c0, c1, c2, c3)
-            taken = (left_ <= column) & (column <= right_) & (top_ <= row) & (row <= bottom_)
-            taken = taken & takes_cell(area, current)
-            current = tl.where(taken, area, current)
-            index = tl.where(taken, g, index)
-        first += LANES
-    at = tl.cast(image, tl.int64) * cells_per_image + pick(lv.first, level) + cell
-    tl.store(out + at, index, mask=inside)
-
-
-def _bits(values: Sequence[float]) -> tuple[int, ...]:
-    return pack(*(struct.unpack("<i", struct.pack("<f", _float32(value)))[0] for value in values))
-
-
-def match_fovea(
-    gt_boxes: Sequence[Tensor],
-    gt_labels: Sequence[Tensor],
-    heights: Sequence[int],
-    widths: Sequence[int],
-    strides: Sequence[int],
-    min_sizes: Sequence[float],
-    max_sizes: Sequence[float],
-    sigma: float,
-    matched_idxs: Tensor,
-) -> None:
-    images, per_image = matched_idxs.shape
-    if images * per_image == 0:
-        return
-    cells = [height * width for height, width in zip(heights, widths)]
-    levels = [i for i, count in enumerate(cells) if count > 0]
-    tiles = [cdiv(cells[i], CELLS) for i in levels]
-    table = FoveaLevels(
-        pack(*(sum(tiles[:i]) * images for i in range(len(tiles)))),
-        pack(*tiles),
-        pack(*(heights[i] for i in levels)),
-        pack(*(widths[i] for i in levels)),
-        pack(*(sum(cells[:i]) for i in levels)),
-        _bits([strides[i] for i in levels]),
-        _bits([min_sizes[i] * min_sizes[i] for i in levels]),
-        _bits([max_sizes[i] * max_sizes[i] for i in levels]),
-    )
-    truth, gt_options = ground_truth(gt_boxes, gt_labels)
-    with on_device(matched_idxs):
-        match_fovea_kernel[(sum(tiles) * images,)](
-            table, truth, matched_idxs, per_image, _float32(1 - sigma), _float32(1 + sigma), **gt_options,
-            LABELED=bool(gt_labels), CELLS=CELLS, LANES=LANES, num_warps=1, maxnreg=REGISTERS, **EXACT,
-        )  # fmt: skip

@@ -48,8 +48,8 @@ def test_the_gate_sees_a_contraction() -> None:
     """Without the option that forbids it, the compiler does contract these kernels' multiply-adds."""
     code = """
 import aot
-from ioubal_kernels.triton_kernels import matching
-matching.EXACT.clear()
+from ioubal_kernels.triton_kernels import _launch
+_launch.EXACT.clear()
 found = aot.compile_all(90, ["float32"], "matching retinanet")
 inexact = {name.split(": ")[1]: got["inexact"] for name, got in found.items()}
 assert inexact["match_kernel #1"] and inexact["match_best_kernel #1"] and inexact["match_fovea_kernel #1"], inexact

@@ -136,7 +136,7 @@ def matching() -> None:
 
 
 FIRST = {
-    "matching.py": matching,
+    **dict.fromkeys(("matching.py", "matching_boxes.py", "matching_fovea.py"), matching),
     "cross_entropy.py": softmax,
     "smooth_l1.py": smooth_l1,
     "focal.py": focal,

@@ -155,11 +155,12 @@ smooth_l1.py
     factor *= tl.load(grad_rows
     overlap = tl.load(iou + row
     overlap = 0.9 * tl.load(iou + row
-matching.py
+matching_boxes.py
     valid = inside & (is_padding(b0, b1, b2, b3) == 0)
     valid = inside
     != NO_LABEL)
     != 7)
+matching.py
     tl.store(pointer(sc.index, tl.int32) + start + order, at
     tl.store(pointer(sc.index, tl.int32) + start + order, order
     regular = is_regular_anchor(a0, a1, a2, a3) | (inside == 0)
@@ -192,6 +193,7 @@ matching.py
     restored |= (iou >= 0.5 * iou_of(largest, KEPT)).to(tl.int32)
     tl.load(box_index, mask=count > 0, other=UNMATCHED)
     tl.zeros((), tl.int32)
+matching_fovea.py
     (top <= last_row)
     (top < last_row)
     (bottom >= first_row)
