@@ -8,6 +8,7 @@ from step to step compile nothing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -128,6 +129,11 @@ def ground_truth(gt_boxes: Sequence[Tensor], gt_labels: Sequence[Tensor]) -> tup
 
 def cdiv(n: int, by: int) -> int:
     return -(-n // by)
+
+
+def float32(x: float) -> float:
+    """Rounded as a cast does, to infinity too."""
+    return ctypes.c_float(x).value
 
 
 def power_of_two(n: int) -> int:

@@ -11,7 +11,6 @@ also where every search starts: with the first box of an image, with the first a
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,22 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    EXACT,
-    Workspace,
-    cdiv,
-    ground_truth,
-    on_device,
-    pack,
-    pick,
-    pointer,
-    pointer_at,
-)
+from ._launch import EXACT, Workspace, cdiv, float32, ground_truth, on_device, pack, pointer
 from ._math import (
-    NO_LABEL,
     UNMATCHED,
     is_nan,
-    is_padding,
     is_regular_anchor,
     is_regular_box,
     matched_index,
@@ -42,10 +29,9 @@ from ._math import (
     matching_iou,
     takes_over,
 )
+from .matching_boxes import LANES, REGISTERS, bits_of, gt_of, load_corners, load_gt, lowest
 
 BLOCK = 128  # anchors culled together; _MATCH_BLOCK of ops/workspace.py
-LANES = 32  # boxes tested at once: bits of an int32
-REGISTERS = 72  # what the pairs need without spilling: 28 programs of one warp per multiprocessor
 # What is kept of a box's anchors: nothing, the largest IoU, or the first anchor that has it, too.
 NOTHING, IOU, ANCHOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _KEY_SIZES = {NOTHING.value: 0, IOU.value: 4, ANCHOR.value: 8}
@@ -60,52 +46,6 @@ class Scratch(NamedTuple):
     area: int  # float32 (images, places), as all that follows
     index: int  # int32: place among the image's gt boxes
     key: int  # int32 or int64: see key_of
-
-
-@triton.jit
-def load_corners(start, row, mask):
-    """x1 y1 x2 y2 of boxes in float32, one access each."""
-    at = (4 * row)[:, None] + tl.arange(0, 4)[None, :]
-    four = tl.load(start + at, mask=mask[:, None], other=0.0).to(tl.float32)
-    first, second = tl.split(four.reshape((row.shape[0], 2, 2)))
-    b0, b2 = tl.split(first)
-    b1, b3 = tl.split(second)
-    return b0, b1, b2, b3
-
-
-@triton.jit
-def gt_of(gt, image, BOX_T: tl.constexpr, LABEL_T: tl.constexpr, PADDED: tl.constexpr):
-    """An image's boxes and labels, and how many places it has."""
-    if PADDED:
-        count = tl.cast(pick(gt.counts, 0), tl.int32)
-        first = tl.cast(image, tl.int64) * count
-        return pointer_at(gt.boxes, 0, BOX_T) + 4 * first, pointer_at(gt.labels, 0, LABEL_T) + first, count
-    else:
-        count = tl.cast(pick(gt.counts, image), tl.int32)
-        return pointer_at(gt.boxes, image, BOX_T), pointer_at(gt.labels, image, LABEL_T), count
-
-
-@triton.jit
-def load_gt(boxes, labels, at, count, LABELED: tl.constexpr):
-    """Boxes, and which of the places hold one."""
-    inside = at < count
-    b0, b1, b2, b3 = load_corners(boxes, at, inside)
-    valid = inside & (is_padding(b0, b1, b2, b3) == 0)
-    if LABELED:
-        valid = valid & (tl.load(labels + at, mask=inside, other=NO_LABEL) != NO_LABEL)
-    return b0, b1, b2, b3, valid
-
-
-@triton.jit
-def bits_of(mask):
-    """The lanes of a mask of 32 as bits of an integer."""
-    return tl.xor_sum(tl.where(mask, 1 << tl.arange(0, mask.shape[0]), 0), 0)
-
-
-@triton.jit
-def lowest(bits):
-    """Number of the lowest bit that is set: the exponent of that bit alone, as a float32."""
-    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 0xFF) - 127
 
 
 @triton.jit
@@ -368,11 +308,6 @@ def match_best_kernel(
     index = tl.where(forced != UNMATCHED, forced, index)
     changed = inside & ((restored != 0) | (forced != UNMATCHED))
     tl.store(out + tl.cast(image, tl.int64) * rows + row, index, mask=changed)
-
-
-def float32(x: float) -> float:
-    """Rounded as a cast does, to infinity too."""
-    return ctypes.c_float(x).value
 
 
 def match_anchors(

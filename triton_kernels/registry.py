@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import boxes, cross_entropy, detection, focal, fovea, matching, rescale, smooth_l1
+from . import boxes, cross_entropy, detection, focal, matching, matching_fovea, rescale, smooth_l1
 
 _LOSSES = {"focal": focal, "cross_entropy": cross_entropy, "smooth_l1": smooth_l1}
 _BOXES = ("decode_boxes", "decode_boxes_backward", "encode_boxes", "paired_box_iou", "delta_iou")
@@ -18,5 +18,5 @@ OPS: dict[str, Callable[..., None]] = {
     **{name: getattr(boxes, name) for name in _BOXES},
     "rescale": rescale.rescale,
     "match_anchors": matching.match_anchors,
-    "match_fovea": fovea.match_fovea,
+    "match_fovea": matching_fovea.match_fovea,
 }

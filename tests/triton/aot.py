@@ -40,8 +40,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 # What may differ from the operations that the source names: multiply-adds, products and sums that ptxas may contract
-# into them (those with a rounding of their own it must not), approximate divisions, numbers flushed to 0.
-INEXACT = re.compile(r"\b(?:(?:fma|mad)\.\S*f(?:32|64)|(?:mul|add|sub|div)\.(?!rn\.f)\S*f(?:32|64)|\S+\.ftz\S*)")
+# into them (those with a rounding of their own it must not), approximate divisions, numbers flushed to 0; not ceil and
+# floor, whose argument ends with "- 0.5", which leaves no number that small.
+INEXACT = re.compile(
+    r"(?<![\w.])(?:(?:fma|mad)\.\S*f(?:32|64)|(?:mul|add|sub|div)\.(?!rn\.f)\S*f(?:32|64)|(?!cvt\.r[pm]i)\S+\.ftz\S*)"
+)
 EXACT_KERNELS = ("match_",)  # what the names begin with of kernels whose results are compared for equality
 
 
@@ -154,10 +157,14 @@ def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> 
     triton.runtime.driver.set_active(CompileOnly(capability))
     found: dict[str, dict[str, int]] = {}
     seen: dict[str, Any] = {}
+    renewed: set[JITFunction] = set()
     label = ""
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if self not in renewed:  # it keeps what an earlier call compiled, for another architecture
+            self.device_caches.clear()
+            renewed.add(self)
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel is not None and kernel.hash not in seen:
             seen[kernel.hash] = kernel
@@ -215,7 +222,8 @@ def main() -> int:
     options = parser.parse_args()
     found: dict[str, dict[str, int]] = {}
     for capability in options.capability or CAPABILITIES:
-        found |= compile_all(capability, options.dtype or list(DTYPES), options.case)
+        for dtype in options.dtype or DTYPES:  # each by itself, as the tests run: a variant is listed once per run
+            found |= compile_all(capability, [dtype], options.case)
     for name, got in found.items():
         print(name, got, flush=True)
     if options.write:

@@ -97,14 +97,25 @@ def matching() -> None:
     odd = torch.tensor([[0.0, 0, math.inf, 40], [30, 20, 30, 50], [40, 15, 61, 41]])
     kinked = anchors.clone()
     kinked[3] = torch.tensor([9.0, 9, 9, 9])
-    kinked[60, 3] = math.nan
+    kinked[135, 3] = math.nan  # no regular box touches its block
+    nowhere = torch.tensor([[math.inf, 0, math.inf, 40], [5, 5, 5, 5]])  # no area: NaN, and 0 with anchors
+    halves, box = torch.tensor([[0.0, 0, 4, 8], [0, 0, 2, 8], [9, 9, 10, 10]]), torch.tensor([[0.0, 0, 8, 8]])
     for given, images, high, low in (
         (anchors, [boxes, boxes[:1]], 0.5, 0.4),
         (anchors, [few, boxes[:0], far], 0.5, 0.4),
-        (torch.stack([kinked, anchors.flip(0)]), [odd, few], 0.3, 0.2),
+        (torch.stack([kinked, kinked]), [odd, few], 0.3, 0.2),
+        (anchors[:9], [nowhere, nowhere[1:], boxes[:2]], 0.0, 0.0),
+        (anchors[:9], [boxes[:0], torch.cat([few, nowhere[:1]])], 0.5, 0.0),
+        (halves, [box], 0.5, 0.25),  # met exactly, as the next one by its last bit
+        (
+            torch.tensor([[5.341002464294434, 29.557313919067383, 82.42971801757812, 85.37681579589844]]),
+            [torch.tensor([[20.3, 17.7, 71.9, 80.1]])],
+            0.5306329131126404,
+            0.1,
+        ),
     ):
         labels = [torch.arange(len(b)) % 6 - 1 for b in images]
-        padded = testing_matching.padded_boxes(images)
+        padded = testing_matching.padded_boxes(images, 4)
         padded[:, 4] = math.nan
         places = (torch.arange(padded.shape[1]) % 6 - 1).repeat(len(images), 1)
         for rule in ((True, False), (False, True), (True, True), (False, False)):
@@ -116,7 +127,7 @@ def matching() -> None:
                 got = ik.match_anchors(given, gt, gt_labels=gt_labels, backend="triton", **options)
                 assert torch.equal(got, want), (options, got, want)
     boxes = boxes * torch.tensor([0.25, 1.2, 0.25, 1.2])
-    boxes[33], boxes[34] = boxes[32], torch.tensor([-9.0, -9, 30, 30])
+    boxes[33], boxes[34], boxes[35] = boxes[32], torch.tensor([-9.0, -9, 30, 30]), torch.tensor([4.0, 69, 24, 89])
     levels = [(12, 14), (6, 7)], (8, 16), ((1, 20), (16, 64))
     for gt, gt_labels in (([boxes, boxes[5:9]], None), (boxes[None], torch.arange(36)[None] % 7 - 1)):
         options = {"gt_labels": gt_labels, "strides": levels[1], "scale_ranges": levels[2]}
@@ -125,8 +136,7 @@ def matching() -> None:
 
 
 FIRST = {
-    "matching.py": matching,
-    "fovea.py": matching,
+    **dict.fromkeys(("matching.py", "matching_boxes.py", "matching_fovea.py"), matching),
     "cross_entropy.py": softmax,
     "smooth_l1.py": smooth_l1,
     "focal.py": focal,

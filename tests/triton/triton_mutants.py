@@ -155,17 +155,18 @@ smooth_l1.py
     factor *= tl.load(grad_rows
     overlap = tl.load(iou + row
     overlap = 0.9 * tl.load(iou + row
-matching.py
+matching_boxes.py
     valid = inside & (is_padding(b0, b1, b2, b3) == 0)
     valid = inside
     != NO_LABEL)
     != 7)
+matching.py
     tl.store(pointer(sc.index, tl.int32) + start + order, at
     tl.store(pointer(sc.index, tl.int32) + start + order, order
     regular = is_regular_anchor(a0, a1, a2, a3) | (inside == 0)
     regular = inside == inside
-    (is_regular_box(area)) == 0)
-    (area == area)) == 0)
+    (apart & is_regular_box(area)) == 0
+    apart == 0
     out + 2 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a2
     out + 2 * all_blocks, tl.where(whole, tl.max(tl.where(inside, a0
     apart |= tl.load(corners + 2 * plane, mask=valid, other=0.0) <=
@@ -189,10 +190,10 @@ matching.py
     forced = tl.where(row == anchor_of(largest), place, forced)
     forced = tl.where((row == anchor_of(largest)) & (forced < 0), place, forced)
     restored |= (iou == iou_of(largest, KEPT)).to(tl.int32)
-    restored |= (iou >= iou_of(largest, KEPT) - 1e-6).to(tl.int32)
+    restored |= (iou >= 0.5 * iou_of(largest, KEPT)).to(tl.int32)
     tl.load(box_index, mask=count > 0, other=UNMATCHED)
     tl.zeros((), tl.int32)
-fovea.py
+matching_fovea.py
     (top <= last_row)
     (top < last_row)
     (bottom >= first_row)

@@ -1,4 +1,4 @@
-"""Matching of FoveaBox's cells with gt boxes, in one launch: a program per image, level and block of cells."""
+"""Matching of FoveaBox's cells with gt boxes, in one launch: a program per image and tile of cells of a level."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import EXACT, cdiv, ground_truth, level_of, on_device, pack, pick
+from ._launch import EXACT, cdiv, float32, ground_truth, level_of, on_device, pack, pick
 from ._math import UNMATCHED, fovea_cells, is_in_scale, matching_area, takes_cell
-from .matching import LANES, REGISTERS, bits_of, float32, gt_of, load_gt, lowest
+from .matching_boxes import LANES, REGISTERS, bits_of, gt_of, load_gt, lowest
 
 CELLS = 128  # of a program
 
