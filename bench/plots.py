@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from .results import Stored
 from .table import milliseconds
@@ -98,6 +99,8 @@ def scaling(stored: Stored, target: Path) -> list[Path]:
     for axis, title in ((left, "time an image, forward + backward (ms)"), (right, "peak extra memory (GiB)")):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            side(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, few of them
         axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
         axis.set_xlabel("images in the batch", fontsize=9)
         axis.set_title(title, fontsize=10, loc="left")
