@@ -28,13 +28,9 @@ class Replay:
     step: Step
 
 
-def capture(step: Step, device: str, prepare: Callable[[], Any] | None = None, warm: bool = True) -> Replay:
+def capture(step: Step, prepare: Callable[[], Any] | None = None, warm: bool = True) -> Replay:
     """The step as a CUDA graph. prepare: runs before it on the same stream, outside of the graph. warm: the step may
     run three times before (as it must, unless it can run but once and its kernels are loaded already)."""
-    if device == "cpu":
-        if prepare is not None:
-            prepare()
-        return Replay(step, step(), step)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -97,17 +93,15 @@ def clocks_under_load(call: Callable[[int], Any], milliseconds: float, device: s
     return found
 
 
-def wall_ms(step: Step, device: str, times: int = 20) -> float:
-    """Eager time of a step, host included: what a training loop without graphs sees."""
+def wall_ms(step: Step, times: int = 20) -> float:
+    """Eager time of a step on a GPU, host included: what a training loop without graphs sees."""
     for _ in range(2):
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(times):
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3 / times
 
 

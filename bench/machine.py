@@ -31,8 +31,8 @@ SMI_FIELDS = {
     "utilization_percent": "utilization.gpu",
 }
 MOMENTARY = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "utilization_percent")
-# Freed memory stays with the process: without these two, page faults on fresh tensors drown what is measured.
 RESTARTED = "_IOUBAL_BENCH_RESTARTED"
+# Freed memory stays with the process: without these two, page faults on fresh tensors drown what is measured.
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 
 
@@ -107,7 +107,7 @@ def smi(*names: str) -> dict[str, Any]:
 
 
 def heap() -> str:
-    """ "warm" when freed memory stays with the process, "default" otherwise."""
+    """Warm when freed memory stays with the process, default otherwise."""
     return "warm" if all(os.environ.get(name) == value for name, value in WARM_HEAP.items()) else "default"
 
 
@@ -137,6 +137,11 @@ def cpu_facts() -> dict[str, Any]:
     return {**facts, "cpu_mhz": float(clock)} if clock else facts
 
 
+def allocator() -> str:
+    """How torch's CUDA allocator is set up."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default"
+
+
 def gpu_facts() -> dict[str, Any]:
     """What a figure depends on, on the first GPU; the clocks of the moment are `MOMENTARY`."""
     properties = torch.cuda.get_device_properties(0)
@@ -149,7 +154,7 @@ def gpu_facts() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_mib": round(properties.L2_cache_size / 2**20, 1),
         "cpu": cpu_model(),
-        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
+        "allocator": allocator(),
         **smi(),
     }
 

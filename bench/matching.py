@@ -15,25 +15,15 @@ from ioubal_kernels import testing
 
 from . import inputs as bench_inputs
 from .clocks import sets_beyond_cache
-from .peers import PLAIN_HEADS, WHOLE, Peer, make_eager, make_heads
+from .peers import PLAIN_HEADS, WHOLE, Peer, make_eager, make_heads, torchvision_matches
 from .retinanet import ORACLE_ENTRIES, Oracle, fused
 from .work import BOTH, INFERENCE, Bench, Case, Contender, Problem, Work, short
 
-HIGH, LOW = 0.5, 0.4
 MATCHES = "the index of each anchor's box, -1 background, -2 ignored"
 
 
-def torchvision_matches(anchors: Tensor, gt_boxes: list[Tensor]) -> Tensor:
-    """box_iou and Matcher, image by image, as torchvision's RetinaNet calls them: (N, R) int64."""
-    from torchvision.models.detection._utils import Matcher
-    from torchvision.ops import box_iou
-
-    matcher = Matcher(HIGH, LOW, allow_low_quality_matches=True)
-    return torch.stack([matcher(box_iou(boxes, anchors)) for boxes in gt_boxes])
-
-
 def ours(anchors: Tensor, gt_boxes: list[Tensor], backend: str) -> Tensor:
-    return ik.match_anchors(anchors, gt_boxes, high=HIGH, low=LOW, dtype=torch.int32, backend=backend)
+    return ik.match_anchors(anchors, gt_boxes, **ik.MATCHING_RULES["retinanet"], dtype=torch.int32, backend=backend)
 
 
 def match(bench: Bench, images: int, boxes: int) -> Problem:
@@ -41,7 +31,8 @@ def match(bench: Bench, images: int, boxes: int) -> Problem:
     levels = bench_inputs.SMALL_LEVELS if bench.small else testing.RETINANET_LEVELS
     anchors = bench_inputs.grid_anchors(levels, bench.device)
     drawn = [bench_inputs.draw_boxes(seed, images, boxes, bench.device) for seed in range(4)]
-    want = torchvision_matches(anchors, drawn[0])
+    theirs = lambda *given: torch.stack(torchvision_matches(*given))  # noqa: E731
+    want = theirs(anchors, drawn[0])
 
     def check(_: Work, results: list[Tensor]) -> None:
         wrong = int((results[0].long() != want).sum())
@@ -54,7 +45,7 @@ def match(bench: Bench, images: int, boxes: int) -> Problem:
 
     contenders = [contender("fused", partial(ours, backend=name), {"backend": name}) for name in bench.backends]
     contenders.append(contender("reference backend", partial(ours, backend="reference"), {"backend": "reference"}))
-    contenders.append(contender("torchvision box_iou + Matcher", torchvision_matches, {}))
+    contenders.append(contender("torchvision box_iou + Matcher", theirs, {}))
     rows = images * anchors.shape[0]
     facts = {"case": "matching", "batch": images, "anchors": anchors.shape[0], "boxes": boxes, "dtype": "float32"}
     return Problem(facts, contenders, rows, torch.float32, len(drawn), {INFERENCE: rows * 4 + 16 * rows}, "anchor")
@@ -73,7 +64,7 @@ def stage(bench: Bench, images: int, boxes: int, dtype: torch.dtype) -> Problem:
         found = bench_inputs.targets(seed, levels, count, bench.device, torch.int32)
         generator = torch.Generator().manual_seed(seed)
         labels = [torch.randint(0, bench_inputs.CLASSES, (boxes,), generator=generator) for _ in range(count)]
-        matched = torchvision_matches(anchors, gt_boxes).to(torch.int32)
+        matched = torch.stack(torchvision_matches(anchors, gt_boxes)).to(torch.int32)
         labels = [t.to(bench.device) for t in labels]
         generator = torch.Generator().manual_seed(seed + 100)
         deltas = (torch.randn(found.bbox_deltas.shape, generator=generator) * 0.2).to(bench.device)
@@ -96,13 +87,13 @@ def stage(bench: Bench, images: int, boxes: int, dtype: torch.dtype) -> Problem:
         return tested if number < 0 else made[number]
 
     def fused_stage(heads: testing.DetectionInputs, backend: str) -> Work:
-        module = ik.RetinaNetLoss(high=HIGH, low=LOW, backend=backend)
+        module = ik.RetinaNetLoss(**ik.MATCHING_RULES["retinanet"], backend=backend)
         given = (heads.cls_logits, heads.bbox_deltas, heads.anchors, heads.gt_boxes, heads.gt_labels)
         return Work(lambda: module(*given)[:2], heads.heads())
 
     def after_torchvision(heads: testing.DetectionInputs, make: Callable[[testing.DetectionInputs], Work]) -> Work:
         def losses() -> Any:
-            matched = torchvision_matches(heads.anchors, heads.gt_boxes)
+            matched = torch.stack(torchvision_matches(heads.anchors, heads.gt_boxes))
             return make(replace(heads, matched_idxs=matched)).losses()
 
         return Work(losses, heads.heads())

@@ -75,7 +75,7 @@ def prepared(contender: Contender, problem: Problem, bench: Bench, head: Row) ->
         if bench.device == "cuda":
             path.facts["timing"] = "graph" if graph else "events around eager calls"
             if phase in (BOTH, INFERENCE):
-                path.facts["eager_wall_ms"] = round(wall_ms(works[0].phase(phase, "cuda").step, "cuda"), 4)
+                path.facts["eager_wall_ms"] = round(wall_ms(works[0].phase(phase, "cuda").step), 4)
         timed[f"{contender.path} {contender.facts.get('backend', '')}", phase] = path
     return timed
 
@@ -96,7 +96,7 @@ def graph_path(works: list[Work], phase: str, bench: Bench) -> TimedPath:
     replays = []
     for work in few:
         made = work.phase(phase, bench.device)
-        replays.append(capture(made.step, bench.device, made.prepare, made.warm))
+        replays.append(capture(made.step, made.prepare, made.warm))
     return TimedPath(lambda number: replays[number % len(replays)].run(), {})
 
 

@@ -119,6 +119,16 @@ def flattened(heads: testing.DetectionInputs) -> testing.DetectionInputs:
     return replace(heads, cls_logits=flat(heads.cls_logits), bbox_deltas=flat(heads.bbox_deltas))
 
 
+def torchvision_matches(anchors: Tensor, gt_boxes: Sequence[Tensor]) -> list[Tensor]:
+    """torchvision's matching, image by image, as its RetinaNet does it: N int64 tensors (R,)."""
+    from torchvision.models.detection._utils import Matcher
+    from torchvision.ops import box_iou
+
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    background = torch.full(anchors.shape[:1], ik.BACKGROUND, dtype=torch.int64, device=anchors.device)
+    return [matcher(box_iou(boxes, anchors)) if len(boxes) else background for boxes in gt_boxes]
+
+
 # ---------------------------------------------------------------------------------------------- both losses
 
 

@@ -104,8 +104,7 @@ def machine_facts(device: str) -> Row:
     facts: Row = {"format": timing.FORMAT, **host, "cpu": host["device"]}
     if device == "cuda":
         facts |= {k: v for k, v in machine.gpu_facts().items() if k not in machine.MOMENTARY}
-        setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-        facts["allocator"] = setting or "default"
+        facts["allocator"] = machine.allocator()
         facts["tf32"] = {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
     if importlib.util.find_spec("torchvision") is not None:
         import torchvision

@@ -7,9 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
@@ -18,6 +16,7 @@ from ioubal_kernels.detection.models.retinanet import flatten_maps
 from ioubal_kernels.detection.objective import detection_loss
 
 from .eager import eager_loss
+from .peers import torchvision_matches
 from .train_step_case import Case, Mark, Stage, Targets, leaves_of
 
 PARITY_LOGITS = 1 << 26  # of these at most in the float64 oracle: half a gigabyte a tensor
@@ -57,13 +56,6 @@ def fused(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None
                 " where its matching ends is not known"
             )
     return out.classification + out.localization
-
-
-def torchvision_matches(anchors: Tensor, gt_boxes: list[Tensor]) -> list[Tensor]:
-    """torchvision's matching, image by image, as its RetinaNet does it: N int64 tensors (R,)."""
-    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
-    background = torch.full(anchors.shape[:1], ik.BACKGROUND, dtype=torch.int64, device=anchors.device)
-    return [matcher(box_iou(boxes, anchors)) if len(boxes) else background for boxes in gt_boxes]
 
 
 def flat_maps(case: Case, maps: HeadMaps) -> tuple[Tensor, Tensor]:
