@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ioubal_kernels.detection.anchors import choose_anchor_scale, network_boxes
-from ioubal_kernels.detection.config import preset
+from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.data import Batch, TrainLoader, load_pair, make_synthetic
 from ioubal_kernels.detection.ema import ModelEma
 from ioubal_kernels.detection.models import MODEL_STRIDES, HeadMaps, build_model

@@ -30,7 +30,7 @@ SHARP, SHARP_STEPS = 0.01, 5  # of the loss; fewer steps than that say nothing
 
 def curve(plan: Plan, data: str, run: Path, backend: str, w_loc: float) -> list[list[float]]:
     """(classification, localisation) of every step of one run."""
-    from ioubal_kernels.detection.config import preset
+    from ioubal_kernels.detection.presets import preset
     from ioubal_kernels.detection.progress import Reporter
     from ioubal_kernels.detection.train import train
 

@@ -1,4 +1,4 @@
-"""Which anchor scale fits a dataset's boxes, and which anchors a batch's boxes match."""
+"""Which anchor scale fits a dataset's boxes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-
-import ioubal_kernels as ik
 
 from .data import Dataset, TransformConfig
 from .models.retinanet import make_anchor_generator
@@ -45,16 +43,19 @@ def network_boxes(dataset: Dataset, transform: TransformConfig) -> tuple[Tensor,
     return torch.from_numpy(np.concatenate(boxes)), torch.from_numpy(np.concatenate(sizes))
 
 
-def best_anchor_iou(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], scale: float) -> Tensor:
+def best_anchor_iou(
+    boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], octaves: tuple[float, ...], scale: float
+) -> Tensor:
     """Largest IoU (G,) of each box with the anchors of the cell nearest to its centre, on every level.
 
     Args:
         boxes: (G, 4) in pixels of the network's input.
         image_sizes: (G, 2) height and width of each box's image there.
         strides: of the pyramid's levels.
+        octaves: anchor sizes of a level, in units of the smallest.
         scale: smallest anchor edge in strides.
     """
-    generator = make_anchor_generator(strides, scale)
+    generator = make_anchor_generator(strides, scale, octaves)
     generator.set_cell_anchors(torch.float32, boxes.device)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     candidates = []
@@ -70,24 +71,19 @@ def best_anchor_iou(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...]
     return (intersection / (areas - intersection)).amax(dim=1)
 
 
-def anchor_fit(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], scale: float) -> AnchorFit:
+def anchor_fit(
+    boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], octaves: tuple[float, ...], scale: float
+) -> AnchorFit:
     """Coverage of boxes (G, 4) by the anchors of one scale."""
     if boxes.shape[0] == 0:
         return AnchorFit(scale, 1.0, 0.0)
-    best = best_anchor_iou(boxes, image_sizes, strides, scale)
+    best = best_anchor_iou(boxes, image_sizes, strides, octaves, scale)
     return AnchorFit(scale, (best >= FITTING_IOU).float().mean().item(), best.mean().item())
 
 
-def choose_anchor_scale(boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...]) -> AnchorFit:
+def choose_anchor_scale(
+    boxes: Tensor, image_sizes: Tensor, strides: tuple[int, ...], octaves: tuple[float, ...]
+) -> AnchorFit:
     """The scale covering most boxes; between scales that cover equally many, the one with the larger mean IoU."""
-    fits = [anchor_fit(boxes, image_sizes, strides, scale) for scale in SCALE_CANDIDATES]
+    fits = [anchor_fit(boxes, image_sizes, strides, octaves, scale) for scale in SCALE_CANDIDATES]
     return max(fits, key=lambda fit: (fit.covered, fit.mean_best_iou))
-
-
-def match_batch(anchors: Tensor, gt_boxes: list[Tensor], backend: str | None = None) -> Tensor:
-    """Match every anchor (R, 4) to a box of each image: (N, R) int32, index of the box, -1 background, -2 ignored.
-
-    RetinaNet's rule: IoU >= 0.5 positive, < 0.4 background, and each box's best anchors are positive whatever their
-    IoU.
-    """
-    return ik.match_anchors(anchors, gt_boxes, **ik.MATCHING_RULES["retinanet"], dtype=torch.int32, backend=backend)

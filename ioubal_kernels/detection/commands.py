@@ -134,10 +134,18 @@ def train_command(
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of initialisation, order and augmentation.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init-from", metavar="RUN|CKPT", help="Start from these weights.")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Accept a full-size detector without pretrained weights.")
+    ] = False,
 ) -> None:
     """Train a detector and evaluate it. The defaults learn a small dataset from scratch within minutes on a CPU."""
-    from .config import load_config, parse_assignment
+    from .config import parse_assignment
     from .errors import UsageError
+    from .presets import load_config
+    from .processes import launched_as
     from .progress import Reporter
     from .rundir import CONFIG_FILE
 
@@ -154,7 +162,11 @@ def train_command(
         settings.set("data.path", data)
     if loss is not None:
         settings.set_loss(loss)
-    for key, value in (("train.amp", amp), ("train.device", device), ("train.seed", seed), ("data.workers", workers)):
+    given = {
+        "train.amp": amp, "train.device": device, "train.seed": seed, "data.workers": workers,
+        "model.init_from": init_from, "model.from_scratch": from_scratch or None,
+    }  # fmt: skip
+    for key, value in given.items():
         if value is not None:
             settings.set(key, value)
     for assignment in set_ or []:
@@ -162,7 +174,10 @@ def train_command(
     settings.validate()
     from .train import train
 
-    reporter = Reporter()
+    rank, processes, _ = launched_as()
+    if out is None and processes > 1:
+        raise UsageError("-o: with several processes name the run's folder: all must use the same")
+    reporter = Reporter(quiet=rank > 0)
     folder = Path(out) if out is not None else _default_folder(settings)
     result = train(settings, folder, resume=resume, allow_config_change=allow_config_change, reporter=reporter)
     if result.metrics is not None:
@@ -218,19 +233,63 @@ def eval_command(
     reporter.show(class_table(metrics))
 
 
+@app.command("predict")
+@guarded
+def predict_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|DIR ...", help="Image files, folders of images.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where pictures and predictions.json go.")],
+    score: Annotated[float, typer.Option("--score", help="Smallest score shown.")] = 0.3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the detections as JSON and nothing else.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+) -> None:
+    """Detect on images: pictures with the boxes drawn, and their numbers as JSON."""
+    from .config import parse_assignment
+    from .predict_files import predict_files
+    from .progress import Reporter
+
+    changes = [parse_assignment(a) for a in set_ or []]
+    changes += [("train.amp", amp), ("train.device", device)]
+    if workers is not None:
+        changes.append(("data.workers", workers))
+    reporter = Reporter(quiet=as_json)
+    result = predict_files(model, images, Path(out), score=score, changes=changes, reporter=reporter)
+    if as_json:
+        import json
+
+        print(json.dumps(result, indent=1, allow_nan=False))
+
+
+@app.command("export")
+@guarded
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The file of weights.")],
+) -> None:
+    """Write the evaluated weights for stock torchvision, with class names and configuration, into one file."""
+    from .export import export_weights
+    from .progress import Reporter
+
+    content = export_weights(model, Path(out))
+    Reporter().info(f"{content['model']}, step {content['step']}, {len(content['classes'])} classes: {out}")
+
+
 @app.command("configs")
 @guarded
 def configs_command(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one as YAML.")] = None,
 ) -> None:
     """List the named configurations, or print one as YAML to start a file from."""
-    from .config import PRESETS, preset
+    from .presets import PRESETS, preset
 
     if name is not None:
         print(preset(name).to_yaml(), end="")
         return
     for key, (text, _) in PRESETS.items():
-        print(f"{key:20} {text}")
+        print(f"{key:30} {text}")
 
 
 @data_app.command("synth")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .architectures import MODEL_NAMES, MODELS
 from .config_schema import Checked, check_value, option
 from .errors import UsageError
 
@@ -55,16 +56,35 @@ class DataConfig(Checked):
 
 @dataclass
 class ModelConfig(Checked):
-    """The detector."""
+    """The detector and what it starts from."""
 
-    name: str = option(
-        "retinanet_tiny", str, choices=("retinanet_tiny", "retinanet_r18_fpn", "retinanet_r50_fpn"), doc="architecture"
-    )
+    name: str = option("retinanet_tiny", str, choices=MODEL_NAMES, doc="architecture")
     anchor_scale: float | str = option(
-        "auto", float, low=0.25, high=64, words=("auto",), doc="smallest anchor edge in strides; auto: from the boxes"
+        "auto",
+        float,
+        low=0.25,
+        high=64,
+        words=("auto",),
+        doc="smallest anchor edge (FoveaBox: base edge) in strides; auto: the paper's, for tiny models by the boxes",
     )
-    backbone_file: str | None = option(None, str, optional=True, doc="ResNet state dict to start from")
-    backbone_sha256: str | None = option(None, str, optional=True, doc="its SHA-256")
+    ssd_smallest: int = option(15, int, choices=(10, 15, 20), doc="SSD300, SSD512: second default box, % of the image")
+    norm: str = option(
+        "auto",
+        str,
+        choices=("auto", "batch", "group", "sync"),
+        doc="of the backbone; auto: fixed with a backbone file, else batch; sync: BatchNorm over all GPUs",
+    )
+    backbone_file: str | None = option(None, str, optional=True, doc="ImageNet weights (.pth) to start from")
+    backbone_sha256: str | None = option(None, str, optional=True, doc="its SHA-256; null: as the file's name says")
+    init_from: str | None = option(
+        None, str, optional=True, doc="run or checkpoint to start from; a head for other classes is new"
+    )
+    from_scratch: bool = option(False, bool, doc="accept a full-size detector without weights to start from")
+
+    @property
+    def frozen_backbone(self) -> bool:
+        """Whether the backbone's statistics, stem and first stage stay as the pretrained weights have them."""
+        return self.norm == "auto" and (self.backbone_file is not None or self.init_from is not None)
 
 
 @dataclass
@@ -83,11 +103,13 @@ class LossConfig(Checked):
     calibration_batches: int = option(8, int, low=1, high=10_000, doc="batches that w_loc: auto looks at")
     alpha: float = option(0.25, float, low=0, high=1, doc="focal loss")
     gamma: float = option(2.0, float, low=0, high=100, doc="focal loss")
-    beta: float = option(1 / 9, float, low=0, doc="smooth L1 threshold")
+    beta: float = option(1 / 9, float, low=0, doc="smooth L1 threshold (of the RPN always 1/9)")
     normalize_loc: bool = option(False, bool, doc="Eq. 7 instead of Eq. 6")
     normalizer_scope: str = option("batch", str, choices=("batch", "level", "image"), doc="what Eq. 4's sums run over")
     eps: float = option(0.0, float, low=0, doc="added to the normaliser's denominator")
     cls_weight: float = option(1.0, float, low=0, doc="factor of the classification loss")
+    rpn: bool = option(False, bool, doc="Faster R-CNN: the same IoU weights for the proposals' losses")
+    rpn_w_loc: float | str = option("auto", float, above=0, words=("auto",), doc="w_loc of the proposals, with rpn")
     backend: str = option("auto", str, choices=("auto", "cpu", "cuda", "triton", "reference"), doc="which kernels")
 
     def label(self) -> str:
@@ -101,9 +123,15 @@ class OptimConfig(Checked):
 
     name: str = option("adamw", str, choices=("adamw", "sgd"), doc="optimiser")
     lr: float = option(3e-3, float, above=0, high=100, doc="learning rate after the warm-up")
-    weight_decay: float = option(0.05, float, low=0, high=10, doc="not on norms and biases")
+    base_batch: int | None = option(
+        None, int, low=1, optional=True, doc="images a step that lr is meant for: scaled linearly to what a step has"
+    )
+    weight_decay: float = option(0.05, float, low=0, high=10, doc="see decay_all")
+    decay_all: bool = option(False, bool, doc="weight decay on norms and biases, too")
     momentum: float = option(0.9, float, low=0, high=1, doc="sgd only")
     warmup: float = option(0.15, float, low=0, high=1, doc="linear warm-up, as a share of the run")
+    warmup_steps: int | None = option(None, int, low=0, optional=True, doc="the same in steps; null: by warmup")
+    warmup_start: float = option(0.0, float, low=0, high=1, doc="share of lr that the warm-up starts from")
     schedule: str = option("cosine", str, choices=("cosine", "multistep", "constant"), doc="after the warm-up")
     milestones: tuple[float, ...] = option(
         (2 / 3, 11 / 12), float, length=None, low=0, high=1, doc="multistep: shares of the run, rising"
@@ -117,18 +145,25 @@ class TrainConfig(Checked):
     """Length, precision, and what is written when."""
 
     iterations: int = option(500, int, low=1, high=100_000_000, doc="optimisation steps")
-    batch_size: int = option(8, int, low=1, high=65536, doc="images a step")
+    epochs: float | None = option(
+        None, float, above=0, high=1e6, optional=True, doc="passes over the data instead of iterations"
+    )
+    batch_size: int = option(8, int, low=1, high=65536, doc="images at a time in each process")
+    accumulate: int = option(1, int, low=1, high=65536, doc="batches whose gradients are averaged to one step")
     seed: int = option(0, int, low=0, high=2**31 - 1, doc="of initialisation, order and augmentation")
-    device: str = option("auto", str, doc="auto, cpu, cuda, cuda:N")
+    device: str = option("auto", str, doc="auto, cpu, cuda, cuda:N; under torchrun each process takes its own GPU")
     amp: str = option("auto", str, choices=("auto", "off", "bf16"), doc="auto: bfloat16 where the hardware has it")
     channels_last: bool = option(True, bool, doc="memory format of the convolutions")
+    compile: bool = option(False, bool, doc="torch.compile the backbone")
     ema: float = option(0.99, float, low=0, high=0.999999, doc="decay of the evaluated weights, 0: the trained ones")
     nan_policy: str = option(
         "stop", str, doc="stop, or skip:N to leave out up to N batches with a NaN loss or gradient"
     )
     log_every: int = option(10, int, low=1, doc="steps between lines of log.jsonl")
+    tensorboard: bool = option(False, bool, doc="write the same figures for TensorBoard to RUN/tensorboard")
     checkpoint_every: int = option(100, int, low=1, doc="steps between checkpoints")
     eval_every: int = option(250, int, low=0, doc="steps between evaluations, 0: only at the end")
+    timeout: float = option(600.0, float, low=1, doc="seconds that processes of one training wait for each other")
 
 
 @dataclass
@@ -137,7 +172,9 @@ class InferenceConfig(Checked):
 
     batch_size: int = option(16, int, low=1, high=65536, doc="images at a time")
     score_threshold: float = option(0.02, float, low=0, high=1, doc="smallest score")
-    candidates: int = option(400, int, low=1, high=1_000_000, doc="best of an image that enter NMS")
+    candidates: int = option(
+        400, int, low=1, high=1_000_000, doc="best that enter NMS: of a level, an SSD class, or proposals of an image"
+    )
     nms_threshold: float = option(0.5, float, low=0, high=1, doc="IoU above which the weaker box goes")
     max_detections: int = option(100, int, low=1, high=100_000, doc="best of an image that stay")
 
@@ -159,15 +196,45 @@ class Config(Checked):
         if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
             raise UsageError(f"optim.milestones: expected rising shares of the run, got {list(milestones)}")
         parse_nan_policy(self.train.nan_policy)
-        if self.model.backbone_file is not None and self.model.name == "retinanet_tiny":
-            raise UsageError(
-                "model.backbone_file: retinanet_tiny has no ResNet to load; choose retinanet_r18_fpn or _r50_fpn"
-            )
-        if self.model.backbone_sha256 is not None and self.model.backbone_file is None:
-            raise UsageError("model.backbone_sha256: given without model.backbone_file")
+        self._validate_model()
         if self.data.image_size is None and self.data.long_side < self.data.short_side:
             raise UsageError(
                 f"data.long_side: expected at least data.short_side = {self.data.short_side}, got {self.data.long_side}"
+            )
+
+    def _validate_model(self) -> None:
+        model = self.model
+        architecture = MODELS[model.name]
+        if architecture.backbone == "tiny" and model.backbone_file is not None:
+            raise UsageError(f"model.backbone_file: {model.name} has no backbone that files exist for")
+        if model.backbone_sha256 is not None and model.backbone_file is None:
+            raise UsageError("model.backbone_sha256: given without model.backbone_file")
+        if architecture.family == "ssd" and self.data.image_size is None:
+            raise UsageError(f"data.image_size: {model.name} needs a fixed size (height, width), got null")
+        if architecture.backbone == "vgg16":
+            edge = 512 if model.name.startswith("ssd512") else 300
+            smallest = (10, 15) if edge == 512 else (15, 20)
+            if model.ssd_smallest not in smallest:
+                raise UsageError(
+                    f"model.ssd_smallest: {model.name} has {smallest[0]} (COCO) and {smallest[1]} (VOC), "
+                    f"got {model.ssd_smallest}"
+                )
+            if model.norm in ("group", "sync"):
+                raise UsageError(f"model.norm: VGG16 has no normalisation, got {model.norm}")
+
+    def require_start(self) -> None:
+        """A full-size detector starts from weights, or says that it does not: months of GPU time hang on that.
+
+        Raises:
+            UsageError: neither a backbone file nor a checkpoint is named, and from_scratch is not set.
+        """
+        model = self.model
+        start = model.backbone_file or model.init_from or model.from_scratch
+        if MODELS[model.name].backbone != "tiny" and not start:
+            raise UsageError(
+                f"model.backbone_file: {model.name} starts from ImageNet weights: name the file with "
+                "--set model.backbone_file=FILE.pth (docs/detectors.md lists files), or a checkpoint with --init-from, "
+                "or train it with --from-scratch"
             )
 
     def set(self, key: str, value: Any) -> None:
@@ -191,7 +258,7 @@ class Config(Checked):
         if name in ("loc", "both"):
             self.loss.lambda_ = self.loss.lambda_ or defaults.lambda_
         else:
-            self.loss.lambda_, self.loss.w_loc = 0.0, 1.0
+            self.loss.lambda_, self.loss.w_loc, self.loss.rpn_w_loc = 0.0, 1.0, 1.0
 
     def update(self, mapping: Any, source: str) -> None:
         """Overwrite values by a nested mapping, as a YAML file holds them."""
@@ -225,28 +292,6 @@ class Config(Checked):
         return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
 
 
-# The default is the recipe for small datasets trained from scratch on a CPU. The ResNets follow the paper's RetinaNet.
-_RESNET = {
-    "data": {"image_size": None, "vflip": 0.0, "zoom": 0.0, "jitter": 0.0},
-    "optim": {"name": "sgd", "lr": 0.01, "weight_decay": 1e-4, "warmup": 0.02, "schedule": "multistep", "clip": 35.0},
-    "train": {"iterations": 90_000, "batch_size": 16, "ema": 0.0, "checkpoint_every": 1000, "eval_every": 7500},
-    "inference": {"score_threshold": 0.05, "candidates": 1000, "batch_size": 8},
-}
-PRESETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "retinanet_tiny": ("default: 1 M parameters, from scratch, minutes on a CPU", {}),
-    "retinanet_r18_fpn": ("ResNet-18 FPN, the paper's schedule", {**_RESNET, "model": {"name": "retinanet_r18_fpn"}}),
-    "retinanet_r50_fpn": ("ResNet-50 FPN, the paper's schedule", {**_RESNET, "model": {"name": "retinanet_r50_fpn"}}),
-    "demo": (
-        "what `ioubal demo` trains on the synthetic set",
-        {
-            "data": {"image_size": [128, 128], "vflip": 0.0, "zoom": 0.0, "jitter": 0.0},
-            "train": {"iterations": 440, "batch_size": 8, "eval_every": 220, "checkpoint_every": 220},
-            "inference": {"batch_size": 25},
-        },
-    ),
-}
-
-
 def all_keys() -> list[str]:
     """Every dotted key."""
     config = Config()
@@ -275,28 +320,6 @@ def parse_nan_policy(text: str) -> int:
     if word == "skip" and number.isdigit() and int(number) > 0:
         return int(number)
     raise UsageError(f"train.nan_policy: expected stop or skip:N with N >= 1, got {text!r}")
-
-
-def preset(name: str) -> Config:
-    """A fresh configuration by name."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise UsageError(f"unknown configuration {name!r}; the nearest is {near[0]!r} (all: {', '.join(PRESETS)})")
-    config = Config()
-    config.update(PRESETS[name][1], f"preset {name}")
-    config.validate()
-    return config
-
-
-def load_config(name_or_file: str) -> Config:
-    """A preset by name, or a YAML file: its keys over the defaults."""
-    looks_like_file = name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file or "\\" in name_or_file
-    if name_or_file in PRESETS or not looks_like_file:
-        return preset(name_or_file)
-    config = Config()
-    config.update(read_yaml(Path(name_or_file)), name_or_file)
-    config.validate()
-    return config
 
 
 def read_yaml(path: Path) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import find_checkpoint
-from .config import Config, preset
+from .config import Config
 from .data import Dataset, load_pair, make_synthetic
 from .errors import UsageError
 from .predict import make_eval_loader, model_from_state, predict_dataset
+from .presets import preset
 from .progress import Reporter
 from .report import RunSummary, choose_images, metrics_table, write_report
 from .resources import resolve_amp, resolve_device

@@ -1,4 +1,4 @@
-"""What a training step minimises: matching and the fused IoU-balanced loss on the heads' raw maps."""
+"""What a training step minimises: the detector's losses with the IoU weights of the configuration."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-import ioubal_kernels as ik
-
-from .anchors import match_batch
 from .config import LossConfig
 from .data import Batch
-from .models import HeadMaps, RetinaNet
+from .models import Detector, PreparedImages
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -21,105 +18,76 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def to_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Images (N, 3, H, W), gt boxes N x (G, 4) and gt labels N x (G,) of a batch on `device`."""
+def images_to_device(batch: Batch, device: torch.device, channels_last: bool) -> PreparedImages:
+    """The batch's images on `device`."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    images = batch.images.to(device, non_blocking=True).contiguous(memory_format=memory_format)
+    tensors = batch.images.to(device, non_blocking=True).contiguous(memory_format=memory_format)
+    return PreparedImages(tensors, [t["size"] for t in batch.targets])
+
+
+def to_device(
+    batch: Batch, device: torch.device, channels_last: bool
+) -> tuple[PreparedImages, list[Tensor], list[Tensor]]:
+    """Images (N, 3, H, W), gt boxes N x (G, 4) and gt labels N x (G,) of a batch on `device`."""
     boxes = [t["boxes"].to(device, non_blocking=True) for t in batch.targets]
     labels = [t["labels"].to(device, non_blocking=True) for t in batch.targets]
-    return images, boxes, labels
+    return images_to_device(batch, device, channels_last), boxes, labels
 
 
-def detection_loss(
-    model: RetinaNet, maps: HeadMaps, gt_boxes: list[Tensor], gt_labels: list[Tensor], config: LossConfig, w_loc: float
-) -> ik.DetectionLoss:
-    """Match the batch and evaluate `ik.iou_balanced_detection_loss` on the raw level maps.
+def apply_loss(
+    detector: Detector,
+    config: LossConfig,
+    *,
+    w_loc: float | None = None,
+    rpn_w_loc: float | None = None,
+    process_group: str | None = None,
+) -> None:
+    """Give the detector the losses of the configuration, through `ik.integrations.torchvision.convert`.
 
     Args:
-        maps: what `model` gave for the batch.
-        gt_boxes, gt_labels: N tensors (G, 4) float32 and (G,) int64.
-        config: exponents and options.
-        w_loc: the factor to use (config.w_loc may still say "auto").
+        w_loc, rpn_w_loc: the factors to use where the configuration says "auto" (None: 1).
+        process_group: "world" where several processes share a batch.
     """
-    anchors = model.anchors(maps)
-    backend = None if config.backend == "auto" else config.backend
-    return ik.iou_balanced_detection_loss(
-        maps.cls_logits,
-        maps.bbox_deltas,
-        anchors,
-        match_batch(anchors, gt_boxes, backend),
-        gt_boxes,
-        gt_labels,
-        eta=config.eta,
-        lambda_=config.lambda_,
-        w_loc=w_loc,
-        alpha=config.alpha,
-        gamma=config.gamma,
-        beta=config.beta,
-        normalize_loc=config.normalize_loc,
-        normalizer_scope=config.normalizer_scope,
-        eps=config.eps,
-        cls_weight=config.cls_weight,
-        backend=backend,
-    )
-
-
-@torch.no_grad()
-def positive_deltas(model: RetinaNet, maps: HeadMaps, gt_boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Predicted and target deltas (P, 4) of the positives of a batch."""
-    from .models.retinanet import flatten_maps
-
-    anchors = model.anchors(maps)
-    matched = match_batch(anchors, gt_boxes)
-    deltas = flatten_maps(maps.bbox_deltas, 4).float()
-    predicted, targets = [], []
-    for n, boxes in enumerate(gt_boxes):
-        rows = (matched[n] >= 0).nonzero().squeeze(1)
-        predicted.append(deltas[n, rows])
-        targets.append(ik.encode_boxes(boxes[matched[n, rows].long()], anchors[rows]))
-    return torch.cat(predicted), torch.cat(targets)
+    factors = {"w_loc": (config.w_loc, w_loc), "rpn_w_loc": (config.rpn_w_loc, rpn_w_loc)}
+    options = {
+        "eta": config.eta,
+        "lambda_": config.lambda_,
+        "beta": config.beta,
+        "divisor": "paper",
+        "normalizer_scope": config.normalizer_scope,
+        "backend": None if config.backend == "auto" else config.backend,
+        "alpha": config.alpha,
+        "gamma": config.gamma,
+        "eps": config.eps,
+        "normalize_loc": config.normalize_loc,
+        "cls_weight": config.cls_weight,
+        "process_group": process_group,
+        **{name: given or 1.0 if value == "auto" else value for name, (value, given) in factors.items()},
+    }
+    detector.balance(options, rpn=config.rpn)
 
 
 @torch.no_grad()
 def calibrate(
-    model: RetinaNet,
+    detector: Detector,
     batches: Iterable[Batch],
     config: LossConfig,
     device: torch.device,
     amp: torch.dtype | None,
     channels_last: bool,
+    *,
+    rpn: bool = False,
 ) -> float:
     """The w_loc that keeps the untrained model's localisation loss over `batches` unchanged by the IoU weights.
 
     The model is left as it was: BatchNorm sees the batches as in training, its running statistics are put back.
+
+    Args:
+        rpn: calibrate the proposals' factor instead (Faster R-CNN).
     """
     if config.lambda_ == 0:
         return 1.0
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    was_training = model.training
-    model.train()
-
-    def pairs() -> Iterable[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            images, boxes, _ = to_device(batch, device, channels_last)
-            with autocast(device, amp):
-                maps = model(images)
-            yield positive_deltas(model, maps, boxes)
-
-    try:
-        w_loc = float(ik.calibrate_w_loc(pairs(), lambda_=config.lambda_, beta=config.beta))
-    finally:
-        for name, value in model.named_buffers():
-            value.copy_(buffers[name])
-        model.train(was_training)
-    return broadcast_from_first_rank(w_loc, device)
-
-
-def broadcast_from_first_rank(value: float, device: torch.device) -> float:
-    """The first rank's value on every rank: each rank sees other batches, and all must train with one factor."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    distributed.broadcast(tensor, src=0)
-    return tensor.item()
+    pairs = (to_device(batch, device, channels_last) for batch in batches)
+    inputs = ((images, detector.targets(boxes, labels)) for images, boxes, labels in pairs)
+    with autocast(device, amp):
+        return detector.calibrate_w_loc(inputs, lambda_=config.lambda_, beta=1 / 9 if rpn else config.beta, rpn=rpn)

@@ -11,11 +11,11 @@ from .config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay spares norms and biases (everything of one dimension)."""
+    """AdamW or SGD; weight decay spares norms and biases (everything of one dimension) unless `decay_all`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": config.weight_decay * config.decay_all},
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
@@ -25,12 +25,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def learning_rate(step: int, iterations: int, config: OptimConfig) -> float:
     """The rate of optimisation step `step` (0-based) out of `iterations`.
 
-    A function of the step alone, so that resuming needs no scheduler state. Linear warm-up over `warmup` of the run,
-    then a cosine to 0, or a factor `gamma` at each milestone (both given as shares of the run), or constant.
+    A function of the step alone, so that resuming needs no scheduler state. Linear warm-up from `warmup_start` of the
+    rate over `warmup` of the run or `warmup_steps`, then a cosine to 0, or a factor `gamma` at each milestone (both
+    given as shares of the run), or constant.
     """
-    warmup_steps = round(config.warmup * iterations)
+    warmup_steps = round(config.warmup * iterations) if config.warmup_steps is None else config.warmup_steps
     if step < warmup_steps:
-        return config.lr * (step + 1) / (warmup_steps + 1)
+        start = config.warmup_start
+        return config.lr * (start + (1 - start) * (step + 1) / (warmup_steps + 1))
     if config.schedule == "cosine":
         progress = (step - warmup_steps) / max(1, iterations - warmup_steps)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

@@ -15,8 +15,9 @@ from .config import Config, InferenceConfig
 from .data import Batch, Dataset, TransformConfig, boxes_to_original, describe, eval_loader, load_dataset
 from .errors import UsageError
 from .evaluate import ImageDetections, evaluate_detections
-from .models import RetinaNet, build_model
-from .objective import autocast
+from .models import Detector, build_model
+from .objective import autocast, images_to_device
+from .processes import Processes
 from .progress import Reporter
 from .resources import choose_workers, resolve_amp, resolve_device
 
@@ -25,7 +26,7 @@ from .resources import choose_workers, resolve_amp, resolve_device
 class TrainedModel:
     """What a checkpoint holds, ready to run: the evaluated weights, the configuration and the class names."""
 
-    model: RetinaNet
+    model: Detector
     config: Config
     classes: tuple[str, ...]
     step: int
@@ -63,7 +64,13 @@ def model_from_state(state: dict[str, Any], path: Path, device: torch.device) ->
         raise UsageError(f"{path}: not a checkpoint of this trainer ({type(error).__name__}: {error})") from error
     # The weights are in the checkpoint: the file the training started from is not needed to rebuild the network.
     model = build_model(
-        config.model.name, len(classes), anchor_scale, frozen_backbone=config.model.backbone_file is not None
+        config.model.name,
+        len(classes),
+        anchor_scale=anchor_scale,
+        size=config.data.image_size,
+        smallest=config.model.ssd_smallest,
+        norm=config.model.norm,
+        frozen_backbone=config.model.frozen_backbone,
     )
     load_weights(model, weights, path)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
@@ -72,34 +79,57 @@ def model_from_state(state: dict[str, Any], path: Path, device: torch.device) ->
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """`load_state_dict` whose error lists missing, unexpected and misshapen keys."""
+    _complain(path, *_differences(model, weights))
+    model.load_state_dict(weights)
+
+
+def load_matching_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> list[str]:
+    """Load the weights of another training; those of another shape (a head for other classes) stay as they are.
+
+    Returns:
+        The keys that were left out.
+
+    Raises:
+        UsageError: the weights are of another architecture: keys are missing or unexpected.
+    """
+    missing, unexpected, misshapen = _differences(model, weights)
+    _complain(path, missing, unexpected, [])
+    left_out = [text.split(" ")[0] for text in misshapen]
+    model.load_state_dict({k: v for k, v in weights.items() if k not in left_out}, strict=False)
+    return left_out
+
+
+def _differences(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Missing keys, unexpected keys, and those of another shape with both shapes."""
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     misshapen = [
         f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
         for k in sorted(own.keys() & weights.keys())
         if own[k].shape != weights[k].shape
     ]
+    return sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys()), misshapen
+
+
+def _complain(path: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
     if missing or unexpected or misshapen:
         raise UsageError(
             f"{path}: the weights do not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
             f"other shapes {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in total)"
         )
-    model.load_state_dict(weights)
 
 
 def predict_batch(
-    model: RetinaNet, batch: Batch, inference: InferenceConfig, device: torch.device, amp: torch.dtype | None
+    model: Detector, batch: Batch, inference: InferenceConfig, device: torch.device, amp: torch.dtype | None
 ) -> list[ImageDetections]:
     """Detections of one batch of `eval_loader`."""
-    images = batch.images.to(device, memory_format=torch.channels_last)
+    model.set_inference(
+        score_threshold=inference.score_threshold,
+        candidates=inference.candidates,
+        nms_threshold=inference.nms_threshold,
+        max_detections=inference.max_detections,
+    )
     with torch.inference_mode(), autocast(device, amp):
-        outputs = model.detect(
-            images,
-            score_threshold=inference.score_threshold,
-            candidates=inference.candidates,
-            nms_threshold=inference.nms_threshold,
-            max_detections=inference.max_detections,
-        )
+        outputs = model(images_to_device(batch, device, channels_last=True))
     return [
         ImageDetections(
             target["image_id"],
@@ -112,7 +142,7 @@ def predict_batch(
 
 
 def predict_dataset(
-    model: RetinaNet,
+    model: Detector,
     loader: Iterable[Batch],
     inference: InferenceConfig,
     device: torch.device,
@@ -133,13 +163,18 @@ def predict_dataset(
     return detections
 
 
-def make_eval_loader(config: Config, dataset: Dataset, workers: int, cache: str) -> Iterable[Batch]:
-    """The evaluation loader of a configuration."""
+def make_eval_loader(
+    config: Config, dataset: Dataset, workers: int, cache: str, processes: Processes | None = None
+) -> Iterable[Batch]:
+    """The evaluation loader of a configuration: whole batches of the sorted images, dealt to the processes."""
+    processes = processes or Processes()
     return eval_loader(
         dataset,
         transform_config(config),
         config.inference.batch_size,
         workers=workers,
+        rank=processes.rank,
+        world_size=processes.world_size,
         on_bad_image=config.data.on_bad_image,
         cache=cache,
         timeout=config.data.timeout,

@@ -12,15 +12,19 @@ import ioubal_kernels as ik
 from .config import Config
 from .data import Dataset
 from .errors import UsageError
+from .processes import launched_as
 
 NATIVE_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 CACHE_LIMIT_BYTES = 512 << 20
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:N"."""
+    """ "auto" (a GPU, else the CPU), "cpu", "cuda" or "cuda:N". Under torchrun "auto" and "cuda" are the GPU of the
+    process's number on its machine.
+    """
+    _, processes, local_rank = launched_as()
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
@@ -28,7 +32,11 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"train.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if not torch.cuda.is_available():
         raise UsageError(f"train.device: {name} was asked for, but torch {torch.__version__} finds no CUDA device")
-    number = int(index or 0)
+    number = int(index or local_rank)
+    if index and processes > 1:
+        raise UsageError(
+            f"train.device: {name} was asked for, but each of {processes} processes needs its own: use cuda"
+        )
     if number >= torch.cuda.device_count():
         raise UsageError(f"train.device: {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", number)

@@ -148,6 +148,15 @@ class RunLog:
             self.failed = f"cannot write {self.path}: {error.strerror or error}; training goes on without the log"
 
 
+class NoLog:
+    """What a process that is not the first writes to."""
+
+    failed = None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run in order. What a resumed run did again is listed once; a last line cut short is left out."""
     path = folder / LOG_FILE

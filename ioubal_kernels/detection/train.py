@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,22 @@ import torch
 
 from . import rundir
 from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, network_boxes
-from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoint
-from .config import Config, config_diff, parse_nan_policy
+from .architectures import MODELS
+from .checkpoint import atomic_write_text, find_checkpoint, load_newest_checkpoint, save_checkpoint
+from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
-from .ema import ModelEma
 from .errors import Interrupted, NonFiniteError, UsageError
-from .evaluate import evaluate_detections, percent
-from .models import MODEL_STRIDES, build_model
-from .objective import autocast, calibrate, detection_loss, to_device
-from .optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from .predict import load_weights, make_eval_loader, predict_dataset, transform_config
+from .evaluate import MAIN_METRICS, evaluate_detections, percent
+from .models import build_model
+from .objective import apply_loss, calibrate
+from .predict import load_matching_weights, load_weights, make_eval_loader, predict_dataset, transform_config
+from .processes import Processes, started
 from .progress import Reporter
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .signals import StopSignal
-from .state import pack_state, restore_random_state, unpack_config
+from .state import pack_state, unpack_config
+from .stepping import Stepper
+from .tensorboard import FigureWriter
 
 COVERAGE_WARNING = 0.9
 
@@ -53,6 +57,8 @@ def train(
 ) -> TrainResult:
     """Train, evaluate and leave everything in `run`: config.yaml, log.jsonl, checkpoints/, metrics.json.
 
+    Started by torchrun, every process calls this alike: they share each step's batch, and the first one writes.
+
     Args:
         config: the whole configuration; config.data.path names the dataset.
         run: the run's folder; must not hold another run unless resuming.
@@ -72,29 +78,40 @@ def train(
         raise UsageError("data.path: no dataset given (--data DIR)")
     if not resume and rundir.holds_run(run):
         raise UsageError(f"{run} already holds a run: continue it with --resume or choose another folder with -o")
+    config.require_start()
     device = resolve_device(config.train.device)
     check_backend(config.loss.backend, device)
-    pair = load_pair(
-        config.data.path,
-        config.data.train_split,
-        config.data.eval_split,
-        config.data.format,
-        allow_symlinks=config.data.allow_symlinks,
-    )
-    reporter.info(describe(pair.training, pair.evaluation))
-    loader = _make_train_loader(config, pair.training, device)
-    rundir.prepare_run_folder(run)
-    with rundir.RunLock(run), StopSignal() as stop:
-        return _Trainer(config, run, pair, loader, device, reporter, stop).run_to_end(resume, allow_config_change)
+    with ExitStack() as stack:
+        processes = stack.enter_context(started(device, config.train.timeout))
+        if not processes.first:
+            reporter = Reporter(quiet=True)
+        pair = load_pair(
+            config.data.path,
+            config.data.train_split,
+            config.data.eval_split,
+            config.data.format,
+            allow_symlinks=config.data.allow_symlinks,
+        )
+        reporter.info(describe(pair.training, pair.evaluation))
+        loader = _make_train_loader(config, pair.training, processes)
+        if processes.first:
+            rundir.prepare_run_folder(run)
+            stack.enter_context(rundir.RunLock(run))
+        processes.wait()
+        stop = stack.enter_context(StopSignal())
+        trainer = _Trainer(config, run, pair, loader, processes, reporter, stop)
+        return trainer.run_to_end(resume, allow_config_change)
 
 
-def _make_train_loader(config: Config, dataset: Dataset, device: torch.device) -> TrainLoader:
+def _make_train_loader(config: Config, dataset: Dataset, processes: Processes) -> TrainLoader:
     return TrainLoader(
         dataset,
         transform_config(config),
         config.train.batch_size,
         seed=config.train.seed,
-        workers=choose_workers(config.data.workers, device),
+        workers=choose_workers(config.data.workers, processes.device),
+        rank=processes.rank,
+        world_size=processes.world_size,
         on_bad_image=config.data.on_bad_image,
         bad_image_limit=config.data.bad_image_limit,
         cache=choose_cache(config.data.cache, dataset, config),
@@ -103,7 +120,7 @@ def _make_train_loader(config: Config, dataset: Dataset, device: torch.device) -
 
 
 class _Trainer:
-    """One run's objects. `step` counts the batches used so far, skipped ones included."""
+    """One run's objects. `step` counts the optimisation steps so far, skipped ones included."""
 
     def __init__(
         self,
@@ -111,17 +128,19 @@ class _Trainer:
         run: Path,
         pair: DatasetPair,
         loader: TrainLoader,
-        device: torch.device,
+        processes: Processes,
         reporter: Reporter,
         stop: StopSignal,
     ) -> None:
-        self.config, self.run, self.pair, self.loader, self.device = config, run, pair, loader, device
-        self.reporter, self.stop = reporter, stop
-        self.log = rundir.RunLog(run)
+        self.config, self.run, self.pair, self.loader, self.processes = config, run, pair, loader, processes
+        self.reporter, self.stop, self.device = reporter, stop, processes.device
+        self.log = rundir.RunLog(run) if processes.first else rundir.NoLog()
+        self.figures = FigureWriter(run if config.train.tensorboard and processes.first else None)
         self.log_warned = False
-        self.amp = resolve_amp(config.train.amp, device)
-        self.workers = choose_workers(config.data.workers, device)
-        self.step, self.skipped, self.w_loc = 0, 0, math.nan
+        self.amp = resolve_amp(config.train.amp, self.device)
+        self.workers = choose_workers(config.data.workers, self.device)
+        self.total = _number_of_steps(config, loader)
+        self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, math.nan, math.nan
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
@@ -143,14 +162,18 @@ class _Trainer:
             amp=str(self.amp or torch.float32),
             workers=self.workers,
             threads=torch.get_num_threads(),
-            iterations=self.config.train.iterations,
+            iterations=self.total,
+            processes=self.processes.world_size,
             data=self.pair.training.fingerprint(),
         )
         if not saved:
-            atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
+            if self.processes.first:
+                atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
             self._calibrate()
-        self._loop()
-        return self._finish()
+        self._apply_loss()
+        with self.figures:
+            self._loop()
+            return self._finish()
 
     def _load_saved(self, allow_config_change: bool) -> dict[str, Any] | None:
         found = load_newest_checkpoint(self.run / rundir.CHECKPOINTS)
@@ -180,44 +203,79 @@ class _Trainer:
         config, dataset = self.config, self.pair.training
         torch.manual_seed(config.train.seed)
         self.anchor_fit = self._fit_anchors(dataset, saved)
-        model = build_model(
+        detector = build_model(
             config.model.name,
             dataset.num_classes,
-            self.anchor_fit.scale,
+            anchor_scale=self.anchor_fit.scale,
+            size=config.data.image_size,
+            smallest=config.model.ssd_smallest,
+            norm=config.model.norm,
             backbone_file=config.model.backbone_file if saved is None else None,
             backbone_sha256=config.model.backbone_sha256,
-            frozen_backbone=config.model.backbone_file is not None,
+            frozen_backbone=config.model.frozen_backbone,
         )
+        if saved is None and config.model.init_from is not None:
+            self._init_from(detector, config.model.init_from)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format).train()
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.ema = ModelEma(self.model, config.train.ema)
-        parameters = sum(p.numel() for p in self.model.parameters())
+        self.detector = detector.to(self.device, memory_format=memory_format).train()
+        self._apply_loss()
+        if config.train.compile:
+            # In place: parameters keep their names.
+            self.detector.network.backbone.compile()
+        self.stepper = Stepper(self.detector, config, self.processes, self.amp, self.total)
+        parameters = sum(p.numel() for p in self.detector.parameters())
+        processes = f", {self.processes.world_size} processes" if self.processes.several else ""
         self.reporter.info(
             f"{config.model.name}: {parameters / 1e6:.2f} M parameters, loss {config.loss.label()}, {self.device}, "
             f"{'bfloat16' if self.amp else 'float32'}, {torch.get_num_threads()} threads, {self.workers} loaders"
+            f"{processes}"
         )
         if saved is not None:
             self._restore(saved)
 
+    def _apply_loss(self) -> None:
+        apply_loss(
+            self.detector,
+            self.config.loss,
+            w_loc=None if math.isnan(self.w_loc) else self.w_loc,
+            rpn_w_loc=None if math.isnan(self.rpn_w_loc) else self.rpn_w_loc,
+            process_group=self.processes.group,
+        )
+
+    def _init_from(self, detector: torch.nn.Module, source: str) -> None:
+        path, saved = find_checkpoint(source)
+        left_out = load_matching_weights(detector, saved["ema"]["model"], path)
+        self.reporter.info(
+            f"starting from {path}" + (f"; of other shapes, and new: {', '.join(left_out)}" if left_out else "")
+        )
+
     def _restore(self, saved: dict[str, Any]) -> None:
-        load_weights(self.model, saved["model"], self.run)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        load_weights(self.ema.module, saved["ema"]["model"], self.run)
-        self.ema.load_state_dict(saved["ema"])
+        stepper = self.stepper
+        load_weights(self.detector, saved["model"], self.run)
+        stepper.optimizer.load_state_dict(saved["optimizer"])
+        load_weights(stepper.ema.module, saved["ema"]["model"], self.run)
+        stepper.ema.load_state_dict(saved["ema"])
         self.loader.load_state_dict(saved["loader"])
-        self.step, self.skipped, self.w_loc = saved["step"], saved["skipped"], saved["w_loc"]
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.w_loc, self.rpn_w_loc = saved["w_loc"], saved["rpn_w_loc"]
         self.seconds_before = saved["seconds"]
-        restore_random_state(saved["random"])
 
     def _fit_anchors(self, dataset: Dataset, saved: dict[str, Any] | None) -> AnchorFit:
-        boxes, sizes = network_boxes(dataset, transform_config(self.config))
-        strides = MODEL_STRIDES[self.config.model.name]
+        """The scale of the anchors, and how well they fit; nan where the architecture has no such anchors."""
+        architecture = MODELS[self.config.model.name]
         wanted = saved["anchor_scale"] if saved is not None else self.config.model.anchor_scale
         if wanted == "auto":
-            fit = choose_anchor_scale(boxes, sizes, strides)
+            wanted = architecture.anchor_scale or wanted
+        if not architecture.octaves:
+            return AnchorFit(
+                architecture.anchor_scale or 1.0 if wanted == "auto" else float(wanted), math.nan, math.nan
+            )
+        boxes, sizes = network_boxes(dataset, transform_config(self.config))
+        levels = architecture.strides, architecture.octaves
+        if wanted == "auto":
+            fit = choose_anchor_scale(boxes, sizes, *levels)
         else:
-            fit = anchor_fit(boxes, sizes, strides, float(wanted))
+            fit = anchor_fit(boxes, sizes, *levels, float(wanted))
         text = (
             f"anchors from {fit.scale:.2f} strides: {100 * fit.covered:.1f} % of the boxes have one with "
             f"IoU >= {FITTING_IOU}"
@@ -233,41 +291,42 @@ class _Trainer:
 
     def _calibrate(self) -> None:
         loss = self.config.loss
-        if loss.w_loc != "auto":
-            self.w_loc = float(loss.w_loc)
-            return
+        proposals = loss.rpn and MODELS[self.config.model.name].family == "faster_rcnn"
+        self.w_loc = self._factor("w_loc", loss.w_loc, rpn=False)
+        self.rpn_w_loc = self._factor("rpn_w_loc", loss.rpn_w_loc, rpn=True) if proposals else 1.0
+
+    def _factor(self, name: str, setting: float | str, *, rpn: bool) -> float:
+        """The configured value of w_loc, or what the first batches say: the first process's value in all of them."""
+        if setting != "auto":
+            return float(setting)
+        count = self.config.loss.calibration_batches
         state = self.loader.state_dict()
-        self.w_loc = calibrate(
-            self.model,
-            (batch for _, batch in zip(range(loss.calibration_batches), self.loader)),
-            loss,
-            self.device,
-            self.amp,
-            self.config.train.channels_last,
-        )
+        batches = (batch for _, batch in zip(range(count), self.loader))
+        options = self.device, self.amp, self.config.train.channels_last
+        value = self.processes.from_first(calibrate(self.detector, batches, self.config.loss, *options, rpn=rpn))
         # The batches that were looked at are trained on as well.
         self.loader.load_state_dict(state)
-        self.reporter.info(f"w_loc {self.w_loc:.3f}, calibrated on {loss.calibration_batches} batches")
-        self.log.write("w_loc", step=0, value=self.w_loc)
+        self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches")
+        self.log.write(name, step=0, value=value)
+        return value
 
     # The loop
 
     def _loop(self) -> None:
-        total, every = self.config.train.iterations, self.config.train
+        total, every = self.total, self.config.train
         if self.step >= total:
             return
         batches = self._batches()
         with self.reporter.task(f"train {self.config.loss.label()}", total, self.step) as task:
             while self.step < total:
-                batch = next(batches)
-                record = self._train_step(batch)
+                record, stop = self._train_step([next(batches) for _ in range(every.accumulate)])
                 if self.step % every.log_every == 0 or self.step == total:
                     self._log_step(record)
                     task.advance_to(self.step, f"cls {record['cls']:.3f} loc {record['loc']:.3f}")
                 due = every.eval_every and self.step % every.eval_every == 0 and self.step < total
                 if self.step % every.checkpoint_every == 0 or self.step == total or due:
                     self._save()
-                if self.stop.number is not None:
+                if stop or (self.stop.number is not None and not self.processes.several):
                     self._interrupt()
                 if due:
                     self._evaluate()
@@ -280,7 +339,7 @@ class _Trainer:
             try:
                 batch = next(iterator)
             except RuntimeError:
-                if self.stop.number is None:
+                if self.stop.number is None or self.processes.several:
                     raise
                 self._interrupt()
             for path, message in batch.bad:
@@ -288,55 +347,30 @@ class _Trainer:
                 self.log.write("bad_image", step=self.step, path=path, message=message)
             yield batch
 
-    def _train_step(self, batch: Batch) -> dict[str, Any]:
-        config = self.config
-        rate = learning_rate(self.step, config.train.iterations, config.optim)
-        set_learning_rate(self.optimizer, rate)
-        allowed = parse_nan_policy(config.train.nan_policy)
-        # A NaN image would stay in BatchNorm's running statistics for ever, although its batch is skipped.
-        buffers = [b.clone() for b in self.model.buffers()] if allowed else []
-        images, boxes, labels = to_device(batch, self.device, config.train.channels_last)
-        with autocast(self.device, self.amp):
-            maps = self.model(images)
-        loss = detection_loss(self.model, maps, boxes, labels, config.loss, self.w_loc)
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss.classification + loss.localization).backward()
-        norm = clip_gradients(self.model, config.optim.clip)
-        # One transfer for all figures: a GPU is asked once a step.
-        cls, loc, gradient, positives, mean_iou = torch.stack(
-            [
-                t.detach().double()
-                for t in (loss.classification, loss.localization, norm, loss.num_positives, loss.mean_iou)
-            ]
-        ).tolist()
-        record = {
-            "step": self.step + 1, "cls": cls, "loc": loc, "grad_norm": gradient, "positives": int(positives),
-            "mean_iou": mean_iou, "lr": rate,
-        }  # fmt: skip
-        if math.isfinite(cls) and math.isfinite(loc) and math.isfinite(gradient):
-            self.optimizer.step()
-            self.ema.update(self.model)
-        else:
-            self._non_finite(batch, record, allowed)
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+    def _train_step(self, batches: list[Batch]) -> tuple[dict[str, Any], bool]:
+        """One step; its record, and whether any process was told to stop."""
+        record, finite, stop = self.stepper.run(self.step, batches, self.stop.number is not None)
+        if not finite:
+            self._non_finite(batches, record)
         self.step += 1
-        return record
+        return record, stop
 
-    def _non_finite(self, batch: Batch, record: dict[str, Any], allowed: int) -> None:
-        """Leave the batch out, or stop, as train.nan_policy says; either way the batch is on record."""
+    def _non_finite(self, batches: list[Batch], record: dict[str, Any]) -> None:
+        """Leave the batch out, or stop, as train.nan_policy says; either way each process's batch is on record."""
         self.skipped += 1
-        images = [int(t["image_id"]) for t in batch.targets]
+        allowed = self.stepper.allowed
+        images = [int(t["image_id"]) for batch in batches for t in batch.targets]
         names = {r.id: r.name for r in self.pair.training.records}
         dump = {
             **{k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()},
             "w_loc": self.w_loc,
             "image_ids": images,
             "images": [names.get(i, "?") for i in images],
-            "images_finite": [bool(torch.isfinite(image).all()) for image in batch.images],
+            "images_finite": [bool(torch.isfinite(image).all()) for batch in batches for image in batch.images],
             "skipped": self.skipped,
         }
-        path = self.run / f"nonfinite-{record['step']:08d}.json"
+        rank = f"-{self.processes.rank}" if self.processes.several else ""
+        path = self.run / f"nonfinite-{record['step']:08d}{rank}.json"
         atomic_write_text(path, json.dumps(dump, indent=1) + "\n")
         self.log.write("nonfinite", **dump)
         what = (
@@ -356,6 +390,7 @@ class _Trainer:
 
     def _log_step(self, record: dict[str, Any]) -> None:
         self.log.write("step", **record, seconds=round(self._seconds(), 3))
+        self.figures.write(self.step, {f"train/{name}": value for name, value in record.items() if name != "step"})
         if self.log.failed and not self.log_warned:
             self.reporter.warn(self.log.failed)
             self.log_warned = True
@@ -364,27 +399,34 @@ class _Trainer:
         return self.seconds_before + time.monotonic() - self.began
 
     def _save(self) -> None:
+        if not self.processes.first:
+            return
         state = pack_state(
             config=self.config,
             classes=self.pair.training.classes,
             category_ids=self.pair.training.category_ids,
             fingerprint=self.pair.training.fingerprint(),
             anchor_scale=self.anchor_fit.scale,
-            model=self.model,
-            optimizer=self.optimizer,
-            ema=self.ema,
+            detector=self.detector,
+            optimizer=self.stepper.optimizer,
+            ema=self.stepper.ema,
             loader=self.loader,
             step=self.step,
             skipped=self.skipped,
             w_loc=self.w_loc,
+            rpn_w_loc=self.rpn_w_loc,
             seconds=self._seconds(),
         )
         save_checkpoint(self.run / rundir.CHECKPOINTS, self.step, state)
 
     def _interrupt(self) -> None:
-        """Save and stop. The batch in hand is used up or not at all, so that nothing is lost or repeated."""
-        number = self.stop.number
+        """Save and stop, all processes at the same step. The batches in hand are used up or not at all, so that nothing
+        is lost or repeated.
+        """
         self._save()
+        # None ends before the first has written: torchrun ends all when one has.
+        self.processes.wait()
+        number = self.stop.number or signal.SIGTERM
         self.log.write("interrupted", step=self.step, signal=number)
         raise Interrupted(f"stopped by signal {number} at step {self.step}; --resume -o {self.run} continues", number)
 
@@ -396,28 +438,51 @@ class _Trainer:
             return
         if self.eval_loader is None:  # kept, with its cached images, for the next evaluation
             cache = choose_cache(self.config.data.cache, dataset, self.config)
-            self.eval_loader = make_eval_loader(self.config, dataset, self.workers, cache)
+            self.eval_loader = make_eval_loader(self.config, dataset, self.workers, cache, self.processes)
+            self._eval_batches = -(-len(dataset) // self.config.inference.batch_size)
 
+        module = self.stepper.ema.module
+        self.processes.share_buffers(module)
+        # Every process asks the others after each batch whether to stop; some have one batch less.
+        rounds = -(-self._eval_batches // self.processes.world_size)
         with self.reporter.task("evaluate", len(dataset)) as task:
 
             def on_batch(done: int) -> None:
-                task.advance_to(done)
-                if self.stop.number is not None:
+                nonlocal rounds
+                rounds -= 1
+                task.advance_to(min(done * self.processes.world_size, len(dataset)))
+                if self.processes.any(self.stop.number is not None):
                     self._interrupt()
 
             detections = predict_dataset(
-                self.ema.module, self.eval_loader, self.config.inference, self.device, self.amp, on_batch
+                module, self.eval_loader, self.config.inference, self.device, self.amp, on_batch
             )
-        self.metrics = evaluate_detections(dataset, detections, max_detections=self.config.inference.max_detections)
+            while rounds > 0:
+                on_batch(len(detections))
+        parts = self.processes.gather(detections)
+        metrics = None
+        if self.processes.first:
+            everything = [item for part in parts for item in part]
+            limit = self.config.inference.max_detections
+            metrics = evaluate_detections(dataset, everything, max_detections=limit)
+        self.metrics = self.processes.from_first(metrics)
         self.metrics_step = self.step
         self.log.write("eval", step=self.step, split=dataset.split, metrics=self.metrics)
+        self.figures.write(self.step, {f"eval/{name}": self.metrics[name] for name in MAIN_METRICS})
         figures = "  ".join(f"{name} {percent(self.metrics[name])}" for name in ("AP", "AP50", "AP75", "AP90"))
         self.reporter.info(f"step {self.step}, {dataset.split}: {figures}")
 
     def _finish(self) -> TrainResult:
         self._evaluate()
         seconds = self._seconds()
-        if self.metrics is not None:
+        if self.metrics is not None and self.processes.first:
             atomic_write_text(self.run / "metrics.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
         self.log.write("end", step=self.step, seconds=round(seconds, 3), w_loc=self.w_loc)
         return TrainResult(self.metrics, self.step, seconds, self.w_loc, self.run)
+
+
+def _number_of_steps(config: Config, loader: TrainLoader) -> int:
+    """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
+    if config.train.epochs is None:
+        return config.train.iterations
+    return max(1, round(config.train.epochs * loader.batches_per_epoch / config.train.accumulate))

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from ioubal_kernels.detection.config import Config, preset
+from ioubal_kernels.detection.config import Config
+from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.data import make_synthetic
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ioubal_kernels.detection.checkpoint import list_checkpoints
-from ioubal_kernels.detection.config import load_config
+from ioubal_kernels.detection.presets import load_config
 
 TINY = [
     "--set", "data.image_size=[64, 64]", "--set", "train.batch_size=4", "--set", "train.eval_every=0",

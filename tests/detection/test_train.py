@@ -12,7 +12,7 @@ import torch
 
 from ioubal_kernels.detection import train as train_module
 from ioubal_kernels.detection.checkpoint import find_checkpoint, list_checkpoints
-from ioubal_kernels.detection.config import load_config
+from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.data import TrainLoader
 from ioubal_kernels.detection.errors import Interrupted, NonFiniteError, UsageError
 from ioubal_kernels.detection.evaluate import MAIN_METRICS
@@ -75,7 +75,7 @@ def stop_at(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory):
     """An uninterrupted run of ten steps: (configuration, folder, result)."""
-    from ioubal_kernels.detection.config import preset
+    from ioubal_kernels.detection.presets import preset
 
     config = preset("retinanet_tiny")
     values = {

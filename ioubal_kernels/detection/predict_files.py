@@ -1,0 +1,166 @@
+"""`ioubal predict`: a trained model on image files; pictures with boxes, and the detections as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .checkpoint import atomic_write, atomic_write_text, find_checkpoint
+from .data import BadImageError, DataError, Dataset, ImageRecord, make_record
+from .data.files import decode_rgb, image_size
+from .errors import UsageError
+from .evaluate import ImageDetections
+from .plots import CLASS_COLORS
+from .predict import TrainedModel, make_eval_loader, model_from_state, predict_dataset
+from .progress import Reporter
+from .resources import choose_workers, resolve_amp, resolve_device
+from .rundir import prepare_run_folder
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+JSON_FILE = "predictions.json"
+
+
+def predict_files(
+    target: str,
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    score: float,
+    changes: Sequence[tuple[str, Any]],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Detect on images, draw them into `out`, write `out`/predictions.json. Returns what that file holds.
+
+    Args:
+        target: a run's folder or a checkpoint file.
+        inputs: image files, and folders whose images are taken with those of their subfolders.
+        out: gets one picture per image under the image's name (below its input folder).
+        score: detections below are left out.
+        changes: (key, value) over the checkpoint's configuration.
+        reporter: where messages go.
+
+    Raises:
+        UsageError, DataError: before anything is written: no such input, unreadable images (all are listed), a picture
+            that would replace an input.
+        OutputError: `out` cannot be written.
+    """
+    if not 0.0 <= score <= 1.0:
+        raise UsageError(f"--score: expected a number from 0 to 1, got {score}")
+    path, state = find_checkpoint(target)
+    trained = model_from_state(state, path, torch.device("cpu"))
+    for key, value in changes:
+        trained.config.set(key, value)
+    trained.config.set("inference.score_threshold", score)
+    device = resolve_device(trained.config.train.device)
+    dataset, pictures = _find_images(inputs, out, trained)
+    prepare_run_folder(out)
+    reporter.info(f"{path}: {trained.config.model.name}, {len(dataset)} images, {device}")
+    loader = make_eval_loader(trained.config, dataset, choose_workers(trained.config.data.workers, device), "none")
+    amp = resolve_amp(trained.config.train.amp, device)
+    with reporter.task("predict", len(dataset)) as task:
+        detections = predict_dataset(
+            trained.model.to(device), loader, trained.config.inference, device, amp, task.advance_to
+        )
+    found = {item.image_id: item for item in detections}
+    result: dict[str, Any] = {"classes": list(trained.classes), "score": score, "images": []}
+    for record, picture in zip(dataset.records, pictures, strict=True):
+        result["images"].append(_as_json(record, found[record.id], trained.classes))
+        _draw(record, found[record.id], trained.classes, picture)
+    atomic_write_text(out / JSON_FILE, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    count = sum(len(image["detections"]) for image in result["images"])
+    reporter.info(f"{count} detections with a score of at least {score:g}; pictures and {JSON_FILE} are in {out}")
+    return result
+
+
+def _find_images(inputs: Sequence[str], out: Path, trained: TrainedModel) -> tuple[Dataset, list[Path]]:
+    """The images as a data set without boxes, and the picture that each one becomes."""
+    files: list[tuple[Path, Path]] = []  # the image, and its name below `out`
+    problems: list[str] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files += [(image, image.relative_to(path)) for image in images]
+            if not images:
+                problems.append(f"{path}: the folder has no images ({', '.join(SUFFIXES)})")
+        elif path.is_file():
+            files.append((path, Path(path.name)))
+        else:
+            problems.append(f"{path}: expected an image or a folder of images, found nothing")
+    records, pictures, taken = [], [], set()
+    sources = {image.resolve() for image, _ in files}
+    for number, (image, name) in enumerate(files, start=1):
+        try:
+            width, height = image_size(str(image))
+        except BadImageError as error:
+            problems.append(str(error))
+            continue
+        picture = out / name.with_suffix(".jpg" if name.suffix.lower() in (".jpg", ".jpeg") else ".png")
+        copy = 1
+        while picture in taken:
+            copy += 1
+            picture = picture.with_name(f"{name.stem}-{copy}{picture.suffix}")
+        taken.add(picture)
+        if picture.resolve() in sources:
+            problems.append(f"{image}: its picture would replace an input: choose another folder with -o")
+        pictures.append(picture)
+        records.append(
+            make_record(
+                id=number,
+                name=str(image),
+                path=os.path.abspath(image),
+                width=width,
+                height=height,
+                boxes=[],
+                labels=[],
+            )
+        )
+    if problems:
+        raise DataError("predict: images", problems)
+    dataset = Dataset("", "images", "images", trained.classes, trained.classes, records)
+    return dataset, pictures
+
+
+def _as_json(record: ImageRecord, found: ImageDetections, classes: Sequence[str]) -> dict[str, Any]:
+    detections = [
+        {"class": classes[label], "label": label, "score": round(score, 5), "box": [round(side, 2) for side in box]}
+        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    ]
+    return {"image": record.name, "width": record.width, "height": record.height, "detections": detections}
+
+
+def _draw(record: ImageRecord, found: ImageDetections, classes: Sequence[str], path: Path) -> None:
+    """The image in its own size with boxes, class names and scores; the best ones on top."""
+    image = Image.fromarray(decode_rgb(record))
+    draw = ImageDraw.Draw(image)
+    edge = max(record.width, record.height)
+    line, font = max(1, round(edge / 350)), ImageFont.load_default(max(10, edge / 50))
+    for place in range(len(found.scores) - 1, -1, -1):
+        label = int(found.labels[place])
+        box, color = found.boxes[place].tolist(), CLASS_COLORS[label % len(CLASS_COLORS)]
+        # Dark around bright: visible on any background.
+        draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline="black", width=line + 2)
+        draw.rectangle(box, outline=color, width=line)
+        text = f"{classes[label]} {100 * float(found.scores[place]):.0f}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = right - left + 2 * line, bottom - top + 2 * line
+        x = min(max(0, box[0]), max(0, record.width - width))
+        y = box[1] - height if box[1] >= height else box[1]
+        draw.rectangle([x, y, x + width, y + height], fill=color)
+        draw.text((x + line - left, y + line - top), text, fill=_readable_on(color), font=font)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG" if path.suffix == ".jpg" else "PNG", quality=95)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _readable_on(color: str) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
