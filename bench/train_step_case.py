@@ -10,19 +10,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 
 from ioubal_kernels.detection.anchors import choose_anchor_scale, network_boxes
-from ioubal_kernels.detection.presets import preset
+from ioubal_kernels.detection.architectures import MODELS
 from ioubal_kernels.detection.data import Batch, TrainLoader, load_pair, make_synthetic
 from ioubal_kernels.detection.ema import ModelEma
-from ioubal_kernels.detection.models import MODEL_STRIDES, HeadMaps, build_model
-from ioubal_kernels.detection.objective import autocast, to_device
+from ioubal_kernels.detection.models import PreparedImages, build_model
+from ioubal_kernels.detection.objective import apply_loss, autocast, to_device
 from ioubal_kernels.detection.optim import clip_gradients, make_optimizer, set_learning_rate
 from ioubal_kernels.detection.predict import transform_config
+from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.resources import choose_workers, resolve_amp, resolve_device
 
 SYNTHETIC_CLASSES = 8  # what the synthetic set has at most; a model may have more
@@ -64,6 +66,18 @@ def make_data(spec: Spec, folder: str) -> str:
     )
 
 
+class HeadMaps(NamedTuple):
+    """Raw outputs, one map per level: logits (N, A*K, H, W), deltas (N, A*4, H, W)."""
+
+    cls_logits: list[Tensor]
+    bbox_deltas: list[Tensor]
+
+
+def flatten_maps(maps: list[Tensor], channels: int) -> Tensor:
+    """Level maps (N, A*channels, H, W) -> (N, R, channels) in the order level, h, w, a. Copies."""
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)
+
+
 class Case:
     """Everything a step needs.
 
@@ -89,9 +103,11 @@ class Case:
         self.workers = choose_workers(spec.workers, self.device)
         dataset = load_pair(data).training
         transform = transform_config(config)
-        scale = choose_anchor_scale(*network_boxes(dataset, transform), MODEL_STRIDES[spec.model]).scale
+        _, _, strides, octaves, scale = MODELS[spec.model]
+        scale = scale or choose_anchor_scale(*network_boxes(dataset, transform), strides, octaves).scale
         torch.manual_seed(config.train.seed)
-        model = build_model(spec.model, spec.classes, scale, frozen_backbone=spec.frozen)
+        model = build_model(spec.model, spec.classes, anchor_scale=scale, frozen_backbone=spec.frozen)
+        apply_loss(model, config.loss)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format).train()
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -108,18 +124,29 @@ class Case:
             began = time.perf_counter()
             self.batches.append(next(here))
             seconds.append(time.perf_counter() - began)
+        self._anchors: Tensor | None = None
         self.load_ms = statistics.median(seconds) * 1e3
         self.loader = loaders[1]
 
-    def moved(self, number: int) -> tuple[Tensor, Targets]:
+    def moved(self, number: int) -> tuple[PreparedImages, Targets]:
         """Images (N, 3, H, W) and targets of the batch of this round, on the device."""
         images, boxes, labels = to_device(self.batches[number % ROTATED], self.device, self.config.train.channels_last)
         return images, (boxes, labels)
 
-    def forward(self, images: Tensor) -> HeadMaps:
+    def forward(self, images: PreparedImages) -> HeadMaps:
         """Raw head maps, under the autocast of the trainer."""
+        network = self.model.network
         with autocast(self.device, self.amp):
-            return self.model(images)
+            outputs = network.head(list(network.backbone(images.tensors).values()))
+        return HeadMaps(outputs["cls_logits"], outputs["bbox_regression"])
+
+    def anchors(self, maps: HeadMaps) -> Tensor:
+        """Anchors (R, 4), the same for every image. Made once: no stage pays for them."""
+        if self._anchors is None:
+            image = self.batches[0].images[:1].to(self.device)
+            generator = self.model.network.anchor_generator
+            self._anchors = generator(ImageList(image, [tuple(image.shape[-2:])]), maps.bbox_deltas)[0]
+        return self._anchors
 
     def finish(self, loss: Tensor) -> None:
         """What follows the backward in the trainer: clipping, one transfer of figures, the step, the EMA."""

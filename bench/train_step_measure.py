@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ioubal_kernels.detection.data import Batch
-from ioubal_kernels.detection.models import HeadMaps
 
 from . import memory, timing
-from .train_step_case import Case, Spec, Targets, divided_step, leaves_of, whole_step
+from .train_step_case import Case, HeadMaps, Spec, Targets, divided_step, leaves_of, whole_step
 from .train_step_stages import STAGES, LossStage, check_parity
 
 SEGMENTS = ("data", "to device", "forward", "matching", "loss", "loss backward", "backward", "optimiser")

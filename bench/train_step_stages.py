@@ -11,13 +11,10 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.detection.models import HeadMaps
-from ioubal_kernels.detection.models.retinanet import flatten_maps
-from ioubal_kernels.detection.objective import detection_loss
 
 from .eager import eager_loss
 from .peers import torchvision_matches
-from .train_step_case import Case, Mark, Stage, Targets, leaves_of
+from .train_step_case import Case, HeadMaps, Mark, Stage, Targets, flatten_maps, leaves_of
 
 PARITY_LOGITS = 1 << 26  # of these at most in the float64 oracle: half a gigabyte a tensor
 EPS = 2.0**-24  # half an ulp of float32
@@ -36,8 +33,9 @@ class LossStage:
 
 def fused(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None) -> Tensor:
     """The trainer's objective as it is. Its matching ends where it calls the fused loss."""
-    config = case.config.loss
-    call = lambda: detection_loss(case.model, maps, *targets, config, float(config.w_loc))  # noqa: E731
+    outputs = {"cls_logits": maps.cls_logits, "bbox_regression": maps.bbox_deltas}
+    anchors = [case.anchors(maps)] * len(targets[0])
+    call = lambda: case.model.network.compute_loss(case.model.targets(*targets), outputs, anchors)  # noqa: E731
     if mark is None:
         out = call()
     else:
@@ -55,7 +53,7 @@ def fused(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None
                 f"the trainer's objective called ik.iou_balanced_detection_loss {len(calls)} times instead of once:"
                 " where its matching ends is not known"
             )
-    return out.classification + out.localization
+    return out["classification"] + out["bbox_regression"]
 
 
 def flat_maps(case: Case, maps: HeadMaps) -> tuple[Tensor, Tensor]:
@@ -67,7 +65,7 @@ def flat_maps(case: Case, maps: HeadMaps) -> tuple[Tensor, Tensor]:
 
 def eager(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None) -> Tensor:
     """The README's eager form of our loss, after torchvision's matching."""
-    anchors = case.model.anchors(maps)
+    anchors = case.anchors(maps)
     matched = torch.stack(torchvision_matches(anchors, targets[0]))
     if mark is not None:
         mark("matching")
@@ -79,7 +77,7 @@ def eager(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None
 
 def torchvision_loss(case: Case, maps: HeadMaps, targets: Targets, mark: Mark | None = None) -> Tensor:
     """torchvision's RetinaNetHead.compute_loss on the same maps, after its matching."""
-    anchors = case.model.anchors(maps)
+    anchors = case.anchors(maps)
     matched = torchvision_matches(anchors, targets[0])
     if mark is not None:
         mark("matching")
@@ -104,7 +102,7 @@ STAGES = (
 
 def oracle(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets) -> Tensor:
     """The stage's loss in float64 by the reference backend. maps: float64 leaves."""
-    anchors, (boxes, labels) = case.model.anchors(maps), targets
+    anchors, (boxes, labels) = case.anchors(maps), targets
     matched = torch.stack(torchvision_matches(anchors, boxes))
     config = case.config.loss
     if stage.balanced:
@@ -149,7 +147,7 @@ def check_within(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
 
 def at_the_kink(case: Case, maps: HeadMaps, targets: Targets, distance: float) -> Tensor:
     """Where (N, R, 4) a delta is so near its target that rounding may turn the sign which is L1's gradient."""
-    anchors, boxes = case.model.anchors(maps), targets[0]
+    anchors, boxes = case.anchors(maps), targets[0]
     deltas = flatten_maps(maps.bbox_deltas, 4).detach()
     near = torch.zeros_like(deltas, dtype=torch.bool)
     for n, matched in enumerate(torchvision_matches(anchors, boxes)):
@@ -186,7 +184,7 @@ def check_parity(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets)
         for name, one, other in zip(HeadMaps._fields, got, exact, strict=True):
             testing.assert_close_budget(one, other, dtype, what=f"gradient of {name}")
         return parity_text(images, case)
-    boxes = box_rounding(case.model.anchors(leaves))
+    boxes = box_rounding(case.anchors(leaves))
     stored = 2.0**-8 if dtype == torch.bfloat16 else 0.0  # a gradient is rounded to its map's dtype
     check_within(loss, want.detach(), boxes * want.detach().abs(), "loss")
     # torchvision forms a score as 1 - (1 - p), which costs EPS / p, squared.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import analysis
+    from . import analysis, integrations
     from .backends import available_backends, use_backend
     from .boxes import BACKGROUND, IGNORE
     from .calibration import calibrate_w_loc
@@ -52,6 +52,7 @@ __all__ = [
     "decode_boxes",
     "delta_iou",
     "encode_boxes",
+    "integrations",
     "iou_balanced_binary_cross_entropy",
     "iou_balanced_cross_entropy",
     "iou_balanced_detection_loss",
@@ -68,6 +69,7 @@ __all__ = [
 # program sets how its threads wait before torch starts them.
 _HOME = {
     "analysis": "analysis",
+    "integrations": "integrations",
     "available_backends": "backends",
     "use_backend": "backends",
     "BACKGROUND": "boxes",

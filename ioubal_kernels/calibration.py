@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .boxes import UNIT_WEIGHTS
-from .functional import iou_balanced_smooth_l1_loss
+from .boxes import BOX_CODERS, UNIT_WEIGHTS
+from .functional import delta_iou, iou_balanced_smooth_l1_loss
 
 
 def calibrate_w_loc(
@@ -18,6 +18,7 @@ def calibrate_w_loc(
     lambda_: float = 1.5,
     beta: float = 1 / 9,
     box_weights: Sequence[float] = UNIT_WEIGHTS,
+    box_coder: str = "delta",
 ) -> float:
     """The w_loc that makes Eq. 6's loss equal plain smooth L1 over the given positives.
 
@@ -25,7 +26,7 @@ def calibrate_w_loc(
 
     Args:
         pairs: (pred_deltas (P, 4), target_deltas (P, 4)) of the positives of several batches, any float dtype.
-        lambda_, beta, box_weights: as the training loss uses them.
+        lambda_, beta, box_weights, box_coder: as the training loss uses them.
 
     Raises:
         ValueError: if there is no pair, or the balanced sum is 0 or not finite (no positives, all IoU 0, NaN).
@@ -35,6 +36,7 @@ def calibrate_w_loc(
     validation.number(op, "lambda_", lambda_)
     validation.number(op, "beta", beta)
     validation.four_weights(op, "box_weights", box_weights)
+    validation.choice(op, "box_coder", box_coder, BOX_CODERS)
     plain = balanced = 0.0
     count = rows = 0
     with torch.no_grad():
@@ -45,9 +47,10 @@ def calibrate_w_loc(
                 validation.tensor(op, f"pairs[{count}] {name}", part, validation.FLOAT_DTYPES)
             # float64: the sums run over many batches.
             pred, target = (part.detach().to("cpu", torch.float64) for part in pair)
+            iou = delta_iou(pred, target, weights=box_weights, box_coder=box_coder)
             options = {"beta": beta, "box_weights": box_weights, "reduction": "sum"}
-            plain += iou_balanced_smooth_l1_loss(pred, target, lambda_=0.0, **options).item()
-            balanced += iou_balanced_smooth_l1_loss(pred, target, lambda_=lambda_, **options).item()
+            plain += iou_balanced_smooth_l1_loss(pred, target, iou, lambda_=0.0, **options).item()
+            balanced += iou_balanced_smooth_l1_loss(pred, target, iou, lambda_=lambda_, **options).item()
             count += 1
             rows += pred.shape[0]
     # Also false for NaN.

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+import ioubal_kernels as ik
 from ioubal_kernels.integrations import torchvision as integration
 
 from ..errors import NonFiniteError
@@ -54,6 +56,28 @@ class PreparedTransform(GeneralizedRCNNTransform):
         return super().forward(images, targets)
 
 
+class _Float32:
+    """Makes the anchors in float32. torchvision's generators take the feature maps' dtype: under bfloat16 autocast,
+    which has 8 digits, anchors a thousand pixels to the right would be off by four.
+    """
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        device = feature_maps[0].device
+        shapes = [torch.empty(1, device=device).expand(level.shape) for level in feature_maps]
+        return super().forward(image_list, shapes)
+
+
+class Float32AnchorGenerator(_Float32, AnchorGenerator):
+    """torchvision's AnchorGenerator in float32."""
+
+
+class Float32DefaultBoxGenerator(_Float32, DefaultBoxGenerator):
+    """torchvision's DefaultBoxGenerator in float32."""
+
+
+_GENERATORS = {AnchorGenerator: Float32AnchorGenerator, DefaultBoxGenerator: Float32DefaultBoxGenerator}
+
+
 class Detector(nn.Module):
     """A network of torchvision's calling convention, with what the trainer needs to know about it.
 
@@ -68,6 +92,8 @@ class Detector(nn.Module):
     def __init__(self, network: nn.Module, family: str, *, background_first: bool) -> None:
         super().__init__()
         network.transform.__class__ = PreparedTransform
+        for module in network.modules():
+            module.__class__ = _GENERATORS.get(type(module), type(module))
         self.network = network
         self.family = family
         self.offset = int(background_first)
@@ -105,17 +131,20 @@ class Detector(nn.Module):
     def balance(self, options: dict[str, Any], *, rpn: bool = False) -> None:
         """Give the network the losses that `options`, keyword arguments of `convert`, describe."""
         if self.family == "foveabox":
-            self.network.iou_balanced = integration.Settings(**{**options, "beta": options["beta"]})
+            self.network.iou_balanced = integration.Settings(**{k: v for k, v in options.items() if k != "rpn_w_loc"})
             return
         integration.convert(self.network, **options, rpn=rpn and self.family == "faster_rcnn")
 
     def statistics(self) -> dict[str, Tensor]:
         """Of the last training step: number of positives and the mean IoU of their boxes, 0-d each."""
-        found = integration.statistics(self.network)
+        found = integration.last(self.network.roi_heads if self.family == "faster_rcnn" else self.network)
         return {"positives": found["num_positives"], "mean_iou": found["mean_iou"]}
 
     def calibrate_w_loc(self, inputs: Iterable[tuple[Any, Any]], *, lambda_: float, beta: float, rpn: bool) -> float:
         """See `ik.integrations.torchvision.calibrate_w_loc`."""
+        if self.family == "foveabox":
+            pairs = integration.positive_deltas(self.network, self.network, inputs)
+            return ik.calibrate_w_loc(pairs, lambda_=lambda_, beta=beta, box_coder="fovea")
         return integration.calibrate_w_loc(self.network, inputs, lambda_=lambda_, beta=beta, rpn=rpn)
 
     def targets(self, boxes: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor]]:

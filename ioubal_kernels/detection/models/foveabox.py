@@ -16,7 +16,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 import ioubal_kernels as ik
 from ioubal_kernels.distributed import all_reduce_sums, world_size
-from ioubal_kernels.integrations.torchvision import Settings
+from ioubal_kernels.integrations.torchvision import Settings, record_pairs, recording, remember
 
 from .resnet import norm_layer
 
@@ -160,6 +160,9 @@ class FoveaBox(nn.Module):
         losses = ik.iou_balanced_detection_loss(
             logits, deltas, cells, matched, boxes, labels, box_coder="fovea", avg_factor=divisors, **settings.keywords()
         )
+        remember(self, losses.num_positives, losses.mean_iou)
+        if recording(self):
+            record_pairs(self, *_positive_deltas(deltas, cells, matched, boxes))
         return {"classification": losses.classification, "bbox_regression": losses.localization}
 
     @torch.no_grad()
@@ -184,3 +187,16 @@ class FoveaBox(nn.Module):
             kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
             detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
         return detections
+
+
+def _positive_deltas(
+    deltas: list[Tensor], cells: Tensor, matched: Tensor, boxes: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Predicted and target log-distances (P, 4) of the positives."""
+    flat = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in deltas], dim=1)
+    predicted, targets = [], []
+    for n, gt in enumerate(boxes):
+        rows = (matched[n] >= 0).nonzero().squeeze(1)
+        predicted.append(flat[n, rows].float())
+        targets.append(ik.encode_boxes(gt[matched[n, rows].long()], cells[rows], box_coder="fovea"))
+    return torch.cat(predicted), torch.cat(targets)

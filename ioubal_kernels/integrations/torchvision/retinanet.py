@@ -1,0 +1,168 @@
+"""RetinaNet: the fused loss on the heads' raw level maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetHead, RetinaNetRegressionHead
+from torchvision.ops import box_iou
+
+import ioubal_kernels as ik
+
+from .observing import record_pairs, recording, remember
+from .settings import OP, Settings
+from .swapping import Balanced, swap, swap_back
+
+# What torchvision's smooth-L1 types are as a threshold; its IoU losses have none.
+OWN_BETA = {"l1": 0.0, "smooth_l1": 1.0}
+
+
+class RawClassification(Balanced):
+    """In training the head's maps as they are: a list over levels of (N, A*K, H, W)."""
+
+    def forward(self, x: list[Tensor]) -> Any:
+        if not self.training:
+            return super().forward(x)
+        return [self.cls_logits(self.conv(features)) for features in x]
+
+
+class RawRegression(Balanced):
+    """In training the head's maps as they are: a list over levels of (N, A*4, H, W)."""
+
+    def forward(self, x: list[Tensor]) -> Any:
+        if not self.training:
+            return super().forward(x)
+        return [self.bbox_reg(self.conv(features)) for features in x]
+
+
+class BalancedRetinaNet(Balanced):
+    """Matching for the whole batch in one call, then `iou_balanced_detection_loss`."""
+
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Any], anchors: list[Tensor]
+    ) -> dict[str, Tensor]:
+        loss_type = self.head.regression_head._loss_type
+        settings = self.iou_balanced.with_beta(own_beta(self))
+        boxes, labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+        # torchvision's generator lays the same grid over every image of a batch.
+        shared = anchors[0] if isinstance(self.anchor_generator, AnchorGenerator) else torch.stack(anchors)
+        matched = self._match(shared, anchors, boxes)
+        logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+        weights = self.head.regression_head.box_coder.weights
+        loss = ik.iou_balanced_detection_loss(
+            logits,
+            deltas,
+            shared,
+            matched,
+            boxes,
+            labels,
+            box_weights=weights,
+            avg_factor=_per_image(matched) if settings.divisor == "torchvision" else None,
+            **settings.keywords(),
+        )
+        remember(self, loss.num_positives, loss.mean_iou)
+        if recording(self):
+            record_pairs(self, *_positive_deltas(deltas, shared, matched, boxes, weights))
+        localization = loss.localization
+        if self.iou_balanced.beta is None and loss_type not in OWN_BETA:
+            outputs = {"bbox_regression": _flat(deltas, 4)}
+            localization = self.head.regression_head.compute_loss(targets, outputs, anchors, list(matched.long()))
+        return {"classification": loss.classification, "bbox_regression": localization}
+
+    def _match(self, shared: Tensor, anchors: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        matcher = self.proposal_matcher
+        if type(matcher) is Matcher:
+            return ik.match_anchors(
+                shared,
+                boxes,
+                high=matcher.high_threshold,
+                low=matcher.low_threshold,
+                allow_low_quality=matcher.allow_low_quality_matches,
+                dtype=torch.int32,
+                backend=self.iou_balanced.backend,
+            )
+        return torch.stack(
+            [
+                matcher(box_iou(gt, own)) if gt.numel() else torch.full((len(own),), ik.BACKGROUND, device=own.device)
+                for gt, own in zip(boxes, anchors, strict=True)
+            ]
+        )
+
+
+def _per_image(matched: Tensor) -> Tensor:
+    """torchvision's divisors (N,): each image's positives, at least one, times the number of images."""
+    return (matched >= 0).sum(1).clamp(min=1).float() * len(matched)
+
+
+def _flat(maps: Any, channels: int) -> Tensor:
+    """Level maps (N, A*channels, H, W) as (N, R, channels), in the order level, h, w, a."""
+    if isinstance(maps, Tensor):
+        return maps
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)
+
+
+def _positive_deltas(
+    deltas: Any, anchors: Tensor, matched: Tensor, boxes: list[Tensor], weights: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    flat, predicted, targets = _flat(deltas, 4), [], []
+    for n, gt in enumerate(boxes):
+        rows = (matched[n] >= 0).nonzero().squeeze(1)
+        own = anchors if anchors.ndim == 2 else anchors[n]
+        predicted.append(flat[n, rows].float())
+        targets.append(ik.encode_boxes(gt[matched[n, rows].long()], own[rows], weights=weights))
+    return torch.cat(predicted), torch.cat(targets)
+
+
+def convert(model: nn.Module, settings: Settings) -> None:
+    """Swap the model, and its head's two parts where they are torchvision's own."""
+    loss_type = model.head.regression_head._loss_type
+    if settings.localization and settings.beta is None and loss_type not in OWN_BETA:
+        raise ValueError(
+            f"{OP}: beta must be a number for a model whose box loss is {loss_type!r}, got None: the balanced loss"
+            " weights smooth L1, so give its threshold, or localization=False to keep the model's own"
+        )
+    parts = _raw_parts(model)
+    if settings.normalizer_scope == "level" and not parts:
+        raise ValueError(
+            f"{OP}: normalizer_scope 'level' needs torchvision's own RetinaNetHead, got {type(model.head).__name__}"
+        )
+    swap(model, BalancedRetinaNet, settings)
+    for part, mixin in parts:
+        swap(part, mixin, settings)
+
+
+def own_beta(model: nn.Module) -> float:
+    """The threshold that the model's own box loss has as a smooth L1; 1 for one that has none."""
+    return OWN_BETA.get(model.head.regression_head._loss_type, 1.0)
+
+
+def loss_module(model: nn.Module) -> nn.Module:
+    """The module that computes the losses."""
+    return model
+
+
+def revert(model: nn.Module) -> None:
+    swap_back(model)
+    for name in ("classification_head", "regression_head"):
+        part = getattr(model.head, name, None)
+        if part is not None:
+            swap_back(part)
+
+
+def _raw_parts(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """The two parts of the head with the mixins that make them hand over raw maps; none unless both are torchvision's
+    own: another forward must not be replaced.
+    """
+    head = model.head
+    if type(head) is not RetinaNetHead:
+        return []
+    wanted = (
+        (head.classification_head, RetinaNetClassificationHead, RawClassification),
+        (head.regression_head, RetinaNetRegressionHead, RawRegression),
+    )
+    own = [getattr(type(part), "_original", type(part)) is stock for part, stock, _ in wanted]
+    return [(part, mixin) for part, _, mixin in wanted] if all(own) else []
