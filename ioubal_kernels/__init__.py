@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import analysis, integrations
+    from . import analysis
     from .backends import available_backends, use_backend
     from .boxes import BACKGROUND, IGNORE
     from .calibration import calibrate_w_loc

@@ -79,7 +79,8 @@ def test_a_wrong_cut_would_show(case, monkeypatch):
     _, want = gradients(case, train_step_case.whole_step, stage, 1, batches)
     _, got = gradients(case, train_step_case.divided_step, scaled, 1, batches, lambda name: None)
     off = [n for n, g in want.items() if not torch.equal(got[n], g)]
-    assert "box_tower.layers.0.weight" in off and not any(name.startswith("cls_tower") for name in off)
+    assert "network.head.regression_head.conv.0.0.weight" in off
+    assert not any(name.startswith("network.head.classification_head") for name in off)
 
 
 def test_every_step_sees_the_same_weights(case):
@@ -103,7 +104,7 @@ def test_matching_ends_where_the_objective_calls_the_loss(case, monkeypatch):
     maps = case.forward(images)
     train_step_stages.fused(case, maps, targets, names.append)
     assert names == ["matching"] and ik.iou_balanced_detection_loss is original
-    monkeypatch.setattr(train_step_stages, "detection_loss", lambda *a: original)
+    monkeypatch.setattr(case.model.network, "compute_loss", lambda *a: original)
     with pytest.raises(RuntimeError, match="0 times instead of once"):
         train_step_stages.fused(case, maps, targets, names.append)
 

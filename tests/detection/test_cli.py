@@ -87,7 +87,7 @@ def test_configs(ioubal, tmp_path):
         (["train", "--data", "DATA", "--resume"], "--resume: name the run's folder with -o"),
         (["train", "--data", "DATA", "--resume", "-o", "/nowhere/run"], "--resume: /nowhere/run is not a folder"),
         (["eval", "/nowhere", "--data", "DATA"], "/nowhere is neither a run's folder nor a checkpoint file"),
-        (["configs", "tiny"], "unknown configuration 'tiny'; the nearest is 'retinanet_tiny'"),
+        (["configs", "tiny"], "unknown configuration 'retinanet_tyni'; the nearest is 'retinanet_tiny'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(ioubal, tiny_data, tmp_path, monkeypatch, arguments, message):

@@ -34,7 +34,7 @@ def test_multistep_and_constant_by_hand():
 
 
 def test_weight_decay_spares_norms_and_biases():
-    model = build_model("retinanet_tiny", 2, 2.0)
+    model = build_model("retinanet_tiny", 2)
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.05))
     decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 0.05

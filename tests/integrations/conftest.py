@@ -1,0 +1,5 @@
+"""The integrations need torchvision."""
+
+import pytest
+
+pytest.importorskip("torchvision")
