@@ -11,8 +11,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
 from ioubal_kernels.detection.config import Config
-from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.data import make_synthetic
+from ioubal_kernels.detection.presets import preset
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ioubal_kernels.detection.checkpoint import list_checkpoints
-from ioubal_kernels.detection.presets import load_config
+from ioubal_kernels.detection.presets import PRESETS, load_config
 
 TINY = [
     "--set", "data.image_size=[64, 64]", "--set", "train.batch_size=4", "--set", "train.eval_every=0",
@@ -59,9 +59,7 @@ def test_without_the_extra_one_line_says_what_to_install(ioubal, monkeypatch, co
 def test_configs(ioubal, tmp_path):
     code, out, _ = ioubal("configs")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == [
-        "retinanet_tiny", "retinanet_r18_fpn", "retinanet_r50_fpn", "demo",
-    ]  # fmt: skip
+    assert [line.split()[0] for line in out.splitlines()] == list(PRESETS)
     code, out, _ = ioubal("configs", "demo")
     (tmp_path / "demo.yaml").write_text(out)
     assert load_config(str(tmp_path / "demo.yaml")) == load_config("demo")
@@ -87,7 +85,7 @@ def test_configs(ioubal, tmp_path):
         (["train", "--data", "DATA", "--resume"], "--resume: name the run's folder with -o"),
         (["train", "--data", "DATA", "--resume", "-o", "/nowhere/run"], "--resume: /nowhere/run is not a folder"),
         (["eval", "/nowhere", "--data", "DATA"], "/nowhere is neither a run's folder nor a checkpoint file"),
-        (["configs", "tiny"], "unknown configuration 'retinanet_tyni'; the nearest is 'retinanet_tiny'"),
+        (["configs", "retinanet_tyni"], "unknown configuration 'retinanet_tyni'; the nearest is 'retinanet_tiny'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(ioubal, tiny_data, tmp_path, monkeypatch, arguments, message):

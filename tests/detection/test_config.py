@@ -6,17 +6,16 @@ import dataclasses
 
 import pytest
 
+from ioubal_kernels.detection.architectures import MODELS
 from ioubal_kernels.detection.config import (
-    PRESETS,
     Config,
     all_keys,
     config_diff,
-    load_config,
     parse_assignment,
     parse_nan_policy,
-    preset,
 )
 from ioubal_kernels.detection.errors import UsageError
+from ioubal_kernels.detection.presets import PRESETS, load_config, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -105,7 +104,7 @@ def test_bad_assignment(text):
     [
         ({"optim.milestones": [0.9, 0.6]}, r"optim.milestones: expected rising shares"),
         ({"train.nan_policy": "skip"}, r"train.nan_policy: expected stop or skip:N"),
-        ({"model.backbone_file": "x.pth"}, r"model.backbone_file: retinanet_tiny has no ResNet"),
+        ({"model.backbone_file": "x.pth"}, r"model.backbone_file: retinanet_tiny has no backbone"),
         ({"model.backbone_sha256": "00"}, r"model.backbone_sha256: given without"),
         (
             {"data.image_size": None, "data.short_side": 900, "data.long_side": 800},
@@ -182,3 +181,80 @@ def test_nan_policy():
     for bad in ("skip:0", "skip:-1", "skip:x", "ignore"):
         with pytest.raises(UsageError, match="expected stop or skip:N"):
             parse_nan_policy(bad)
+
+
+# ---------------------------------------------------------------------------------------------- the paper's rows
+
+
+def test_the_papers_rows_are_there_and_each_has_a_tiny_sibling():
+    rows = [name for name in PRESETS if name.startswith("table") and not name.endswith("_tiny")]
+    retinanets = {
+        4: ("r18", "r50", "r101", "x101"),
+        1: ("r50", "r101", "x101"),
+        2: ("r50",),
+        5: ("r50", "r101", "x101"),
+    }
+    expected = {f"table{t}_retinanet_{b}" for t, bodies in {**retinanets, 6: ("r50", "r101")}.items() for b in bodies}
+    expected |= {f"table{table}_ssd{edge}" for table in (1, 5) for edge in (300, 512)}
+    expected |= {"table1_foveabox_r50", "table1_faster_rcnn_r50", "table1_faster_rcnn_r101", "table7_faster_rcnn_r50"}
+    assert set(rows) == expected
+    for row in rows:
+        full, small = preset(row), preset(f"{row}_tiny")
+        assert MODELS[full.model.name].family == MODELS[small.model.name].family
+        assert MODELS[small.model.name].backbone == "tiny"
+        assert (full.loss.eta, full.loss.lambda_) == (small.loss.eta, small.loss.lambda_)
+        small.require_start()
+        with pytest.raises(UsageError, match="starts from ImageNet weights.*--init-from.*--from-scratch"):
+            full.require_start()
+
+
+def test_the_papers_schedules():
+    """Rates, batches, epochs, steps and test settings, as the paper's toolbox has them."""
+    retina = preset("table4_retinanet_r50")
+    assert (retina.optim.lr, retina.optim.base_batch, retina.optim.weight_decay) == (0.01, 16, 1e-4)
+    assert (retina.train.epochs, retina.optim.milestones, retina.optim.clip) == (12, (8 / 12, 11 / 12), 35.0)
+    assert (retina.data.short_side, retina.data.long_side) == (800, 1333)
+    assert (preset("table2_retinanet_r50").data.short_side, preset("table7_faster_rcnn_r50").data.long_side) == (
+        600,
+        1000,
+    )
+    assert (retina.loss.beta, retina.loss.w_loc, preset("table4_retinanet_r101").loss.w_loc) == (0.11, 3.049, 2.878)
+    test = retina.inference
+    assert (test.score_threshold, test.nms_threshold, test.candidates, test.max_detections) == (0.05, 0.5, 1000, 100)
+    faster = preset("table7_faster_rcnn_r50")
+    assert (faster.optim.lr, faster.loss.beta, faster.loss.eta, faster.loss.w_loc) == (0.02, 1.0, 1.3, 2.4)
+    fovea = preset("table1_foveabox_r50").loss
+    assert (fovea.alpha, fovea.gamma, fovea.beta, fovea.w_loc) == (0.4, 1.5, 0.11, "auto")
+    for row, lr, epochs, milestones in (
+        ("table1_ssd300", 2e-3, 120, (80 / 120, 110 / 120)), ("table5_ssd300", 1e-3, 240, (160 / 240, 200 / 240)),
+    ):  # fmt: skip
+        ssd = preset(row)
+        assert (ssd.optim.lr, ssd.optim.base_batch, ssd.optim.weight_decay, ssd.optim.clip) == (lr, 64, 5e-4, 0.0)
+        assert (ssd.train.epochs, ssd.optim.milestones, ssd.loss.normalizer_scope) == (epochs, milestones, "image")
+        assert (ssd.inference.score_threshold, ssd.inference.nms_threshold) == (0.02, 0.45)
+        assert (ssd.inference.max_detections, ssd.data.image_size) == (200, (300, 300))
+    voc = preset("table5_retinanet_r50")
+    assert (voc.optim.lr, voc.optim.base_batch, voc.loss.w_loc) == (0.0075, 12, 2.34)
+    assert [preset(f"table{t}_ssd{e}").model.ssd_smallest for t, e in ((1, 300), (1, 512), (5, 300), (5, 512))] == [
+        15, 10, 20, 15,
+    ]  # fmt: skip
+    city = preset("table6_retinanet_r50")
+    assert (city.data.short_side, city.data.long_side) == (1024, 2048)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.name": "ssd_tiny", "data.image_size": None}, "data.image_size: ssd_tiny needs a fixed size"),
+        ({"model.name": "ssd300_vgg16", "model.ssd_smallest": 10}, "ssd300_vgg16 has 15 .COCO. and 20 .VOC., got 10"),
+        ({"model.name": "ssd512_vgg16", "model.norm": "group"}, "model.norm: VGG16 has no normalisation"),
+        ({"model.backbone_file": "x.pth"}, "retinanet_tiny has no backbone that files exist for"),
+        ({"model.name": "retinanet_r50_fpn", "model.backbone_sha256": "ab"}, "given without model.backbone_file"),
+    ],
+)
+def test_models_that_do_not_go_together(changes, message):
+    config = Config()
+    with pytest.raises(UsageError, match=message):
+        for key, value in changes.items():
+            config.set(key, value)
+        config.validate()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.data import make_synthetic
 from ioubal_kernels.detection.demo import CLASSES, IMAGE_SIZE, TRAIN_IMAGES, VAL_IMAGES
+from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.progress import Reporter
 from ioubal_kernels.detection.train import train
 

@@ -1,4 +1,4 @@
-"""The detectors: sizes, raw maps, inference, backbone files."""
+"""The detectors: what they are made of, raw maps, inference, backbone files, export's weights."""
 
 from __future__ import annotations
 
@@ -7,117 +7,211 @@ import hashlib
 
 import pytest
 import torch
-from torchvision.models import resnet18
+from torchvision.models import resnet18, vgg16
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import ioubal_kernels as ik
+from ioubal_kernels.detection.architectures import MODELS
 from ioubal_kernels.detection.config import LossConfig
 from ioubal_kernels.detection.ema import ModelEma
 from ioubal_kernels.detection.errors import NonFiniteError, UsageError
-from ioubal_kernels.detection.models import build_model
-from ioubal_kernels.detection.models.retinanet import HeadMaps, RetinaNet
-from ioubal_kernels.detection.objective import detection_loss
+from ioubal_kernels.detection.models import Detector, PreparedImages, build_model
+from ioubal_kernels.detection.models.ssd import default_boxes
+from ioubal_kernels.detection.objective import apply_loss
+
+TINY = tuple(name for name, architecture in MODELS.items() if architecture.backbone == "tiny")
+BOXES = [torch.tensor([[5.0, 8, 25, 30], [30, 30, 60, 62]]), torch.zeros(0, 4)]
+LABELS = [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)]
 
 
-@pytest.fixture(scope="module")
-def tiny() -> RetinaNet:
+def tiny(name: str, classes: int = 3, **options) -> Detector:
     torch.manual_seed(0)
-    return build_model("retinanet_tiny", 3, 2.0)
+    detector = build_model(name, classes, anchor_scale=2.0, size=(64, 64), **options)
+    apply_loss(detector, LossConfig(w_loc=2.0))
+    return detector
 
 
-def test_tiny_has_about_a_million_parameters(tiny):
-    assert 0.9e6 < sum(p.numel() for p in tiny.parameters()) < 1.0e6
+def prepared(images: torch.Tensor) -> PreparedImages:
+    return PreparedImages(images, [tuple(images.shape[-2:])] * len(images))
 
 
-def test_heads_give_raw_maps_and_start_at_the_prior(tiny):
-    model = copy.deepcopy(tiny).eval()
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_has_about_a_million_parameters_and_trains(name):
+    model = tiny(name).train()
+    assert 0.8e6 < sum(p.numel() for p in model.parameters()) < 1.3e6
+    losses = model(prepared(torch.randn(2, 3, 64, 64)), BOXES, LABELS)
+    expected = {"cls", "loc"} | ({"rpn_cls", "rpn_loc"} if name == "faster_rcnn_tiny" else set())
+    assert losses.keys() == expected
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    found = model.statistics()
+    assert int(found["positives"]) > 0 and 0 < float(found["mean_iou"]) < 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_prepared_images_are_what_a_list_of_images_becomes(name):
+    """A batch the loader prepared, and the same pictures through torchvision's own transform: the same detections."""
+    model = tiny(name).eval()
+    model.set_inference(score_threshold=0.0, nms_threshold=0.5, candidates=50, max_detections=20)
+    transform = model.network.transform
+    transform.min_size, transform.max_size = (64,), 64
+    pictures = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.image_mean, transform.image_std))
     with torch.no_grad():
-        maps = model(torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps.cls_logits] == [(2, 27, 8, 12), (2, 27, 4, 6), (2, 27, 2, 3)]
-    assert [tuple(m.shape) for m in maps.bbox_deltas] == [(2, 36, 8, 12), (2, 36, 4, 6), (2, 36, 2, 3)]
-    scores = torch.cat([m.flatten() for m in maps.cls_logits]).sigmoid()
-    assert 0.003 < scores.mean() < 0.03
+        got = model(prepared((pictures - mean) / std))
+        want = model.network(list(pictures))
+    for one, other in zip(got, want, strict=True):
+        assert len(one["scores"]) > 0
+        torch.testing.assert_close(one["boxes"], other["boxes"], rtol=1e-4, atol=1e-3)
+        assert torch.equal(one["labels"] + model.offset, other["labels"])
 
 
-def test_resnet_fpn_has_five_levels():
-    model = build_model("retinanet_r18_fpn", 2, 4.0).eval()
-    with torch.no_grad():
-        maps = model(torch.zeros(1, 3, 128, 128))
-    assert [m.shape[-1] for m in maps.bbox_deltas] == [16, 8, 4, 2, 1]
-    assert model.anchors(maps).shape == (9 * (256 + 64 + 16 + 4 + 1), 4)
+@pytest.mark.parametrize("name", TINY)
+def test_labels_start_at_zero_whatever_the_network_calls_them(name):
+    """Trained towards one class, the classification loss of the trainer's label 2 goes through the right channel."""
+    model = tiny(name).train()
+    images = prepared(torch.randn(2, 3, 64, 64))
+    targets = model.targets(BOXES, LABELS)
+    assert targets[0]["labels"].tolist() == [2 + model.offset, model.offset]
+    assert model.offset == (MODELS[name].family in ("ssd", "faster_rcnn"))
+    with pytest.raises(Exception):  # noqa: B017  (each network has its own error for a class that does not exist)
+        model(images, BOXES, [torch.tensor([3, 0]), LABELS[1]])
+
+
+def test_retinanet_hands_over_raw_maps_and_starts_at_the_prior():
+    model = tiny("retinanet_tiny").train()
+    shapes, scores = [], []
+
+    def keep(module, inputs, output):
+        shapes.append([tuple(level.shape) for level in output])
+        scores.extend(level.detach().flatten().sigmoid() for level in output if level.shape[1] == 27)
+
+    for part in (model.network.head.classification_head, model.network.head.regression_head):
+        part.register_forward_hook(keep)
+    model(prepared(torch.randn(2, 3, 64, 96)), BOXES, LABELS)
+    assert shapes[0] == [(2, 27, 8, 12), (2, 27, 4, 6), (2, 27, 2, 3)]
+    assert shapes[1] == [(2, 36, 8, 12), (2, 36, 4, 6), (2, 36, 2, 3)]
+    assert 0.003 < torch.cat(scores).mean() < 0.03
+
+
+def test_resnet_fpn_levels():
+    for name, sizes in (("retinanet_r18_fpn", [16, 8, 4, 2, 1]), ("faster_rcnn_r50_fpn", [32, 16, 8, 4, 2])):
+        backbone = build_model(name, 2).network.backbone.eval()
+        with torch.no_grad():
+            assert [level.shape[-1] for level in backbone(torch.zeros(1, 3, 128, 128)).values()] == sizes
+
+
+def test_default_boxes_are_the_papers():
+    """SSD300 on COCO is torchvision's; SSD512's seven levels and VOC's scales by the authors' rule, by hand."""
+    assert default_boxes(300, 15).scales == pytest.approx([0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05])
+    assert default_boxes(300, 20).scales == pytest.approx([0.10, 0.20, 0.37, 0.54, 0.71, 0.88, 1.05])
+    assert default_boxes(512, 10).scales == pytest.approx([0.04, 0.10, 0.26, 0.42, 0.58, 0.74, 0.90, 1.06])
+    assert default_boxes(512, 15).scales == pytest.approx([0.07, 0.15, 0.30, 0.45, 0.60, 0.75, 0.90, 1.05])
+    assert default_boxes(512, 10).num_anchors_per_location() == [4, 6, 6, 6, 6, 4, 4]
+    assert default_boxes(300, 15).num_anchors_per_location() == [4, 6, 6, 6, 4, 4]
+
+
+def test_anchors_are_float32_under_autocast():
+    """torchvision's take the maps' bfloat16, whose 8 digits put an anchor at x = 1000 somewhere within 4 pixels."""
+    model = tiny("retinanet_tiny")
+    from torchvision.models.detection.image_list import ImageList
+
+    images = ImageList(torch.zeros(1, 3, 64, 2048), [(64, 2048)])
+    maps = [torch.zeros(1, 8, 64 // s, 2048 // s, dtype=torch.bfloat16) for s in (8, 16, 32)]
+    generator = model.network.anchor_generator
+    anchors = generator(images, maps)[0]
+    assert isinstance(generator, AnchorGenerator) and anchors.dtype == torch.float32
+    assert torch.equal(anchors, generator(images, [m.float() for m in maps])[0])
 
 
 def test_unknown_model():
     with pytest.raises(ValueError, match="build_model: name must be one of retinanet_tiny"):
-        build_model("yolo", 2, 4.0)
+        build_model("yolo", 2)
 
 
-def test_loss_of_raw_maps_equals_the_loss_of_flat_ones(tiny):
-    """The heads' own layout and the anchors' order fit together: permuted by hand the loss is the same."""
-    torch.manual_seed(1)
-    maps = tiny(torch.randn(2, 3, 64, 64))
-    boxes = [torch.tensor([[5.0, 8, 25, 30], [30, 30, 60, 62]]), torch.zeros(0, 4)]
-    labels = [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)]
-    config = LossConfig(w_loc=2.0)
-    loss = detection_loss(tiny, maps, boxes, labels, config, 2.0)
-    assert loss.num_positives > 0
-    from ioubal_kernels.detection.anchors import match_batch
-    from ioubal_kernels.detection.models.retinanet import flatten_maps
-
-    anchors = tiny.anchors(maps)
-    flat = ik.iou_balanced_detection_loss(
-        flatten_maps(maps.cls_logits, 3), flatten_maps(maps.bbox_deltas, 4), anchors, match_batch(anchors, boxes),
-        boxes, labels, w_loc=2.0, backend="reference",
-    )  # fmt: skip
-    torch.testing.assert_close(loss.classification, flat.classification, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss.localization, flat.localization, rtol=1e-5, atol=1e-6)
+# ---------------------------------------------------------------------------------------------- FoveaBox
 
 
-class FixedMaps(RetinaNet):
-    """A RetinaNet whose outputs are given."""
+def test_fovea_cells_levels_and_loss_by_the_reference():
+    """Both losses and every gradient against the float64 reference, with the divisors positives + N and positives."""
+    model = tiny("foveabox_tiny").train()
+    apply_loss(model, LossConfig(alpha=0.4, gamma=1.5, beta=0.11, w_loc=2.0))
+    network, maps = model.network, {}
+    network.base_edges = (16.0, 32.0, 64.0)
 
-    def forward(self, images):
-        return self.given
+    def keep(name):
+        def hook(module, inputs, output):
+            maps[name] = output
+            for level in output:
+                level.retain_grad()
 
+        return hook
 
-def fixed(num_classes: int = 2) -> FixedMaps:
-    model = build_model("retinanet_tiny", num_classes, 2.0)
-    model.__class__ = FixedMaps
-    grid = ((8, 8), (4, 4), (2, 2))
-    model.given = HeadMaps(
-        [torch.full((1, 9 * num_classes, *s), -20.0) for s in grid], [torch.zeros(1, 36, *s) for s in grid]
+    network.cls_tower.register_forward_hook(keep("cls"))
+    network.box_tower.register_forward_hook(keep("box"))
+    losses = model(prepared(torch.randn(2, 3, 64, 64)), BOXES, LABELS)
+    sum(losses.values()).backward()
+    assert network.scale_ranges == ((1.0, 64.0), (32.0, 128.0), (64.0, 512.0))
+    shapes = [(8, 8), (4, 4), (2, 2)]
+    cells = network.cells(shapes, torch.device("cpu"))
+    assert cells[9].tolist() == [12 - 8, 12 - 8, 12 + 8, 12 + 8]  # row 1, column 1 of stride 8: its centre is 12, 12
+    matched = ik.match_fovea(
+        BOXES, shapes, strides=(8, 16, 32), scale_ranges=network.scale_ranges, sigma=0.4, backend="reference"
     )
-    return model.eval()
+    positives = int((matched >= 0).sum())
+    assert positives > 0
+    wide = {k: [level.detach().double().requires_grad_() for level in v] for k, v in maps.items()}
+    want = ik.iou_balanced_detection_loss(
+        wide["cls"], wide["box"], cells.double(), matched, [b.double() for b in BOXES], LABELS, box_coder="fovea",
+        alpha=0.4, gamma=1.5, beta=0.11, w_loc=2.0, backend="reference",
+        avg_factor=(float(positives + 2), float(positives)),
+    )  # fmt: skip
+    (want.classification + want.localization).backward()
+    assert float(losses["cls"]) == pytest.approx(want.classification.item(), rel=1e-5)
+    assert float(losses["loc"]) == pytest.approx(want.localization.item(), rel=1e-5)
+    for name, levels in maps.items():
+        for level, exact in zip(levels, wide[name], strict=True):
+            scale = float(exact.grad.abs().max()) + 1e-12
+            torch.testing.assert_close(level.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_detect_finds_the_anchor_that_was_lit():
-    model = fixed()
-    model.given.cls_logits[1][0, 4 * 2 + 1, 2, 1] = 3.0  # level 16, anchor 4, class 1, row 2, column 1
-    index = 64 * 9 + (2 * 4 + 1) * 9 + 4
-    anchor = model.anchors(model.given)[index]
-    found = model.detect(torch.zeros(1, 3, 64, 64))[0]
+def test_fovea_finds_the_cell_that_was_lit():
+    model = tiny("foveabox_tiny", 2).eval()
+    network = model.network
+    logits = [torch.full((1, 2, s, s), -20.0) for s in (8, 4, 2)]
+    deltas = [torch.zeros(1, 4, s, s) for s in (8, 4, 2)]
+    logits[1][0, 1, 2, 1] = 3.0  # level of stride 16, row 2, column 1: centre x 24, y 40
+    deltas[1][0, :, 2, 1] = torch.tensor([0.5, 0.25, 1.0, 2.0]).mul(16 / network.base_edges[1]).log()
+    found = network.postprocess_detections(logits, deltas, [(64, 64)])[0]
     assert found["labels"].tolist() == [1]
-    assert found["scores"].tolist() == pytest.approx([torch.tensor(3.0).sigmoid().item()])
-    assert found["boxes"][0].tolist() == anchor.clamp(0, 64).tolist()
+    assert found["boxes"][0].tolist() == pytest.approx([24 - 8, 40 - 4, 24 + 16, 64.0])  # clipped at the bottom
+    assert network.postprocess_detections([torch.full_like(m, -20) for m in logits], deltas, [(64, 64)])[0][
+        "boxes"
+    ].shape == (0, 4)
 
 
-def test_detect_suppresses_per_class_and_limits():
-    model = fixed()
-    for anchor, label, logit in ((0, 0, 3.0), (1, 0, 2.0), (1, 1, 1.0)):
-        model.given.cls_logits[0][0, anchor * 2 + label, 4, 4] = logit
-    found = model.detect(torch.zeros(1, 3, 64, 64), nms_threshold=0.3)[0]
-    assert found["labels"].tolist() == [0, 1]
-    assert len(model.detect(torch.zeros(1, 3, 64, 64), max_detections=1)[0]["scores"]) == 1
-    assert model.detect(torch.zeros(1, 3, 64, 64), score_threshold=0.8)[0]["labels"].tolist() == [0]
-    assert len(model.detect(torch.zeros(1, 3, 64, 64), candidates=1)[0]["scores"]) == 1
+# ---------------------------------------------------------------------------------------------- inference
 
 
-def test_detect_without_detections_and_with_nan():
-    model = fixed()
-    empty = model.detect(torch.zeros(1, 3, 64, 64))[0]
-    assert empty["boxes"].shape == (0, 4)
-    model.given.cls_logits[2][0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        model.detect(torch.zeros(1, 3, 64, 64))
+@pytest.mark.parametrize("name", TINY)
+def test_limits_of_inference(name):
+    model, images = tiny(name).eval(), prepared(torch.randn(1, 3, 64, 64))
+    options = {"nms_threshold": 0.5, "candidates": 30}
+    with torch.no_grad():
+        model.set_inference(score_threshold=0.0, max_detections=7, **options)
+        assert len(model(images)[0]["scores"]) == 7
+        model.set_inference(score_threshold=0.999, max_detections=7, **options)
+        found = model(images)[0]
+    assert found["boxes"].shape == (0, 4) and found["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_nan_in_the_weights_is_an_error_and_not_an_empty_image(name):
+    model = tiny(name).eval()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
+            model(prepared(torch.randn(1, 3, 64, 64)))
 
 
 def test_ema_by_hand():
@@ -137,17 +231,52 @@ def test_ema_by_hand():
     assert ema.module.weight.item() == pytest.approx(first + (3 - first) * 9 / 12)
 
 
-def test_backbone_file(tmp_path):
+@pytest.mark.parametrize("name", TINY)
+def test_a_copy_is_independent_and_computes_the_same(name):
+    model = tiny(name).eval()
+    copied = copy.deepcopy(model)
+    images = prepared(torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        want = model(images)[0]
+        next(model.parameters()).add_(1.0)
+        got = copied(images)[0]
+    assert torch.equal(got["boxes"], want["boxes"])
+
+
+# ---------------------------------------------------------------------------------------------- backbone files
+
+
+def test_resnet_file(tmp_path):
     torch.manual_seed(3)
     body = resnet18(weights=None)
     file = tmp_path / "r18.pth"
     torch.save(body.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    model = build_model("retinanet_r18_fpn", 2, 4.0, backbone_file=str(file), backbone_sha256=digest)
-    loaded = dict(model.backbone.body.named_parameters())
+    model = build_model("retinanet_r18_fpn", 2, backbone_file=str(file), backbone_sha256=digest)
+    loaded = dict(model.network.backbone.body.named_parameters())
     assert torch.equal(loaded["layer3.0.conv1.weight"], body.layer3[0].conv1.weight)
     trained = {n.split(".")[0] for n, p in loaded.items() if p.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"}
+
+
+def test_vgg_file(tmp_path):
+    """Every convolution of VGG's features lands in its place; the classifier and SSD's own layers are left alone."""
+    torch.manual_seed(3)
+    features = {f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}
+    file = tmp_path / "vgg.pth"
+    torch.save({**features, "classifier.0.weight": torch.zeros(1)}, file)
+    backbone = build_model("ssd300_vgg16", 2, backbone_file=str(file)).network.backbone
+    assert torch.equal(backbone.features[21].weight, features["features.21.weight"])
+    assert torch.equal(backbone.extra[0][1].weight, features["features.24.weight"])
+    assert torch.equal(backbone.extra[0][5].bias, features["features.28.bias"])
+    assert len(features) == 26
+
+
+def test_the_digest_in_a_files_name_is_checked(tmp_path):
+    file = tmp_path / "resnet18-00000000.pth"
+    torch.save(resnet18(weights=None).state_dict(), file)
+    with pytest.raises(UsageError, match="expected 00000000, as its name says"):
+        build_model("retinanet_r18_fpn", 2, backbone_file=str(file))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +285,7 @@ def test_backbone_file(tmp_path):
         (None, None, "is not a file"),
         (b"<html>", None, "not a plain PyTorch state dict"),
         ({"conv1.weight": 3}, None, "expected a dict of tensors"),
-        ({"conv1.weight": torch.zeros(1)}, None, "does not fit this ResNet"),
+        ({"conv1.weight": torch.zeros(1)}, None, "does not fit this backbone"),
         (b"x", "0" * 64, r"SHA-256 of .* is 2d711642.*expected 0000"),
     ],
 )
@@ -167,4 +296,4 @@ def test_bad_backbone_file(tmp_path, content, digest, message):
     elif content is not None:
         torch.save(content, file)
     with pytest.raises(UsageError, match=message):
-        build_model("retinanet_r18_fpn", 2, 4.0, backbone_file=str(file), backbone_sha256=digest)
+        build_model("retinanet_r18_fpn", 2, backbone_file=str(file), backbone_sha256=digest)

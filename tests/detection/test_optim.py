@@ -26,6 +26,14 @@ def test_cosine_by_hand():
     assert learning_rate(99, 100, config) == pytest.approx(1 + math.cos(math.pi * 89 / 90))
 
 
+def test_warm_up_in_steps_from_a_third():
+    """500 steps from 1/3: the first is 1/3 + 2/3 / 501, then the full rate."""
+    config = OptimConfig(lr=3.0, warmup_steps=500, warmup_start=1 / 3, schedule="constant")
+    assert learning_rate(0, 10_000, config) == pytest.approx(1 + 2 / 501)
+    assert learning_rate(499, 10_000, config) == pytest.approx(1 + 2 * 500 / 501)
+    assert learning_rate(500, 10_000, config) == 3.0
+
+
 def test_multistep_and_constant_by_hand():
     config = OptimConfig(lr=1.0, warmup=0.0, schedule="multistep", milestones=(0.5, 0.9), gamma=0.1)
     assert [learning_rate(t, 10, config) for t in (0, 4, 5, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])

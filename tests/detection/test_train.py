@@ -12,10 +12,10 @@ import torch
 
 from ioubal_kernels.detection import train as train_module
 from ioubal_kernels.detection.checkpoint import find_checkpoint, list_checkpoints
-from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.data import TrainLoader
 from ioubal_kernels.detection.errors import Interrupted, NonFiniteError, UsageError
 from ioubal_kernels.detection.evaluate import MAIN_METRICS
+from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.progress import Reporter
 from ioubal_kernels.detection.rundir import read_log
 from ioubal_kernels.detection.train import train

@@ -120,3 +120,15 @@ def step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]
     sum((weights or {}).get(name, 1.0) * value for name, value in losses.items()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in losses.items()}, gradients
+
+
+def assert_same(got, want, rtol=1e-5):
+    """Losses by name, and every element of every parameter's gradient relative to that gradient's largest."""
+    assert got[0].keys() == want[0].keys() and got[1].keys() == want[1].keys()
+    for name, value in want[0].items():
+        torch.testing.assert_close(got[0][name], value, rtol=rtol, atol=0.0, msg=lambda m, name=name: f"{name}: {m}")
+    for name, value in want[1].items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            got[1][name], value, rtol=rtol, atol=rtol * scale, msg=lambda m, name=name: f"gradient of {name}: {m}"
+        )

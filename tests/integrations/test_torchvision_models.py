@@ -1,0 +1,166 @@
+"""What convert must leave alone: state, evaluation, copies, subclasses; and the mistakes it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+import ioubal_kernels as ik
+from tests.integrations.models import CLASSES, FAMILIES, Backbone, assert_same, batch, make, step
+
+convert, revert = ik.integrations.torchvision.convert, ik.integrations.torchvision.revert
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_evaluation_and_revert(family):
+    model, inputs = make(family), batch(family, empty=False)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = set(model.__dict__)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    want = model(inputs[0])
+    stock = step(copy.deepcopy(model), *inputs)
+    assert convert(model) is model and isinstance(model, classes[""])
+    assert list(model.state_dict()) == list(state)
+    model.eval()
+    for got, expected in zip(model(inputs[0]), want, strict=True):
+        assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+    step(model, *inputs)
+    model.load_state_dict(state)
+    assert revert(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert set(model.__dict__) == attributes
+    assert_same(step(model, *inputs), stock, rtol=1e-7)
+    assert revert(model) is model
+
+
+@pytest.mark.parametrize("family", ["retinanet", "ssd", "faster_rcnn"])
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_compute_the_same(family, how):
+    model, inputs = convert(make(family), **({"rpn": True} if family == "faster_rcnn" else {})), batch(family)
+    want = step(model, *inputs)
+    if how == "pickle":
+        copied = pickle.loads(pickle.dumps(model))
+    elif how == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copied = torch.load(buffer, weights_only=False)
+    assert type(copied) is type(model) and copied is not model
+    state = {name: value.clone() for name, value in make(family).state_dict().items()}
+    copied.load_state_dict(state)
+    model.load_state_dict(state)
+    assert_same(step(copied, *inputs), step(model, *inputs), rtol=1e-7)
+    revert(copied)
+    for own, other in zip(copied.modules(), make(family).modules(), strict=True):
+        assert type(own) is type(other)
+    assert any("IoUBalanced" in type(module).__name__ for module in model.modules())
+    assert want[0].keys() == step(copied, *inputs)[0].keys()
+
+
+class Louder(RetinaNet):
+    """A user's subclass with something of its own."""
+
+    def compute_loss(self, targets, head_outputs, anchors):
+        raise AssertionError("the balanced loss stands in front of this one")
+
+    def loudness(self) -> int:
+        return 11
+
+
+class CustomHead(RetinaNetHead):
+    """A user's head, whose outputs must stay flat: its forward may do anything with them."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        assert all(isinstance(value, torch.Tensor) for value in out.values())
+        return out
+
+
+def test_subclasses_and_custom_heads():
+    stock, inputs = make("retinanet"), batch("retinanet")
+    want = step(convert(stock), *inputs)
+    model = make("retinanet")
+    model.__class__ = Louder
+    model.head.__class__ = CustomHead
+    convert(model)
+    assert isinstance(model, Louder) and model.loudness() == 11
+    assert_same(step(model, *inputs), want)
+    assert pickle.loads(pickle.dumps(model)).loudness() == 11
+    with pytest.raises(
+        ValueError, match="normalizer_scope 'level' needs torchvision's own RetinaNetHead, got CustomHead"
+    ):
+        convert(model, normalizer_scope="level")
+    assert type(revert(model)) is Louder
+
+
+def test_a_custom_matcher_is_called():
+    model, inputs = make("retinanet"), batch("retinanet")
+    calls = []
+
+    class Matcher(type(model.proposal_matcher)):
+        def __call__(self, matrix):
+            calls.append(tuple(matrix.shape))
+            return super().__call__(matrix)
+
+    want = step(convert(model), *inputs)
+    model.proposal_matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    assert_same(step(model, *inputs), want)
+    assert [shape[0] for shape in calls] == [2, 3]
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "error", "message"),
+    [
+        ("retinanet", {"eta": -1.0}, ValueError, "convert: eta must"),
+        ("retinanet", {"lambda_": "1"}, TypeError, "convert: lambda_ must"),
+        ("retinanet", {"w_loc": float("nan")}, ValueError, "convert: w_loc must"),
+        ("retinanet", {"beta": -0.1}, ValueError, "convert: beta must"),
+        ("retinanet", {"divisor": "mean"}, ValueError, "convert: divisor must be one of 'torchvision', 'paper'"),
+        ("retinanet", {"normalizer_scope": "images"}, ValueError, "convert: normalizer_scope must be one of"),
+        ("retinanet", {"classification": 1}, TypeError, "convert: classification must"),
+        ("retinanet", {"backend": "cudnn"}, ValueError, "convert: backend must be one of"),
+        ("retinanet", {"rpn": True}, ValueError, "convert: rpn must be False for a model without proposals"),
+        ("ssd", {"normalizer_scope": "level"}, ValueError, "must be 'batch' or 'image' for SSD"),
+        ("faster_rcnn", {"normalizer_scope": "level"}, ValueError, "must be 'batch' or 'image' for R-CNN"),
+        ("faster_rcnn", {"rpn_w_loc": -1.0}, ValueError, "convert: rpn_w_loc must"),
+    ],
+)
+def test_bad_arguments_change_nothing(family, options, error, message):
+    model = make(family)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(error, match=message):
+        convert(model, **options)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_other_models_are_refused():
+    fcos = FCOS(Backbone(32), CLASSES)
+    with pytest.raises(
+        TypeError, match="convert: model must be torchvision's RetinaNet, SSD, FasterRCNN.*got a .*FCOS"
+    ):
+        convert(fcos)
+    with pytest.raises(TypeError, match="convert the model inside the wrapper: model.module"):
+        convert(nn.DataParallel(make("retinanet")))
+    with pytest.raises(TypeError, match="revert: model must be"):
+        revert(nn.Linear(1, 1))
+
+
+def test_a_label_out_of_range_is_an_error():
+    """torchvision trains the last class with label -1 and dies of an IndexError beyond the classes."""
+    model, (images, targets) = convert(make("retinanet")), batch("retinanet")
+    targets[0]["labels"][0] = CLASSES
+    with pytest.raises(ValueError, match="gt_labels"):
+        model.train()(images, targets)
