@@ -8,9 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+import ioubal_kernels as ik
+
 from .config import LossConfig
 from .data import Batch
 from .models import Detector, PreparedImages
+from .processes import Processes
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -77,6 +80,7 @@ def calibrate(
     channels_last: bool,
     *,
     rpn: bool = False,
+    processes: Processes | None = None,
 ) -> float:
     """The w_loc that keeps the untrained model's localisation loss over `batches` unchanged by the IoU weights.
 
@@ -84,10 +88,15 @@ def calibrate(
 
     Args:
         rpn: calibrate the proposals' factor instead (Faster R-CNN).
+        processes: whose batches are looked at together; all get the same value.
     """
     if config.lambda_ == 0:
         return 1.0
     pairs = (to_device(batch, device, channels_last) for batch in batches)
     inputs = ((images, detector.targets(boxes, labels)) for images, boxes, labels in pairs)
     with autocast(device, amp):
-        return detector.calibrate_w_loc(inputs, lambda_=config.lambda_, beta=1 / 9 if rpn else config.beta, rpn=rpn)
+        own = detector.collect_deltas(inputs, rpn=rpn)
+    parts = (processes or Processes()).gather([(pred.cpu(), target.cpu()) for pred, target in own])
+    pairs = [pair for part in parts for pair in part]
+    beta = 1 / 9 if rpn else config.beta
+    return ik.calibrate_w_loc(pairs, lambda_=config.lambda_, beta=beta, **detector.box_coder(rpn))

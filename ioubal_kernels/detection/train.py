@@ -296,14 +296,14 @@ class _Trainer:
         self.rpn_w_loc = self._factor("rpn_w_loc", loss.rpn_w_loc, rpn=True) if proposals else 1.0
 
     def _factor(self, name: str, setting: float | str, *, rpn: bool) -> float:
-        """The configured value of w_loc, or what the first batches say: the first process's value in all of them."""
+        """The configured value of w_loc, or what the first batches say: those of all processes."""
         if setting != "auto":
             return float(setting)
         count = self.config.loss.calibration_batches
         state = self.loader.state_dict()
         batches = (batch for _, batch in zip(range(count), self.loader))
         options = self.device, self.amp, self.config.train.channels_last
-        value = self.processes.from_first(calibrate(self.detector, batches, self.config.loss, *options, rpn=rpn))
+        value = calibrate(self.detector, batches, self.config.loss, *options, rpn=rpn, processes=self.processes)
         # The batches that were looked at are trained on as well.
         self.loader.load_state_dict(state)
         self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches")

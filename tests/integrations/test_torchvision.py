@@ -8,11 +8,11 @@ import copy
 
 import pytest
 import torch
+from small_models import CLASSES, FAMILIES, LOSSES, assert_same, batch, make, step
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 
 import ioubal_kernels as ik
-from tests.integrations.models import CLASSES, FAMILIES, LOSSES, assert_same, batch, make, step
 
 OFF = {"eta": 0.0, "lambda_": 0.0}
 HEADS = {

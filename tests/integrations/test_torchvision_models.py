@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
+from small_models import CLASSES, FAMILIES, Backbone, assert_same, batch, make, step
 from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 import ioubal_kernels as ik
-from tests.integrations.models import CLASSES, FAMILIES, Backbone, assert_same, batch, make, step
 
 convert, revert = ik.integrations.torchvision.convert, ik.integrations.torchvision.revert
 

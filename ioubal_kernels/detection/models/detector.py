@@ -11,7 +11,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-import ioubal_kernels as ik
 from ioubal_kernels.integrations import torchvision as integration
 
 from ..errors import NonFiniteError
@@ -140,12 +139,19 @@ class Detector(nn.Module):
         found = integration.last(self.network.roi_heads if self.family == "faster_rcnn" else self.network)
         return {"positives": found["num_positives"], "mean_iou": found["mean_iou"]}
 
-    def calibrate_w_loc(self, inputs: Iterable[tuple[Any, Any]], *, lambda_: float, beta: float, rpn: bool) -> float:
-        """See `ik.integrations.torchvision.calibrate_w_loc`."""
+    def collect_deltas(self, inputs: Iterable[tuple[Any, Any]], *, rpn: bool) -> list[tuple[Tensor, Tensor]]:
+        """Predicted and target deltas of the positives; see `ik.integrations.torchvision.collect_deltas`."""
         if self.family == "foveabox":
-            pairs = integration.positive_deltas(self.network, self.network, inputs)
-            return ik.calibrate_w_loc(pairs, lambda_=lambda_, beta=beta, box_coder="fovea")
-        return integration.calibrate_w_loc(self.network, inputs, lambda_=lambda_, beta=beta, rpn=rpn)
+            return integration.positive_deltas(self.network, self.network, inputs)
+        return integration.collect_deltas(self.network, inputs, rpn=rpn)
+
+    def box_coder(self, rpn: bool) -> dict[str, Any]:
+        """The coder of those deltas, as keyword arguments of `ik.calibrate_w_loc`."""
+        if self.family == "foveabox":
+            return {"box_coder": "fovea"}
+        module = self.network.rpn if rpn else self.network
+        coder = module.roi_heads.box_coder if self.family == "faster_rcnn" and not rpn else module.box_coder
+        return {"box_weights": coder.weights}
 
     def targets(self, boxes: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor]]:
         """torchvision's targets of gt boxes N x (G, 4) and the trainer's labels N x (G,)."""

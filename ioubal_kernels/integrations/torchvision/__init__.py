@@ -30,6 +30,7 @@ from .swapping import Balanced, swap, swap_back
 __all__ = [
     "Settings",
     "calibrate_w_loc",
+    "collect_deltas",
     "convert",
     "record",
     "record_pairs",
@@ -176,25 +177,41 @@ def calibrate_w_loc(
         ValueError: no positives in the batches; rpn=True for a model without proposals.
         TypeError: a model of another kind.
     """
+    family = _family("calibrate_w_loc", model)
+    pairs = collect_deltas(model, batches, rpn=rpn)
+    beta = family.own_beta(model) if beta is None else beta
+    return calibrate_from_pairs(pairs, lambda_=lambda_, beta=beta, box_weights=_module(model, rpn).box_coder.weights)
+
+
+def collect_deltas(
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], *, rpn: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """The positives' deltas that `calibrate_w_loc` looks at, a pair (pred_deltas (P, 4), target_deltas (P, 4)) of each
+    batch, float32, in the box coder's units. Arguments and side effects (none) as there.
+    """
     op = "calibrate_w_loc"
     family = _family(op, model)
     if rpn and family is not rcnn:
         raise ValueError(f"{op}: rpn must be False for a model without proposals, got True for {_name(model)}")
-    module = model.rpn if rpn else family.loss_module(model)
-    temporary = not isinstance(module, Balanced)
+    module = _module(model, rpn)
+    if isinstance(module, Balanced):
+        return positive_deltas(model, module, batches)
     try:
-        if temporary and rpn:
+        if rpn:
             swap(module, rcnn.BalancedRPN, Settings())
-        elif temporary:
+        else:
             family.convert(model, Settings(localization=False))
-        pairs = positive_deltas(model, module, batches)
+        return positive_deltas(model, module, batches)
     finally:
-        if temporary and rpn:
+        if rpn:
             swap_back(module)
-        elif temporary:
+        else:
             family.revert(model)
-    beta = family.own_beta(model) if beta is None else beta
-    return calibrate_from_pairs(pairs, lambda_=lambda_, beta=beta, box_weights=module.box_coder.weights)
+
+
+def _module(model: nn.Module, rpn: bool) -> nn.Module:
+    """The module that computes the localisation loss, of the RPN or of the detections."""
+    return model.rpn if rpn else _family("convert", model).loss_module(model)
 
 
 def _family(op: str, model: nn.Module) -> ModuleType:
