@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -128,6 +129,9 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     try:
         yield Processes(rank, size, device)
     finally:
+        # gloo's threads take the GIL to let go of the last collective's tensors. A process group that is freed before
+        # they have, with the GIL held, waits for them for ever: give it away for a moment.
+        time.sleep(0.2)
         # Not a collective: after an error the other processes may be gone.
         with contextlib.suppress(Exception):
             dist.destroy_process_group()

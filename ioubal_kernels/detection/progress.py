@@ -58,7 +58,8 @@ class Reporter:
 
     def show(self, renderable: object) -> None:
         """A table or other rich object."""
-        self._guard(lambda: self.console.print(renderable))
+        if not self.quiet:
+            self._guard(lambda: self.console.print(renderable))
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._guard(lambda: self.console.print(text, style=style, markup=False))

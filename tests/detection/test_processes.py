@@ -1,5 +1,5 @@
-"""Several processes: one launched by torchrun with two gloo ranks trains and evaluates as one process with the whole batch;
-a killed rank ends the job without loss.
+"""Several processes: a run of two gloo ranks trains and evaluates as one process with the whole batch; a killed rank
+ends the job without loss.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def environment() -> dict[str, str]:
 
 def torchrun(words: list[str], ranks: int = 2) -> list[str]:
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--monitor-interval",
-        "0.2", "-m", "ioubal_kernels", *words,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        "--monitor-interval", "0.2", "-m", "ioubal_kernels", *words,
     ]  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def steps(run: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["retinanet_tiny", "foveabox_tiny", "ssd_tiny"])
 def test_two_processes_equal_one(config, tiny_data, tmp_path):
-    """Losses of every step, positives, mean IoU, w_loc, the weights and the evaluation. (Faster R-CNN samples its RoIs at
-    random in each process, so its two processes are another draw.)
+    """Losses of every step, positives, mean IoU, w_loc, the weights and the evaluation. (Faster R-CNN samples its RoIs
+    at random in each process, so its two processes are another draw.)
     """
     one, two = tmp_path / "one", tmp_path / "two"
     run_together(

@@ -59,11 +59,9 @@ def losses(
     divisor = count.clamp(min=1) / world_size(group)
     remember(module, positives.long(), iou_sum / positives.clamp(min=1))
     record_pairs(module, pred, target)
-    shared = {
-        "eps": settings.eps, "avg_factor": divisor, "process_group": settings.process_group,
-        "backend": settings.backend,
-    }  # fmt: skip
-    scope = {}, {}
+    shared = {"eps": settings.eps, "avg_factor": divisor, "backend": settings.backend}
+    scope = ({"process_group": settings.process_group},) * 2
+    # An image is in one process: its sums are complete there, and its number is not unique.
     if settings.normalizer_scope == "image":
         scope = tuple({"scope_ids": ids, "num_scopes": sample.images} for ids in (sample.image, sample.image[rows]))
     classify = ik.iou_balanced_binary_cross_entropy if sigmoid else ik.iou_balanced_cross_entropy
