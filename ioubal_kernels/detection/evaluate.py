@@ -59,11 +59,12 @@ def evaluate_detections(
 
     Returns:
         MAIN_METRICS as floats in [0, 1] (None where there is no ground truth to measure on), "AR", "thresholds"
-        {"0.50": AP}, "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections". With `voc07` also "VOC07", the
-        dict of `voc07_metrics`.
+        {"0.50": AP}, "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections". With
+        `voc07` also "VOC07", the dict of `voc07_metrics`.
 
     Raises:
-        UsageError: the dataset has no annotations; NaN or infinite boxes or scores, unknown images or labels, wrong shapes.
+        UsageError: the dataset has no annotations; NaN or infinite boxes or scores, unknown images or labels, wrong
+            shapes.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

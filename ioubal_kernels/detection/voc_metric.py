@@ -133,7 +133,8 @@ def _best_truth(
     mine, other = boxes[np.repeat(rows, count)], truth_boxes[np.repeat(start, count) + inner]
     extent = np.minimum(mine[:, 2:], other[:, 2:]) - np.maximum(mine[:, :2], other[:, :2])
     inter = extent.clip(min=0).prod(axis=1)
-    area = (mine[:, 2:] - mine[:, :2]).prod(axis=1) + (other[:, 2:] - other[:, :2]).prod(axis=1)
+    # A detection without extent has area 0, also an inverted one.
+    area = (mine[:, 2:] - mine[:, :2]).clip(min=0).prod(axis=1) + (other[:, 2:] - other[:, :2]).prod(axis=1)
     iou = inter / (area - inter)
     top = np.maximum.reduceat(iou, first)
     place = np.where(iou == np.repeat(top, count), inner, len(truth_images))
