@@ -64,7 +64,7 @@ def augment_file(
     with torch.random.fork_rng(devices=[]):
         if config.photometric > 0:
             torch.default_generator.manual_seed(seeds[0])
-            sample = _Distort(p=config.photometric)(*sample)
+            sample = (_Distort(p=config.photometric)(sample[0]), sample[1])
         if config.zoom_out > 0:
             torch.default_generator.manual_seed(seeds[1])
             largest = max(1.0, min(4.0, math.sqrt(MAX_CANVAS_PIXELS / (image.shape[1] * image.shape[2]))))
