@@ -114,7 +114,7 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
     def _load(self, index: int) -> torch.Tensor:
         pixels = decode_rgb(self.records[index], self.max_pixels)
         if self.changes_file:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+            return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return resize(pixels, self.config)
 
     def image(self, index: int) -> torch.Tensor:
