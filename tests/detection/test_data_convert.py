@@ -204,6 +204,20 @@ def test_where_hard_links_fail_images_are_copied(voc, tmp_path, monkeypatch):
     same(load_dataset(voc, "trainval"), load_dataset(tmp_path / "out", "trainval"))
 
 
+def test_the_command(ioubal, cityscapes, tmp_path):
+    command = ("data", "convert", "cityscapes", cityscapes, "-o")
+    code, out, err = ioubal(*command, tmp_path / "out", "--images", "copy")
+    assert (code, err) == (0, "") and "train: 1 images, 3 boxes" in out and "test: 1 images, 0 boxes" in out
+    for root in (cityscapes, tmp_path / "out"):
+        code, out, _ = ioubal("data", "check", root)
+        assert code == 0 and "split test: it has no annotations and was not checked" in out
+    assert ioubal("data", "check", cityscapes, "--format", "cityscapes", "--split", "val")[0] == 0
+    code, _, err = ioubal(*command, tmp_path / "out")
+    assert code == 2 and "expected a new or an empty folder" in err
+    code, _, err = ioubal("data", "convert", "yolo", cityscapes, "-o", tmp_path / "x")
+    assert code == 2 and "kind: expected one of voc, cityscapes, got 'yolo'" in err
+
+
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD photographs are not here")
 def test_bccd(tmp_path):
     convert_dataset(BCCD, tmp_path / "out", "voc", images="copy", splits=("test",))
