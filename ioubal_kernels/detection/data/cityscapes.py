@@ -1,8 +1,8 @@
 """Cityscapes as it is on disk: leftImg8bit/SPLIT/CITY/ with the images, gtFine/SPLIT/CITY/ with the labels.
 
 Boxes are those of each instance's visible pixels, from *_gtFine_instanceIds.png or, where that file is missing, from
-*_gtFine_polygons.json painted in the way the data set's own scripts (cityscapesScripts, createTrainIdInstanceImgs)
-make the former from the latter.
+*_gtFine_polygons.json painted in the way the data set's own scripts (cityscapesScripts, json2instanceImg) make
+the former from the latter.
 """
 
 from __future__ import annotations
