@@ -24,12 +24,15 @@ class AnchorFit(NamedTuple):
 
 
 def network_boxes(dataset: Dataset, transform: TransformConfig) -> tuple[Tensor, Tensor]:
-    """The boxes to train on in pixels of the unaugmented network input (G, 4), their images' height, width (G, 2)."""
+    """The boxes to train on in pixels of the unaugmented network input (G, 4), their images' height, width (G, 2).
+
+    Where each sample draws its short side, that input is of the middle of the range.
+    """
     boxes, sizes = [np.zeros((0, 4), np.float32)], [np.zeros((0, 2), np.float32)]
     for record in dataset.records:
         if transform.size is None:
             factor = min(
-                transform.short_side / min(record.width, record.height),
+                transform.usual_short_side / min(record.width, record.height),
                 transform.long_side / max(record.width, record.height),
             )
             scale_x = scale_y = factor

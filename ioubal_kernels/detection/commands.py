@@ -120,7 +120,7 @@ def bench_command() -> None:
 @guarded
 def train_command(
     data: Annotated[
-        str | None, typer.Option("--data", help="Dataset folder: COCO JSON, Pascal VOC, synthetic.")
+        str | None, typer.Option("--data", help="Dataset folder: COCO JSON, Pascal VOC, Cityscapes, synthetic.")
     ] = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="Preset (see configs) or FILE.yaml.")] = None,
     loss: Annotated[str | None, typer.Option("--loss", help="baseline, cls, loc or both.")] = None,
@@ -210,8 +210,14 @@ def eval_command(
     amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+    save_results: Annotated[
+        str | None, typer.Option("--save-results", metavar="FILE.json", help="Write the detections as COCO results.")
+    ] = None,
+    voc07: Annotated[
+        bool | None, typer.Option("--voc07/--no-voc07", help="VOC 2007's metric too. [default: for Pascal VOC]")
+    ] = None,
 ) -> None:
-    """Evaluate a trained model: AP by threshold, size and class."""
+    """Evaluate a trained model: AP by threshold, size and class; on a split without annotations, its detections."""
     from .config import parse_assignment
     from .predict import evaluate_checkpoint
     from .progress import Reporter
@@ -221,15 +227,19 @@ def eval_command(
     changes += [("train.amp", amp), ("train.device", device)]
     if workers is not None:
         changes.append(("data.workers", workers))
-    metrics = evaluate_checkpoint(model, data, split, changes, reporter)
+    metrics = evaluate_checkpoint(model, data, split, changes, reporter, save_results=save_results, voc07=voc07)
     if as_json:
         import json
 
         print(json.dumps(metrics, indent=1, allow_nan=False))
         return
-    from .report import class_table, metrics_table
+    if "AP" not in metrics:
+        return
+    from .report import class_table, metrics_table, voc_table
 
     reporter.show(metrics_table({Path(model).name: metrics}))
+    if "VOC07" in metrics:
+        reporter.show(voc_table({Path(model).name: metrics}))
     reporter.show(class_table(metrics))
 
 
@@ -321,7 +331,7 @@ def synth_command(
 @guarded
 def check_command(
     root: Annotated[str, typer.Argument(metavar="DIR", help="Dataset folder.")],
-    kind: Annotated[str, typer.Option("--format", help="auto, coco or voc.")] = "auto",
+    kind: Annotated[str, typer.Option("--format", help="auto, coco, voc or cityscapes.")] = "auto",
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print findings and statistics as JSON.")] = False,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.")] = None,
@@ -338,6 +348,30 @@ def check_command(
     else:
         print(report.text)
     raise typer.Exit(0 if report.ok else 2)
+
+
+@data_app.command("convert")
+@guarded
+def convert_command(
+    kind: Annotated[str, typer.Argument(metavar="voc|cityscapes", help="What is in DIR.")],
+    root: Annotated[str, typer.Argument(metavar="DIR", help="Dataset folder.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where the COCO set goes; must not exist or be empty.")],
+    images: Annotated[
+        str,
+        typer.Option(help="copy; link: hard links where possible, else copies; none: paths relative to DIR."),
+    ] = "link",
+    split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; may be repeated.")] = None,
+    allow_symlinks: Annotated[bool, typer.Option(help="Image files may be links to outside DIR.")] = False,
+) -> None:
+    """Write a Pascal VOC or Cityscapes folder as COCO JSON, with the same boxes and classes."""
+    from .data import convert_dataset
+    from .progress import Reporter
+
+    splits = tuple(split) if split else None
+    result = convert_dataset(root, out, kind, images=images, splits=splits, allow_symlinks=allow_symlinks)
+    reporter = Reporter()
+    for name, (count, boxes) in result.items():
+        reporter.info(f"{name}: {count} images, {boxes} boxes")
 
 
 @app.command("demo")

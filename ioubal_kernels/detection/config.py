@@ -28,7 +28,7 @@ class DataConfig(Checked):
     """Where the images are and how they become network input."""
 
     path: str | None = option(None, str, optional=True, doc="the dataset's folder")
-    format: str = option("auto", str, choices=("auto", "coco", "voc"), doc="annotation format")
+    format: str = option("auto", str, choices=("auto", "coco", "voc", "cityscapes"), doc="annotation format")
     train_split: str | None = option(None, str, optional=True, doc="null: found from what is on disk")
     eval_split: str | None = option(None, str, optional=True, doc="null: found from what is on disk")
     image_size: tuple[int, int] | None = option(
@@ -37,6 +37,16 @@ class DataConfig(Checked):
     keep_ratio: bool = option(False, bool, doc="with image_size: fit inside and pad instead of stretching")
     short_side: int = option(800, int, low=32, high=8192, doc="with image_size null")
     long_side: int = option(1333, int, low=32, high=8192, doc="with image_size null")
+    short_side_range: tuple[int, int] | None = option(
+        None, int, length=2, low=32, high=8192, optional=True, doc="training: short side drawn from low .. high"
+    )
+    mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406), float, length=3, low=0, high=1, doc="of RGB in [0, 1]; pixels become (x - mean) / std"
+    )
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), float, length=3, above=0, doc="of RGB in [0, 1]")
+    zoom_out: float = option(0.0, float, low=0, high=1, doc="SSD: probability of a canvas 1 to 4 times as large")
+    iou_crop: float = option(0.0, float, low=0, high=1, doc="SSD: probability of a crop by IoU with a box")
+    photometric: float = option(0.0, float, low=0, high=1, doc="SSD: probability of each distortion of the colours")
     hflip: float = option(0.5, float, low=0, high=1, doc="probability of mirroring left to right")
     vflip: float = option(0.5, float, low=0, high=1, doc="probability of mirroring upside down")
     zoom: float = option(0.25, float, low=0, high=0.9, doc="scale jitter: a factor in [1 - zoom, 1 + zoom]")
@@ -200,6 +210,17 @@ class Config(Checked):
         if self.data.image_size is None and self.data.long_side < self.data.short_side:
             raise UsageError(
                 f"data.long_side: expected at least data.short_side = {self.data.short_side}, got {self.data.long_side}"
+            )
+        drawn = self.data.short_side_range
+        if drawn is not None and self.data.image_size is not None:
+            raise UsageError(
+                f"data.short_side_range: expected null with data.image_size = {list(self.data.image_size)}, "
+                f"got {list(drawn)}"
+            )
+        if drawn is not None and not drawn[0] <= drawn[1] <= self.data.long_side:
+            raise UsageError(
+                f"data.short_side_range: expected low <= high <= data.long_side = {self.data.long_side}, "
+                f"got {list(drawn)}"
             )
 
     def _validate_model(self) -> None:

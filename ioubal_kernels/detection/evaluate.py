@@ -1,4 +1,6 @@
-"""Average precision by pycocotools, read where the paper reads it: AP50, 60, 70, 75, 80, 90, by size and by class."""
+"""Average precision by pycocotools, read where the paper reads it: AP50, 60, 70, 75, 80, 90, by size and by class; for
+Pascal VOC also its own 11-point metric.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .data import Dataset, to_coco_dict
 from .errors import UsageError
+from .voc_metric import voc07_metrics
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * t, 2) for t in range(10))
 MAIN_METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90", "APs", "APm", "APl")
@@ -39,7 +42,11 @@ class ImageDetections:
 
 
 def evaluate_detections(
-    dataset: Dataset, detections: Iterable[ImageDetections], *, max_detections: int = 100
+    dataset: Dataset,
+    detections: Iterable[ImageDetections],
+    *,
+    max_detections: int = 100,
+    voc07: bool | None = None,
 ) -> dict[str, Any]:
     """COCO metrics of detections on a dataset.
 
@@ -47,18 +54,26 @@ def evaluate_detections(
         dataset: ground truth; crowd regions and VOC's difficult boxes are ignored.
         detections: at most one entry per image counts: a second one for the same image (a distributed sampler pads with
             repeated images) is dropped. Images without an entry count as images without detections.
-        max_detections: per image, the best-scored.
+        max_detections: per image and class, the best-scored, as pycocotools counts them.
+        voc07: also the 11-point metric of Pascal VOC 2007; None: for Pascal VOC folders.
 
     Returns:
         MAIN_METRICS as floats in [0, 1] (None where there is no ground truth to measure on), "AR", "thresholds"
-        {"0.50": AP}, "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections".
+        {"0.50": AP}, "per_class" {name: {AP, AP50, AP75, boxes}}, and the counts "images", "boxes", "detections". With
+        `voc07` also "VOC07", the dict of `voc07_metrics`.
 
     Raises:
-        UsageError: NaN or infinite boxes or scores, unknown images or labels, wrong shapes.
+        UsageError: the dataset has no annotations; NaN or infinite boxes or scores, unknown images or labels, wrong
+            shapes.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    if not dataset.labelled:
+        raise UsageError(
+            f"evaluate_detections: dataset: expected annotations to measure with, split {dataset.split!r} of "
+            f"{dataset.root} has none"
+        )
     results = _as_coco_results(dataset, detections)
     truth_dict = to_coco_dict(dataset)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -92,7 +107,26 @@ def evaluate_detections(
         for k, name in enumerate(dataset.classes)
     }
     metrics.update(images=len(dataset), boxes=len(counted), detections=len(results))
+    if voc07 if voc07 is not None else dataset.format == "voc":
+        metrics["VOC07"] = _voc07(dataset, results, max_detections)
     return metrics
+
+
+def _voc07(dataset: Dataset, results: list[dict[str, Any]], max_detections: int) -> dict[str, Any]:
+    # The devkit's stable sort sees detections in the order of the images.
+    position = {record.id: k for k, record in enumerate(dataset.records)}
+    count = len(results)
+    images = np.fromiter((position[item["image_id"]] for item in results), np.int64, count)
+    boxes = np.array([item["bbox"] for item in results], np.float64).reshape(count, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return voc07_metrics(
+        dataset,
+        images,
+        boxes,
+        np.fromiter((item["score"] for item in results), np.float64, count),
+        np.fromiter((item["category_id"] - 1 for item in results), np.int64, count),
+        max_detections=max_detections,
+    )
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -20,6 +20,7 @@ from .objective import autocast, images_to_device
 from .processes import Processes
 from .progress import Reporter
 from .resources import choose_workers, resolve_amp, resolve_device
+from .results import check_results_path, save_coco_results
 
 
 @dataclass
@@ -46,6 +47,12 @@ def transform_config(config: Config) -> TransformConfig:
         zoom=data.zoom,
         jitter=data.jitter,
         min_visible=data.min_visible,
+        short_side_range=data.short_side_range,
+        zoom_out=data.zoom_out,
+        iou_crop=data.iou_crop,
+        photometric=data.photometric,
+        mean=data.mean,
+        std=data.std,
     )
 
 
@@ -182,20 +189,32 @@ def make_eval_loader(
 
 
 def evaluate_checkpoint(
-    target: str, data: str, split: str | None, changes: list[tuple[str, Any]], reporter: Reporter
+    target: str,
+    data: str,
+    split: str | None,
+    changes: list[tuple[str, Any]],
+    reporter: Reporter,
+    *,
+    save_results: str | None = None,
+    voc07: bool | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `ioubal eval`.
+    """The metrics of `ioubal eval`; of a split without annotations only the counts "images" and "detections".
 
     Args:
         target: a run's folder or a checkpoint file.
         data, split: the dataset's folder and split (None: the default one).
         changes: (key, value) over the checkpoint's configuration: device, number format, inference.
         reporter: where messages go.
+        save_results: a COCO result file to write, see `coco_results`; required for a split without annotations.
+        voc07: also the metric of VOC 2007; None: for Pascal VOC folders.
 
     Raises:
         UsageError, DataError: the checkpoint or the data cannot be used; classes that the model does not know are
             named.
+        OutputError: the result file cannot be written.
     """
+    if save_results is not None:
+        check_results_path(Path(save_results))
     path, state = find_checkpoint(target)
     trained = model_from_state(state, path, torch.device("cpu"))
     config = trained.config
@@ -203,8 +222,19 @@ def evaluate_checkpoint(
         config.set(key, value)
     device = resolve_device(config.train.device)
     dataset = load_dataset(
-        data, split, config.data.format, role="eval", classes=trained.classes, allow_symlinks=config.data.allow_symlinks
+        data,
+        split,
+        config.data.format,
+        role="eval",
+        classes=trained.classes,
+        category_ids=state.get("category_ids"),
+        allow_symlinks=config.data.allow_symlinks,
     )
+    if not dataset.labelled and save_results is None:
+        raise UsageError(
+            f"--split {dataset.split}: it has no annotations, so there is nothing to measure: expected "
+            "--save-results FILE.json, which writes the detections"
+        )
     reporter.info(describe(dataset))
     reporter.info(f"{path}: {config.model.name}, step {trained.step}, loss {config.loss.label()}, {device}")
     loader = make_eval_loader(config, dataset, choose_workers(config.data.workers, device), "none")
@@ -217,4 +247,9 @@ def evaluate_checkpoint(
             resolve_amp(config.train.amp, device),
             task.advance_to,
         )
-    return evaluate_detections(dataset, detections, max_detections=config.inference.max_detections)
+    if save_results is not None:
+        count = save_coco_results(Path(save_results), dataset, detections)
+        reporter.info(f"{count} detections on {len(dataset)} images in {save_results}")
+        if not dataset.labelled:
+            return {"images": len(dataset), "detections": count}
+    return evaluate_detections(dataset, detections, max_detections=config.inference.max_detections, voc07=voc07)

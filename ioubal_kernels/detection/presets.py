@@ -51,6 +51,10 @@ _FAMILY: dict[str, Changes] = {
     "faster_rcnn": {"loss": {"beta": 1.0}},
 }
 _SSD: Changes = {
+    "data": {
+        "zoom_out": 0.5, "iou_crop": 1.0, "photometric": 0.5, "mean": [0.48235, 0.45882, 0.40784],
+        "std": [1 / 255, 1 / 255, 1 / 255],
+    },
     "optim": {"lr": 2e-3, "base_batch": 64, "weight_decay": 5e-4, "milestones": [80 / 120, 110 / 120], "clip": 0.0},
     "train": {"epochs": 120.0, "batch_size": 8},
     "inference": {"candidates": 400, "batch_size": 8},
@@ -59,7 +63,7 @@ _SSD_VOC: Changes = {"optim": {"lr": 1e-3, "milestones": [160 / 240, 200 / 240]}
 _FASTER_RCNN: Changes = {"optim": {"lr": 0.02}, "loss": {"eta": 1.3, "w_loc": 2.4}}
 _RETINANET_VOC: Changes = merge(_SCALE_600, {"optim": {"lr": 0.0075, "base_batch": 12}})
 _CITYSCAPES: Changes = {
-    "data": {"short_side": 1024, "long_side": 2048},
+    "data": {"short_side": 1024, "long_side": 2048, "short_side_range": [800, 1024]},
     "optim": {"milestones": [7 / 8]},
     "train": {"epochs": 64.0, "batch_size": 1},
 }

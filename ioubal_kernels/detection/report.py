@@ -14,6 +14,7 @@ from .checkpoint import atomic_write_text
 from .data import Dataset
 from .evaluate import MAIN_METRICS, ImageDetections, percent
 from .rundir import read_log
+from .voc_metric import PERCENTS
 
 SHOWN_SCORE = 0.4  # detections below are not drawn
 
@@ -45,6 +46,18 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str | None = 
         table.add_column(name, justify="right", no_wrap=True)
     for run, values in metrics.items():
         table.add_row(run, *(percent(values[name]) for name in MAIN_METRICS))
+    return table
+
+
+def voc_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Runs as rows, the VOC 2007 metric by IoU threshold in per cent as columns."""
+    table = Table(title="Pascal VOC 2007, 11 points", title_justify="left")
+    table.add_column("run", no_wrap=True)
+    names = ("AP", *(f"AP{p}" for p in PERCENTS))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for run, values in metrics.items():
+        table.add_row(run, *(percent(values["VOC07"][name]) for name in names))
     return table
 
 

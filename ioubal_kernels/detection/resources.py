@@ -78,11 +78,15 @@ def choose_workers(setting: int | str, device: torch.device) -> int:
 
 
 def choose_cache(setting: str, dataset: Dataset, config: Config) -> str:
-    """ "ram" if the split's images at network size take at most 512 MiB as bytes, else "none"."""
+    """ "ram" if the split's images, as the loader keeps them, take at most 512 MiB as bytes, else "none"."""
     if setting != "auto":
         return setting
     data = config.data
     height, width = data.image_size or (data.short_side, data.long_side)
+    if data.short_side_range is not None or max(data.photometric, data.zoom_out, data.iou_crop) > 0:
+        # Training keeps the files' own pixels.
+        stored = sum(3 * record.width * record.height for record in dataset.records)
+        return "ram" if max(stored, 3 * height * width * len(dataset)) <= CACHE_LIMIT_BYTES else "none"
     return "ram" if 3 * height * width * len(dataset) <= CACHE_LIMIT_BYTES else "none"
 
 

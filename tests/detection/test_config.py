@@ -239,7 +239,7 @@ def test_the_papers_schedules():
         15, 10, 20, 15,
     ]  # fmt: skip
     city = preset("table6_retinanet_r50")
-    assert (city.data.short_side, city.data.long_side) == (1024, 2048)
+    assert (city.data.short_side_range, city.data.short_side, city.data.long_side) == ((800, 1024), 1024, 2048)
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,7 @@ def test_folder_errors(tmp_path):
         load_dataset(tmp_path / "notes.txt")
     with pytest.raises(DataError, match="no dataset found: .*; the folder has notes.txt"):
         load_dataset(tmp_path)
-    with pytest.raises(DataError, match="kind: expected one of auto, coco, voc, got 'yolo'"):
+    with pytest.raises(DataError, match="kind: expected one of auto, coco, voc, cityscapes, got 'yolo'"):
         load_dataset(tmp_path, kind="yolo")
     write(tmp_path, base())
     (tmp_path / "Annotations").mkdir(exist_ok=True)

@@ -267,7 +267,29 @@ def test_evaluation_batches_in_order_and_back_to_the_file(tmp_path):
         [t["image_id"] for b in eval_loader(source, config, 2, rank=r, world_size=3) for t in b.targets]
         for r in range(3)
     ]
-    assert shares == [[100, 103], [101, 104], [102]]
+    assert shares == [[100, 101], [102, 103], [104]]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_evaluation_batches_do_not_depend_on_the_number_of_processes(tmp_path, world_size):
+    """Names in another order than the records; sizes that differ, so that a batch decides its images' padding."""
+    source = dataset(tmp_path, 11, sizes=((64, 48), (90, 45), (64, 96)))
+    source.records.reverse()
+    source.records[3], source.records[7] = source.records[7], source.records[3]
+    config = TransformConfig(size=None, short_side=32, long_side=80, size_divisor=1)
+    alone = list(eval_loader(source, config, 2))
+    names = {record.id: record.name for record in source.records}
+    order = [names[t["image_id"]] for b in alone for t in b.targets]
+    assert order == sorted(names.values()) and order[:3] == ["0.png", "1.png", "10.png"]
+    loaders = [eval_loader(source, config, 2, rank=r, world_size=world_size) for r in range(world_size)]
+    shares = [list(loader) for loader in loaders]
+    assert [len(loader) for loader in loaders] == [len(share) for share in shares]
+    for number, batch in enumerate(alone):
+        other = shares[number % world_size][number // world_size]
+        assert torch.equal(batch.images, other.images) and batch.position == other.position
+        assert [t["image_id"] for t in batch.targets] == [t["image_id"] for t in other.targets]
+        assert all(torch.equal(s["boxes"], t["boxes"]) for s, t in zip(batch.targets, other.targets))
+    assert sum(len(share) for share in shares) == len(alone) == 6
 
 
 def test_evaluation_leaves_bad_images_out(tmp_path):

@@ -231,6 +231,72 @@ def test_years_are_joined(tmp_path):
     assert load_dataset(kit / "VOC2007", "test").records[0].name == "t"
 
 
+def voc0712(tmp_path):
+    """07+12 in the archives' layout: VOC2012's test list has its images and no annotations."""
+    kit = tmp_path / "VOCdevkit"
+    splits = {"train": ["000001"], "val": ["000002"], "trainval": ["000001", "000002"], "test": ["000003", "000004"]}
+    write(kit / "VOC2007", {f"{k:06}": xml(item("cat"), item("dog")) for k in range(1, 5)}, splits)
+    names = ["2008_000001", "2008_000002", "2008_000003", "2008_000004", "2008_000005"]
+    splits = {"train": names[:1], "val": names[1:2], "trainval": names[:2], "test": names[2:]}
+    write(kit / "VOC2012", {name: xml(item("person")) for name in names}, splits)
+    for name in names[2:]:
+        (kit / f"VOC2012/Annotations/{name}.xml").unlink()
+    return tmp_path
+
+
+def test_07_12(tmp_path):
+    pair = load_pair(voc0712(tmp_path))
+    assert (pair.training.split, pair.evaluation.split) == ("trainval", "test")
+    assert [r.name for r in pair.training.records] == [
+        "VOC2007/000001", "VOC2007/000002", "VOC2012/2008_000001", "VOC2012/2008_000002",
+    ]  # fmt: skip
+    assert [r.name for r in pair.evaluation.records] == ["VOC2007/000003", "VOC2007/000004"]
+    assert pair.training.classes == pair.evaluation.classes == ("cat", "dog", "person")
+    assert pair.training.labelled and pair.evaluation.labelled
+    # Downloads without VOC2007's test annotations evaluate on val.
+    for name in ("000003", "000004"):
+        (tmp_path / f"VOCdevkit/VOC2007/Annotations/{name}.xml").unlink()
+    pair = load_pair(tmp_path)
+    assert (pair.training.split, pair.evaluation.split) == ("train", "val")
+
+
+def test_unlabelled_test_images(tmp_path):
+    dataset = load_dataset(voc0712(tmp_path), "VOC2012/test")
+    assert (dataset.labelled, len(dataset), dataset.num_boxes) == (False, 3, 0)
+    assert dataset.classes == ("cat", "dog", "person")
+    assert [(r.name, r.source_id, r.width, r.height) for r in dataset.records][0] == (
+        "VOC2012/2008_000003", "2008_000003", 16, 12,
+    )  # fmt: skip
+    # The layout task's annotations of a few test images do not make it a labelled split.
+    (tmp_path / "VOCdevkit/VOC2012/Annotations/2008_000003.xml").write_text(xml(item("person")))
+    assert not load_dataset(tmp_path, "VOC2012/test").labelled
+    assert load_pair(tmp_path).evaluation.records[0].name == "VOC2007/000003"
+    with pytest.raises(DataError, match="split 'VOC2012/test' has no annotations"):
+        load_pair(tmp_path, eval_split="VOC2012/test")
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2008_000004.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="2008_000004.jpg: the file is empty"):
+        load_dataset(tmp_path, "VOC2012/test")
+
+
+def test_a_folder_of_test_images_alone(tmp_path):
+    write(tmp_path, {"a": xml(), "b": xml()}, {"test": ["a", "b"]})
+    for path in (tmp_path / "Annotations").iterdir():
+        path.unlink()
+    (tmp_path / "Annotations").rmdir()
+    dataset = load_dataset(tmp_path, "test", classes=("cat", "dog"))
+    assert (dataset.labelled, dataset.classes, len(dataset)) == (False, ("cat", "dog"), 2)
+    for role in ("train", "eval"):
+        with pytest.raises(DataError, match=f"no default split for {role}: name one of test"):
+            load_dataset(tmp_path, role=role)
+
+
+def test_a_missing_annotation_of_a_test_split_is_found(tmp_path):
+    voc0712(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2007/Annotations/000004.xml").unlink()
+    with pytest.raises(DataError, match="000004.xml: the annotation file does not exist"):
+        load_pair(tmp_path)
+
+
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD photographs are not here")
 def test_bccd():
     pair = load_pair(BCCD)

@@ -1,4 +1,4 @@
-"""Datasets: COCO JSON, Pascal VOC folders, the built-in synthetic set; checks, augmentation and batches.
+"""Datasets: COCO JSON, Pascal VOC, Cityscapes, the built-in synthetic set; checks, augmentation and batches.
 
 pair = load_pair("path/to/dataset")
 print(describe(pair.training, pair.evaluation))
@@ -6,6 +6,7 @@ for batch in TrainLoader(pair.training, TransformConfig(size=(192, 256)), batch_
 """
 
 from .check import CheckReport, check_dataset, quick_check
+from .convert import convert_dataset
 from .detect import DatasetPair, describe, load_dataset, load_pair
 from .loader import Batch, TrainLoader, boxes_to_original, eval_loader
 from .records import BadImageError, DataError, Dataset, ImageRecord, make_record, to_coco_dict
@@ -24,6 +25,7 @@ __all__ = [
     "TransformConfig",
     "boxes_to_original",
     "check_dataset",
+    "convert_dataset",
     "describe",
     "eval_loader",
     "load_dataset",

@@ -16,6 +16,7 @@ from .files import MAX_PIXELS, FileGuard, decode_rgb, exif_orientation, file_pro
 from .records import BadImageError, DataError, Dataset, ImageRecord, format_problems
 
 NEAR_DUPLICATE_IOU = 0.8
+EXTREME_RATIO = 20.0
 
 
 @dataclass
@@ -53,7 +54,8 @@ def check_dataset(
 
     Problems: whatever would stop a training run. Warnings: near-duplicate boxes (same class, IoU >= 0.8), the same
     picture twice in a split or in splits that share no image names (train and val), images with an orientation tag,
-    classes without boxes.
+    classes without boxes, boxes to train on with a side below 1 pixel, of the whole image, or more than 20 times as
+    long as wide.
 
     Args:
         root, kind, allow_symlinks: as in `load_dataset`.
@@ -186,10 +188,47 @@ def _annotation_warnings(dataset: Dataset, stats: dict[str, Any]) -> list[str]:
         result.append(
             f"split {dataset.split}: near-duplicate box pairs: {total} ({_some([name for name, _ in pairs])})"
         )
+    for what, count_of in _SUSPICIOUS.items():
+        found = {record.name: count for record in dataset.records if (count := count_of(record))}
+        if found:
+            result.append(f"split {dataset.split}: {what}: {sum(found.values())} ({_some(list(found))})")
+    if not dataset.labelled:
+        return result
     missing = [name for name, count in stats["boxes_by_class"].items() if count == 0]
     if missing:
         result.append(f"split {dataset.split}: classes without boxes: {', '.join(missing)}")
     return result
+
+
+def _sides(record: ImageRecord) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (G',) widths and heights of the boxes to train on."""
+    boxes = record.train_boxes.astype(np.float64)
+    return boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+
+
+def tiny_boxes(record: ImageRecord) -> int:
+    """Boxes to train on with a side below one pixel of the file."""
+    width, height = _sides(record)
+    return int((np.minimum(width, height) < 1).sum())
+
+
+def whole_image_boxes(record: ImageRecord) -> int:
+    """Boxes to train on that are the whole image."""
+    width, height = _sides(record)
+    return int(((width >= record.width) & (height >= record.height)).sum())
+
+
+def extreme_boxes(record: ImageRecord) -> int:
+    """Boxes to train on of which one side is more than 20 times the other."""
+    width, height = _sides(record)
+    return int((np.maximum(width, height) > EXTREME_RATIO * np.minimum(width, height)).sum())
+
+
+_SUSPICIOUS = {
+    "boxes with a side below 1 pixel": tiny_boxes,
+    "boxes that are the whole image": whole_image_boxes,
+    f"boxes more than {EXTREME_RATIO:g} times as long as wide": extreme_boxes,
+}
 
 
 def near_duplicates(record: ImageRecord, threshold: float = NEAR_DUPLICATE_IOU) -> int:

@@ -14,6 +14,7 @@ from .records import DataError, Dataset, ImageRecord, Notes, clip_box, make_reco
 MAX_JSON_BYTES = 4 * 1024**3
 
 _IGNORED_PREFIXES = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
+_UNLABELLED_PREFIX = "image_info_"
 _INT64 = 2**63
 
 
@@ -21,7 +22,8 @@ def find_coco_splits(root: str) -> dict[str, str]:
     """The annotation files in `root` by split name.
 
     Known layouts: `annotations/instances_SPLIT.json` (files for captions, key points and so on are passed over),
-    `annotations/SPLIT.json`, and `SPLIT/_annotations.coco.json` with the images beside it.
+    `annotations/SPLIT.json`, and `SPLIT/_annotations.coco.json` with the images beside it. Also
+    `annotations/image_info_SPLIT.json`, the lists of test images without annotations.
     """
     splits: dict[str, str] = {}
     folder = os.path.join(root, "annotations")
@@ -30,12 +32,28 @@ def find_coco_splits(root: str) -> dict[str, str]:
         instances = [name for name in names if name.startswith("instances_")]
         for name in instances or [name for name in names if not name.startswith(_IGNORED_PREFIXES)]:
             splits[name.removesuffix(".json").removeprefix("instances_")] = os.path.join(folder, name)
+        for name in names:
+            split = name.removesuffix(".json").removeprefix(_UNLABELLED_PREFIX)
+            if name.startswith(_UNLABELLED_PREFIX) and split not in splits:
+                splits[split] = os.path.join(folder, name)
     if not splits and os.path.isdir(root):
         for name in sorted(os.listdir(root)):
             path = os.path.join(root, name, "_annotations.coco.json")
             if os.path.isfile(path):
                 splits[name] = path
     return splits
+
+
+def coco_annotated(split: str, annotation_file: str) -> bool:
+    """Whether a file holds annotations; that of a list of images is told by its name, others are read."""
+    if _is_image_list(annotation_file):
+        return False
+    data = read_json(annotation_file)
+    return isinstance(data, dict) and bool(data.get("annotations"))
+
+
+def _is_image_list(annotation_file: str) -> bool:
+    return os.path.basename(annotation_file).startswith(_UNLABELLED_PREFIX)
 
 
 def read_json(path: str) -> Any:
@@ -198,12 +216,16 @@ class _Reader:
             crowd = item.get("iscrowd", 0)
             if crowd not in (0, 1):
                 self.problems.append(f"{where}: iscrowd: expected 0 or 1, got {_short(crowd)}")
+            difficult = item.get("difficult", 0)
+            if difficult not in (0, 1):
+                self.problems.append(f"{where}: difficult: expected 0 or 1, got {_short(difficult)}")
             area = item.get("area")
             if area is not None and (not _is_number(area) or area < 0):
                 self.problems.append(f"{where}: area: expected a number >= 0, got {_short(area)}")
             if len(self.problems) > before or box is None:
                 continue
-            result[image].append((box, label_of[category], bool(crowd), area))
+            # The converter marks a difficult box as a crowd as well, for programs that know no other flag.
+            result[image].append((box, label_of[category], bool(crowd and not difficult), bool(difficult), area))
         return result
 
     def _reference(self, item: dict[str, Any], key: str, known: dict[int | str, Any], where: str) -> int | str | None:
@@ -246,14 +268,15 @@ class _Reader:
         # Integer ids are kept for evaluation; strings are numbered in their sorted order.
         for number, key in enumerate(self.stable_order(list(images), "image ids"), start=1):
             item = images[key]
-            boxes, labels, crowd, areas = [], [], [], []
-            for box, label, is_crowd, area in annotations[key]:
+            boxes, labels, crowd, difficult, areas = [], [], [], [], []
+            for box, label, is_crowd, is_difficult, area in annotations[key]:
                 clipped = clip_box(box, item["width"], item["height"], self.notes, item["file_name"])
                 if clipped is None:
                     continue
                 boxes.append(clipped)
                 labels.append(label)
                 crowd.append(is_crowd)
+                difficult.append(is_difficult)
                 areas.append(float(area) if area is not None else (clipped[2] - clipped[0]) * (clipped[3] - clipped[1]))
             path = os.path.normpath(os.path.join(folder, item["file_name"]))
             records.append(
@@ -266,6 +289,7 @@ class _Reader:
                     boxes=boxes,
                     labels=labels,
                     iscrowd=crowd,
+                    difficult=difficult,
                     areas=areas,
                     source_id=key,
                 )
@@ -282,7 +306,9 @@ def image_folder(root: str, annotation_file: str, split: str, names: Sequence[st
     if os.path.basename(annotation_file) == "_annotations.coco.json":
         return os.path.dirname(annotation_file)
     plain = os.path.join(root, "images")
-    candidates = [os.path.join(root, split), os.path.join(plain, split), plain, root]
+    # test-dev2017 is a part of test2017 and has no folder of its own.
+    own = dict.fromkeys((split, split.replace("-dev", "")))
+    candidates = [os.path.join(folder, name) for name in own for folder in (root, plain)] + [plain, root]
     if not names:
         return candidates[0]
     for folder in candidates:
@@ -295,11 +321,20 @@ def image_folder(root: str, annotation_file: str, split: str, names: Sequence[st
     )
 
 
-def load_coco(root: str, split: str, annotation_file: str) -> Dataset:
+def load_coco(
+    root: str,
+    split: str,
+    annotation_file: str,
+    categories: Sequence[tuple[int | str, str]] | None = None,
+) -> Dataset:
     """One COCO annotation file as a `Dataset`. Image files are not opened here (see `quick_check`).
 
     Label k is the k-th category id in sorted order. Crowd annotations stay, flagged. Boxes are clipped to the image;
-    empty ones and those outside are dropped and noted. `area` defaults to width times height, `iscrowd` to 0.
+    empty ones and those outside are dropped and noted. `area` defaults to width times height, `iscrowd` to 0. An
+    annotation with `"difficult": 1` (see `convert_dataset`) is flagged as such, not as a crowd.
+
+    A file `image_info_SPLIT.json`, or that of a split called test-something without any annotation, gives an
+    unlabelled dataset. `categories`, pairs of id and name, stands in where such a file has no "categories".
 
     Raises:
         DataError: all problems of the file, the first 20 shown.
@@ -308,6 +343,11 @@ def load_coco(root: str, split: str, annotation_file: str) -> Dataset:
     if not isinstance(data, dict):
         raise DataError(f"{annotation_file}: expected a JSON object at the top, got {type(data).__name__}")
     reader = _Reader()
+    labelled = not (_is_image_list(annotation_file) or ("test" in split and not data.get("annotations")))
+    if not labelled:
+        data = {**data, "annotations": []}
+        if not data.get("categories") and categories is not None:
+            data["categories"] = [{"id": key, "name": name} for key, name in categories]
     category_ids, classes = reader.categories(data)
     images = reader.images(data)
     label_of = {key: k for k, key in enumerate(category_ids)}
@@ -326,4 +366,5 @@ def load_coco(root: str, split: str, annotation_file: str) -> Dataset:
         category_ids=tuple(category_ids),
         records=reader.records(images, annotations, folder),
         notes=reader.notes,
+        labelled=labelled,
     )

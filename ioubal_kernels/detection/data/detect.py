@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .coco import find_coco_splits, load_coco, read_json
+from .cityscapes import find_cityscapes_splits, has_labels, load_cityscapes
+from .coco import coco_annotated, find_coco_splits, load_coco
 from .files import file_problems
 from .records import DataError, Dataset
 from .voc import VocFolder, find_voc_folders, load_voc, voc_splits
 
-KINDS = ("auto", "coco", "voc")
+KINDS = ("auto", "coco", "voc", "cityscapes")
+_NAMES = {"coco": "COCO JSON", "voc": "Pascal VOC", "cityscapes": "Cityscapes"}
 
 
 @dataclass
@@ -26,7 +28,7 @@ class DatasetPair:
 
 @dataclass
 class Layout:
-    """What was found in a folder: `kind` is "coco" or "voc", `splits` the names of all splits."""
+    """What was found in a folder: `kind` is "coco", "voc" or "cityscapes", `splits` the names of all splits."""
 
     root: str
     kind: str
@@ -38,8 +40,9 @@ class Layout:
         """Whether the split has annotations (a COCO file is read for that)."""
         if self.kind == "voc":
             return voc_splits(self.voc_folders)[split]
-        data = read_json(self.coco_files[split])
-        return isinstance(data, dict) and bool(data.get("annotations"))
+        if self.kind == "cityscapes":
+            return has_labels(self.root, split)
+        return coco_annotated(split, self.coco_files[split])
 
     def named(self, wanted: str) -> str | None:
         """The split called `wanted`, or like it with a year (train2017), or by its other usual name (valid)."""
@@ -60,7 +63,7 @@ def find_layout(root: str | os.PathLike[str], kind: str = "auto") -> Layout:
     """Looks for a dataset in `root`.
 
     Raises:
-        DataError: no such folder, nothing known in it, or both formats with kind "auto".
+        DataError: no such folder, nothing known in it, or several formats with kind "auto".
     """
     if kind not in KINDS:
         raise DataError(f"load_dataset: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -69,21 +72,27 @@ def find_layout(root: str | os.PathLike[str], kind: str = "auto") -> Layout:
         what = "a file" if os.path.exists(path) else "nothing"
         raise DataError(f"dataset {path}: expected a folder, found {what}")
     try:
-        coco = find_coco_splits(path) if kind != "voc" else {}
-        voc = find_voc_folders(path) if kind != "coco" else []
+        coco = find_coco_splits(path) if kind in ("auto", "coco") else {}
+        voc = find_voc_folders(path) if kind in ("auto", "voc") else []
+        cityscapes = find_cityscapes_splits(path) if kind in ("auto", "cityscapes") else ()
     except OSError as error:
         raise DataError(f"dataset {path}: cannot be read: {error.strerror or error}") from None
-    if coco and voc:
+    here = [name for name, found in (("coco", coco), ("voc", voc), ("cityscapes", cityscapes)) if found]
+    if len(here) > 1:
         raise DataError(
-            f"dataset {path}: both COCO JSON files and Pascal VOC folders are here: name the kind, coco or voc"
+            f"dataset {path}: several formats are here, {' and '.join(_NAMES[name] for name in here)}: name the kind, "
+            + " or ".join(here)
         )
     if coco:
         return Layout(path, "coco", tuple(coco), coco_files=coco)
     if voc:
         return Layout(path, "voc", tuple(voc_splits(voc)), voc_folders=voc)
+    if cityscapes:
+        return Layout(path, "cityscapes", cityscapes)
     raise DataError(
         f"dataset {path}: no dataset found: expected annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json "
-        "(COCO), or Annotations/ with JPEGImages/, also in VOCdevkit/VOC* (Pascal VOC); "
+        "(COCO), or Annotations/ with JPEGImages/, also in VOCdevkit/VOC* (Pascal VOC), or "
+        "leftImg8bit/SPLIT/ with gtFine/SPLIT/ (Cityscapes); "
         f"the folder has {_listing(path)}"
     )
 
@@ -95,7 +104,7 @@ def _listing(path: str) -> str:
 
 def default_split(layout: Layout, role: str) -> str | None:
     """The split for a role. Training: `trainval` if a separate `test` has annotations, else `train`, else the only
-    split there is. Evaluation: `test` if it has annotations, else `val`; None when there is neither.
+    annotated split there is. Evaluation: `test` if it has annotations, else `val`; None when there is neither.
     """
     test = layout.named("test")
     if test is not None and not layout.annotated(test):
@@ -108,7 +117,10 @@ def default_split(layout: Layout, role: str) -> str | None:
     train = layout.named("train")
     if train is not None:
         return train
-    return trainval or (layout.splits[0] if len(layout.splits) == 1 else None)
+    if trainval is not None:
+        return trainval
+    only = layout.splits[0] if len(layout.splits) == 1 else None
+    return only if only is not None and layout.annotated(only) else None
 
 
 def load_dataset(
@@ -118,26 +130,35 @@ def load_dataset(
     *,
     role: str = "train",
     classes: Sequence[str] | None = None,
+    category_ids: Sequence[int | str] | None = None,
     check_files: bool = True,
     allow_symlinks: bool = False,
 ) -> Dataset:
-    """One split of the dataset in `root` (COCO JSON, Pascal VOC folder, or the synthetic set, which is COCO JSON).
+    """One split of the dataset in `root`: COCO JSON (the synthetic set is that too), Pascal VOC folder or Cityscapes.
 
     Args:
         root: the dataset's folder.
         split: a split's name (VOC: `A+B` joins splits, `VOC2007/test` is one year's); None takes the default one for
             `role`.
-        kind: "auto", "coco" or "voc".
+        kind: "auto", "coco", "voc" or "cityscapes".
         role: "train" or "eval": which default split to take. Training: `trainval` if there is an annotated `test`,
             else `train`. Evaluation: `test` if annotated, else `val`.
         classes: fix the class order (a checkpoint's); the dataset may not have a class that is missing here.
+        category_ids: of `classes`, where a COCO file of unlabelled images names no categories.
         check_files: check every image file's existence, type and header size now (`quick_check`).
         allow_symlinks: accept image files that are links to outside `root`.
+
+    A test split without annotations can be loaded by its name; the result's `labelled` is False.
 
     Raises:
         DataError: everything found wrong, listed.
     """
-    return _load(find_layout(root, kind), split, role, classes, check_files, allow_symlinks)
+    if category_ids is not None and len(category_ids) != len(classes or ()):
+        count = len(classes or ())
+        raise DataError(
+            f"load_dataset: category_ids: expected one for each of {count} classes, got {len(category_ids)}"
+        )
+    return _load(find_layout(root, kind), split, role, classes, check_files, allow_symlinks, category_ids)
 
 
 def load_pair(
@@ -152,7 +173,7 @@ def load_pair(
     """The training and the evaluation split, with the same classes in the same order. Arguments as in `load_dataset`.
 
     Raises:
-        DataError: everything found wrong; also when both are the same split.
+        DataError: everything found wrong; also when both are the same split, or one has no annotations.
     """
     layout = find_layout(root, kind)
     train_split = train_split or default_split(layout, "train")
@@ -162,14 +183,30 @@ def load_pair(
     elif eval_split == train_split:
         raise DataError(f"dataset {layout.root}: training and evaluation split are the same: {train_split!r}")
     training = _load(layout, train_split, "train", None, check_files, allow_symlinks)
+    _require_labels(training)
     if eval_split is None:
         return DatasetPair(training, None)
     evaluation = _load(layout, eval_split, "eval", training.classes, check_files, allow_symlinks)
+    _require_labels(evaluation)
     return DatasetPair(training, evaluation)
 
 
+def _require_labels(dataset: Dataset) -> None:
+    if not dataset.labelled:
+        raise DataError(
+            f"dataset {dataset.root}: split {dataset.split!r} has no annotations: expected an annotated one to train "
+            "on and to measure AP with (ioubal eval --save-results writes detections on it)"
+        )
+
+
 def _load(
-    layout: Layout, split: str | None, role: str, classes: Sequence[str] | None, check_files: bool, allow_symlinks: bool
+    layout: Layout,
+    split: str | None,
+    role: str,
+    classes: Sequence[str] | None,
+    check_files: bool,
+    allow_symlinks: bool,
+    category_ids: Sequence[int | str] | None = None,
 ) -> Dataset:
     if role not in ("train", "eval"):
         raise DataError(f"load_dataset: role: expected train or eval, got {role!r}")
@@ -182,9 +219,14 @@ def _load(
     if layout.kind == "voc":
         dataset = load_voc(layout.root, layout.voc_folders, split, order, allow_symlinks)
     else:
-        if split not in layout.coco_files:
+        if split not in layout.splits:
             raise DataError(f"dataset {layout.root}: split {split!r} does not exist: expected one of {names}")
-        dataset = load_coco(layout.root, split, layout.coco_files[split])
+        if layout.kind == "cityscapes":
+            dataset = load_cityscapes(layout.root, split, allow_symlinks)
+        else:
+            ids = category_ids or range(1, len(order or ()) + 1)
+            categories = list(zip(ids, order, strict=True)) if order else None
+            dataset = load_coco(layout.root, split, layout.coco_files[split], categories)
         dataset = dataset if order is None else reorder_classes(dataset, order)
     dataset.splits = layout.splits
     if check_files:
@@ -221,7 +263,7 @@ def describe(*datasets: Dataset | None) -> str:
     if not given:
         return "no dataset"
     first = given[0]
-    name = {"coco": "COCO JSON", "voc": "Pascal VOC"}[first.format]
+    name = _NAMES[first.format]
     shown = ", ".join(first.classes[:20]) + (", ..." if first.num_classes > 20 else "")
     lines = [
         f"dataset  {first.root}",
@@ -229,6 +271,9 @@ def describe(*datasets: Dataset | None) -> str:
         f"classes  {first.num_classes}: {shown}",
     ]
     for dataset in given:
+        if not dataset.labelled:
+            lines.append(f"split    {dataset.split}: {len(dataset)} images without annotations")
+            continue
         ignored = dataset.num_boxes - dataset.num_train_boxes
         extra = f" ({ignored} of them crowd or difficult: not trained on, ignored in evaluation)" if ignored else ""
         bare = sum(1 for record in dataset.records if not record.trainable.any())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from .file_augment import augment_file
 from .files import MAX_PIXELS, decode_rgb
 from .records import BadImageError, DataError, Dataset
 from .sampling import BatchStream, Key
-from .transforms import TransformConfig, prepare, resize, sample_random
+from .transforms import TransformConfig, prepare, resize, resize_image, sample_random
 
 BAD_IMAGE_POLICIES = ("raise", "skip")
 CACHES = ("none", "ram")
@@ -30,7 +31,8 @@ class Batch:
         images: float32 (N, 3, H, W), normalised, zero-padded right and below to a common multiple of `size_divisor`.
         targets: N dicts: `boxes` float32 (G, 4) x1 y1 x2 y2 in pixels of `images` (boxes to train on only), `labels`
             int64 (G,), `image_id` int, `orig_size` (height, width) of the file, `size` (height, width) before
-            padding, `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`).
+            padding, `scale` (sx, sy): network pixels per file pixel, without augmentation (see `boxes_to_original`;
+            with `zoom_out` or `iou_crop` per pixel of the enlarged or cropped image).
         epoch: the epoch of these samples.
         bad: (path, message) of images replaced because `on_bad_image="skip"`.
         position: samples of the epoch used up after this batch, over all ranks.
@@ -67,7 +69,10 @@ class _Sample:
 
 
 class _Images(TorchDataset):  # type: ignore[type-arg]
-    """Samples by `Key`: decoded (or cached), resized, augmented when `seed` is given."""
+    """Samples by `Key`: decoded (or cached), resized, augmented when `seed` is given.
+
+    Training with `TransformConfig.changes_file` caches images as they are in their files, anything else resized ones.
+    """
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
         self.records = dataset.records
         self.config = config
         self.seed = seed
+        self.changes_file = seed is not None and config.changes_file
         self.skip = on_bad_image == "skip"
         self.max_pixels = max_pixels
         self.cache: list[torch.Tensor | BadImageError] | None = None
@@ -106,10 +112,13 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
             return error
 
     def _load(self, index: int) -> torch.Tensor:
-        return resize(decode_rgb(self.records[index], self.max_pixels), self.config)
+        pixels = decode_rgb(self.records[index], self.max_pixels)
+        if self.changes_file:
+            return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return resize(pixels, self.config)
 
     def image(self, index: int) -> torch.Tensor:
-        """uint8 (3, H, W) of network size.
+        """uint8 (3, H, W) of network size; as in the file with `changes_file`.
 
         Raises:
             BadImageError: with the file's path.
@@ -147,7 +156,16 @@ class _Images(TorchDataset):  # type: ignore[type-arg]
                     len(self.records)
                 )
         rng = None if self.seed is None else sample_random(self.seed, key.epoch, index)
-        network_input, target = prepare(image, record, self.config, rng)
+        if not self.changes_file:
+            network_input, target = prepare(image, record, self.config, rng)
+            return _Sample(network_input, target, key, bad)
+        drawn = sample_random(self.seed, key.epoch, index, "/file")
+        config = self.config
+        if config.short_side_range is not None:
+            config = replace(config, short_side=drawn.randint(*config.short_side_range), short_side_range=None)
+        image, changed = augment_file(image, record, config, drawn)
+        network_input, target = prepare(resize_image(image, config), changed, config, rng)
+        target["orig_size"] = (record.height, record.width)
         return _Sample(network_input, target, key, bad)
 
 
@@ -233,7 +251,8 @@ class TrainLoader:
         rank, world_size: this process takes its slice of each global batch.
         on_bad_image: "raise", or "skip": replace by another sample (the same one every time), counted in `bad_images`.
         bad_image_limit: with "skip": the share of the dataset's images that may be bad (always at least one).
-        cache: "none" or "ram": keep decoded, resized images in memory (uint8).
+        cache: "none" or "ram": keep decoded images in memory (uint8): resized ones, those of the files where
+            `transform.changes_file`.
         timeout: seconds to wait for a worker before giving up.
         max_pixels: refuse larger images before decoding.
 
@@ -351,9 +370,12 @@ def eval_loader(
     timeout: float = 120.0,
     max_pixels: int = MAX_PIXELS,
 ) -> Any:
-    """Every image once, in order, without augmentation: an iterable of `Batch` with `len()`, any number of times.
+    """Every image once, by name, without augmentation: an iterable of `Batch` with `len()`, any number of times.
 
-    Each rank gets every world_size-th image, nothing is padded or repeated. With `on_bad_image="skip"` a bad image is
+    Batches are cut once from the images sorted by name, and rank r gets batches r, r + world_size and so on: an image
+    is in the same batch, padded to the same size, for any number of processes, and nothing is repeated.
+
+    With `on_bad_image="skip"` a bad image is
     left out and kept in the result's `bad_images` (path -> message); a batch of bad images alone is not yielded.
 
     Raises:
@@ -364,7 +386,8 @@ def eval_loader(
             "eval_loader: batch_size, rank, world_size: expected batch_size >= 1 and 0 <= rank < world_size, "
             f"got {batch_size}, {rank}, {world_size}"
         )
-    keys = [Key(0, index, index + 1) for index in range(rank, len(dataset), world_size)]
-    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    order = sorted(range(len(dataset)), key=lambda index: (dataset.records[index].name, index))
+    keys = [Key(0, index, position) for position, index in enumerate(order, start=1)]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)][rank::world_size]
     images = _Images(dataset, transform, None, on_bad_image, cache, max_pixels)
     return _EvalLoader(images, batches, workers, timeout)

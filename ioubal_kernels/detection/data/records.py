@@ -188,13 +188,15 @@ class Dataset:
 
     Attributes:
         root: absolute path of the dataset's folder.
-        format: "coco" or "voc".
+        format: "coco", "voc" or "cityscapes".
         split: the split's name, as `load_dataset` takes it.
         classes: class names; label k is `classes[k]`.
-        category_ids: the ids the files use for them (COCO category ids; VOC: the names). Goes into the checkpoint.
+        category_ids: the ids the files use for them (COCO, Cityscapes: numbers; VOC: the names). Goes into checkpoints.
         records: the images, in a stable order.
         notes: dropped and clipped boxes, with image names.
         splits: names of every split found in the dataset.
+        labelled: False where the annotations are not public (test splits): there are images but no boxes, nothing to
+            train on or to measure AP with.
     """
 
     root: str
@@ -205,6 +207,7 @@ class Dataset:
     records: list[ImageRecord]
     notes: Notes = field(default_factory=Notes)
     splits: tuple[str, ...] = ()
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,7 +1,7 @@
 """Resizing, augmentation and normalisation of an image with its boxes; random only in (seed, epoch, sample).
 
 Geometry is done by the kernels of torchvision.transforms.v2; its random classes draw from torch's global generator
-and are not used.
+and are used, with a generator of their own, for SSD's augmentation of the image file only (`file_augment`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ class TransformConfig:
         zoom: scale jitter, 0.25 = factor in [0.75, 1.25], with crop or padding to the same size.
         jitter: strength of brightness, contrast and saturation jitter (0.1 = factors in [0.9, 1.1]); hue turns by up to
             jitter / 5 of the circle.
-        min_visible: a cropped box stays when at least this share of its area is left.
+        min_visible: a box cropped by `zoom` stays when at least this share of its area is left.
         mean, std: of RGB in [0, 1].
+        short_side_range: with `size=None`, in training: each sample's short side is drawn from these (low, high), both
+            included, instead of `short_side`, which evaluation keeps.
+        photometric, zoom_out, iou_crop: SSD's augmentation of the image before it is resized, in this order:
+            probability of each distortion of the colours, of a canvas 1 to 4 times as large filled with the mean, of
+            a crop with a smallest IoU with one of the boxes (a box stays when its centre does).
 
     Raises:
         DataError: a value out of range.
@@ -52,9 +57,25 @@ class TransformConfig:
     min_visible: float = 0.3
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    short_side_range: tuple[int, int] | None = None
+    photometric: float = 0.0
+    zoom_out: float = 0.0
+    iou_crop: float = 0.0
+
+    @property
+    def changes_file(self) -> bool:
+        """Whether a training sample needs the image as it is in the file, not one already of network size."""
+        return self.short_side_range is not None or max(self.photometric, self.zoom_out, self.iou_crop) > 0
+
+    @property
+    def usual_short_side(self) -> int:
+        """The short side in training on average; `short_side` where none is drawn."""
+        return self.short_side if self.short_side_range is None else round(sum(self.short_side_range) / 2)
 
     def __post_init__(self) -> None:
-        for name, high in (("hflip", 1.0), ("vflip", 1.0), ("zoom", 0.9), ("jitter", 1.0), ("min_visible", 1.0)):
+        limits = {"zoom": 0.9}
+        for name in ("hflip", "vflip", "zoom", "jitter", "min_visible", "photometric", "zoom_out", "iou_crop"):
+            high = limits.get(name, 1.0)
             value = getattr(self, name)
             if not 0.0 <= value <= high:
                 raise DataError(f"TransformConfig: {name}: expected a number from 0 to {high:g}, got {value!r}")
@@ -70,15 +91,26 @@ class TransformConfig:
             raise DataError(
                 f"TransformConfig: long_side: expected at least short_side = {self.short_side}, got {self.long_side}"
             )
+        if self.short_side_range is not None:
+            low_high = tuple(self.short_side_range)
+            valid = len(low_high) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in low_high)
+            if self.size is not None or not valid or not 1 <= low_high[0] <= low_high[1] <= self.long_side:
+                raise DataError(
+                    "TransformConfig: short_side_range: expected integers 1 <= low <= high <= long_side = "
+                    f"{self.long_side} with size None, got {self.short_side_range!r} with size {self.size!r}"
+                )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise DataError(
                 f"TransformConfig: mean, std: expected three numbers, std > 0, got {self.mean!r}, {self.std!r}"
             )
 
 
-def sample_random(seed: int, epoch: int, index: int) -> random.Random:
-    """The random numbers of one sample in one epoch, whichever process loads it and whatever was loaded before."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest()
+def sample_random(seed: int, epoch: int, index: int, use: str = "") -> random.Random:
+    """The random numbers of one sample in one epoch, whichever process loads it and whatever was loaded before.
+
+    Another `use` gives other numbers, so that one kind of augmentation leaves those of the others alone.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}{use}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "little"))
 
 
@@ -101,8 +133,12 @@ def resized_shape(width: int, height: int, config: TransformConfig) -> tuple[int
 
 def resize(pixels: np.ndarray, config: TransformConfig) -> torch.Tensor:
     """uint8 (H0, W0, 3) pixels as uint8 (3, H, W), antialiased bilinear; without the padding of `keep_ratio`."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    shape = resized_shape(pixels.shape[1], pixels.shape[0], config)
+    return resize_image(torch.from_numpy(pixels).permute(2, 0, 1), config)
+
+
+def resize_image(image: torch.Tensor, config: TransformConfig) -> torch.Tensor:
+    """`resize` of uint8 (3, H0, W0)."""
+    shape = resized_shape(image.shape[2], image.shape[1], config)
     return F.resize_image(image, list(shape), antialias=True).contiguous()
 
 
@@ -133,16 +169,14 @@ def augment(
         boxes = torch.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), dim=1)
     keep = torch.ones(len(boxes), dtype=torch.bool)
     if config.zoom > 0:
-        image, boxes, keep = _zoom(
-            image, boxes, 1 + config.zoom * (2 * draws[2] - 1), draws[3], draws[4], config.min_visible
-        )
+        image, boxes, keep = _zoom(image, boxes, 1 + config.zoom * (2 * draws[2] - 1), draws[3], draws[4], config)
     if config.jitter > 0:
         image = _recolour(image, config.jitter, draws[5:9])
     return image, boxes[keep], keep
 
 
 def _zoom(
-    image: torch.Tensor, boxes: torch.Tensor, factor: float, across: float, down: float, min_visible: float
+    image: torch.Tensor, boxes: torch.Tensor, factor: float, across: float, down: float, config: TransformConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scales by `factor`, then crops or pads at a random place to the size it had."""
     height, width = image.shape[-2:]
@@ -159,11 +193,10 @@ def _zoom(
         else -math.floor(down * (height - new_height + 1))
     )
     image = F.resize_image(image, [new_height, new_width], antialias=True)
-    grey = [124.0, 116.0, 104.0]
     image = F.pad_image(
         image,
         [max(-left, 0), max(-top, 0), max(width - new_width + left, 0), max(height - new_height + top, 0)],
-        fill=grey,
+        fill=mean_colour(config),
     )
     image = F.crop_image(image, max(top, 0), max(left, 0), height, width)
     scale = boxes.new_tensor([new_width / width, new_height / height] * 2)
@@ -179,8 +212,13 @@ def _zoom(
     )
     extent = clipped[:, 2:] - clipped[:, :2]
     area = (moved[:, 2:] - moved[:, :2]).prod(dim=1)
-    keep = (extent > 0).all(dim=1) & (extent.prod(dim=1) >= min_visible * area)
+    keep = (extent > 0).all(dim=1) & (extent.prod(dim=1) >= config.min_visible * area)
     return image, clipped, keep
+
+
+def mean_colour(config: TransformConfig) -> list[float]:
+    """The colour that becomes (almost) 0 when normalised, R, G, B in 0 .. 255, whole numbers."""
+    return [float(round(255 * value)) for value in config.mean]
 
 
 _LUMA = (0.299, 0.587, 0.114)

@@ -66,12 +66,16 @@ def find_voc_folders(root: str) -> list[VocFolder]:
     return [
         _open_folder(path, year)
         for path, year in candidates
-        if os.path.isdir(os.path.join(path, "Annotations")) and os.path.isdir(os.path.join(path, "JPEGImages"))
+        if os.path.isdir(os.path.join(path, "JPEGImages"))
+        # Test images come with their list and without annotations.
+        and (os.path.isdir(os.path.join(path, "Annotations")) or os.path.isdir(os.path.join(path, "ImageSets", "Main")))
     ]
 
 
 def _open_folder(path: str, year: str) -> VocFolder:
-    annotated = {name[:-4] for name in os.listdir(os.path.join(path, "Annotations")) if name.endswith(".xml")}
+    annotations = os.path.join(path, "Annotations")
+    names = os.listdir(annotations) if os.path.isdir(annotations) else []
+    annotated = {name[:-4] for name in names if name.endswith(".xml")}
     images = {}
     for name in sorted(os.listdir(os.path.join(path, "JPEGImages"))):
         stem, suffix = os.path.splitext(name)
@@ -115,12 +119,23 @@ def _read_split(path: str) -> list[str] | None:
     return ids
 
 
+def _is_annotated(folder: VocFolder, split: str) -> bool:
+    """Whether a split of one year has annotations.
+
+    Of test images a few may have some all the same (those of VOC 2012's person layout task), hence half. Any other
+    split with one annotation counts, so that missing files are found.
+    """
+    ids = folder.splits[split]
+    found = sum(value in folder.annotated for value in ids)
+    return 2 * found >= len(ids) > 0 if "test" in split else found > 0
+
+
 def voc_splits(folders: list[VocFolder]) -> dict[str, bool]:
     """Every split's name and whether it has annotations. With several years also `VOC2007/trainval` and so on."""
     result: dict[str, bool] = {}
     for folder in folders:
-        for split, ids in folder.splits.items():
-            has = any(value in folder.annotated for value in ids)
+        for split in folder.splits:
+            has = _is_annotated(folder, split)
             result[split] = result.get(split, False) or has
             if len(folders) > 1:
                 result[f"{folder.year}/{split}"] = has
@@ -220,7 +235,8 @@ def load_voc(
     """A split of one or several VOC folders; `A+B` joins splits. Image files are not opened, except where a size is
     missing.
 
-    The classes are those found in all annotation files, whatever split they belong to. x1 = xmin - 1 and y1 = ymin -
+    The classes are those found in all annotation files, whatever split they belong to. A test split of which no year
+    has annotations is unlabelled: its images' sizes are read from their headers. x1 = xmin - 1 and y1 = ymin -
     1, so that areas equal the devkit's; a box without extent as written is dropped and noted. Difficult objects stay,
     flagged. The image belongs to the id of the split file; `<filename>` is not used.
 
@@ -229,8 +245,8 @@ def load_voc(
     """
     parsed: dict[str, VocAnnotation] = {}
     problems: list[str] = []
+    guard = FileGuard(root, allow_symlinks)
     for folder in folders:
-        guard = FileGuard(root, allow_symlinks)
         for value in sorted(folder.annotated):
             path = os.path.join(folder.path, "Annotations", value + ".xml")
             reason = guard.problem(path)
@@ -243,7 +259,7 @@ def load_voc(
                 parsed[path] = folder.parsed[path]
             except DataError as error:
                 problems.append(str(error))
-    wanted = _select(folders, split)
+    wanted, labelled = _select(folders, split)
     if not wanted:
         problems.append(f"split {split!r}: expected at least one image, got none")
     for path in parsed:
@@ -256,10 +272,15 @@ def load_voc(
     several = len(folders) > 1
     for folder, value in wanted:
         path = os.path.join(folder.path, "Annotations", value + ".xml")
+        name = f"{folder.year}/{value}" if several else value
+        if not labelled:
+            record = _bare_record(len(records) + 1, name, value, folder, guard, problems)
+            if record is not None:
+                records.append(record)
+            continue
         if value not in folder.annotated:
             problems.append(f"split {split!r}: {path}: the annotation file does not exist")
             continue
-        name = f"{folder.year}/{value}" if several else value
         if path in parsed:
             record = _record(len(records) + 1, name, value, folder, parsed[path], classes, notes, problems)
             if record is not None:
@@ -268,12 +289,16 @@ def load_voc(
         problems.append("expected at least one object in the annotation files, got none")
     if problems:
         raise DataError(f"{root}: Pascal VOC annotations", problems)
-    return Dataset(root, "voc", split, classes, classes, records, notes)
+    return Dataset(root, "voc", split, classes, classes, records, notes, labelled=labelled)
 
 
-def _select(folders: list[VocFolder], split: str) -> list[tuple[VocFolder, str]]:
-    """The (folder, image id) pairs of a split or of several joined by '+'; a year without annotations is left out."""
+def _select(folders: list[VocFolder], split: str) -> tuple[list[tuple[VocFolder, str]], bool]:
+    """The (folder, image id) pairs of a split or of several joined by '+', and whether they have annotations.
+
+    A year without annotations is left out, unless the split has none in any year and is a test split.
+    """
     result: dict[tuple[str, str], tuple[VocFolder, str]] = {}
+    bare: dict[tuple[str, str], tuple[VocFolder, str]] = {}
     for part in split.split("+"):
         found = False
         for folder in folders:
@@ -282,11 +307,37 @@ def _select(folders: list[VocFolder], split: str) -> list[tuple[VocFolder, str]]
             if ids is None or ("/" in part and name == part):
                 continue
             found = True
-            if any(value in folder.annotated for value in ids):
-                result.update({(folder.path, value): (folder, value) for value in ids})
+            pairs = {(folder.path, value): (folder, value) for value in ids}
+            if _is_annotated(folder, name):
+                result.update(pairs)
+            elif "test" in name:
+                bare.update(pairs)
         if not found:
             raise DataError(f"split {part!r} does not exist: expected one of {', '.join(voc_splits(folders))}")
-    return list(result.values())
+    return list((result or bare).values()), bool(result) or not bare
+
+
+def _image_path(folder: VocFolder, value: str) -> str:
+    return os.path.join(folder.path, "JPEGImages", folder.images.get(value, value + ".jpg"))
+
+
+def _bare_record(
+    number: int, name: str, value: str, folder: VocFolder, guard: FileGuard, problems: list[str]
+) -> ImageRecord | None:
+    """The record of an image without annotations."""
+    path = _image_path(folder, value)
+    reason = guard.problem(path)
+    if reason:
+        problems.append(f"image {path}: {reason}")
+        return None
+    try:
+        width, height = image_size(path)
+    except BadImageError as error:
+        problems.append(str(error))
+        return None
+    return make_record(
+        id=number, name=name, path=path, width=width, height=height, boxes=[], labels=[], source_id=value
+    )
 
 
 def _record(
@@ -299,7 +350,7 @@ def _record(
     notes: Notes,
     problems: list[str],
 ) -> ImageRecord | None:
-    path = os.path.join(folder.path, "JPEGImages", folder.images.get(value, value + ".jpg"))
+    path = _image_path(folder, value)
     if annotation.size is None:
         try:
             width, height = image_size(path)

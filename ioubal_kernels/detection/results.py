@@ -1,0 +1,83 @@
+"""Detections as a COCO result file, which evaluation servers and `pycocotools.coco.COCO.loadRes` take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import atomic_write_text
+from .data import Dataset
+from .errors import OutputError, UsageError
+from .evaluate import ImageDetections
+
+
+def coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> list[dict[str, Any]]:
+    """Detections in the dataset's own ids.
+
+    Args:
+        dataset: gives the image ids (`ImageRecord.source_id`) and category ids (`Dataset.category_ids`).
+        detections: by image; a second entry for an image is dropped.
+
+    Returns:
+        A list of {"image_id", "category_id", "bbox", "score"}; bbox is x, y, width, height in pixels of the file, with
+        two decimals, the score has five.
+
+    Raises:
+        UsageError: an image or a label that the dataset does not have, NaN or infinite values.
+    """
+    ids = {record.id: record.source_id for record in dataset.records}
+    seen: set[int] = set()
+    result = []
+    for item in detections:
+        where = f"coco_results: image {item.image_id}"
+        if item.image_id not in ids:
+            raise UsageError(f"{where}: expected an image of split {dataset.split!r}, got an id that is not in it")
+        if item.image_id in seen:
+            continue
+        seen.add(item.image_id)
+        if not (torch.isfinite(item.boxes).all() and torch.isfinite(item.scores).all()):
+            raise UsageError(f"{where}: boxes, scores: expected finite numbers, got NaN or infinity")
+        labels = item.labels.tolist()
+        if any(not 0 <= label < dataset.num_classes for label in labels):
+            raise UsageError(f"{where}: labels: expected 0 .. {dataset.num_classes - 1}, got {labels}")
+        for (x1, y1, x2, y2), score, label in zip(
+            item.boxes.double().tolist(), item.scores.double().tolist(), labels, strict=True
+        ):
+            result.append(
+                {
+                    "image_id": ids[item.image_id],
+                    "category_id": dataset.category_ids[label],
+                    "bbox": [round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2)],
+                    "score": round(score, 5),
+                }
+            )
+    return result
+
+
+def check_results_path(path: Path) -> None:
+    """Fail before hours of inference when the result file could not be written.
+
+    Raises:
+        OutputError: its folder does not exist or it is a folder.
+    """
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; expected the name of a JSON file")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+
+
+def save_coco_results(path: Path, dataset: Dataset, detections: Iterable[ImageDetections]) -> int:
+    """Write `coco_results` to `path`, atomically; returns the number of detections.
+
+    Raises:
+        UsageError: as `coco_results`.
+        OutputError: the file cannot be written; an earlier one is as it was.
+    """
+    results = coco_results(dataset, detections)
+    # One detection a line: as large as without, and readable by line-based tools.
+    atomic_write_text(path, "[" + ",\n".join(json.dumps(item, allow_nan=False) for item in results) + "]\n")
+    return len(results)
