@@ -1,0 +1,75 @@
+"""The paper's rows, full size: built, and two steps at a reduced image size (SSD's is fixed)."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+from ioubal_kernels.detection.architectures import MODELS
+from ioubal_kernels.detection.data import TrainLoader, load_pair, make_synthetic
+from ioubal_kernels.detection.models import build_model
+from ioubal_kernels.detection.objective import apply_loss
+from ioubal_kernels.detection.predict import transform_config
+from ioubal_kernels.detection.presets import PRESETS, preset
+from ioubal_kernels.detection.processes import Processes
+from ioubal_kernels.detection.stepping import Stepper
+
+FULL = [name for name in PRESETS if name.startswith("table") and not name.endswith("_tiny")]
+
+
+def test_the_rows_use_every_full_size_model():
+    models = {preset(name).model.name for name in FULL}
+    assert models == {name for name, architecture in MODELS.items() if architecture.backbone != "tiny"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return make_synthetic(tmp_path_factory.mktemp("full") / "set", train=4, val=1, size=128, classes=3, workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_two_steps(name, data):
+    """Losses and gradients are finite, positives are found, and the weights that are trained move."""
+    config = preset(name)
+    config.set("train.batch_size", 1)
+    architecture = MODELS[config.model.name]
+    if config.data.image_size is None:
+        config.set("data.short_side_range", [96, 128] if config.data.short_side_range else None)
+        config.set("data.short_side", 128)
+        config.set("data.long_side", 128)
+    config.validate()
+    pair = load_pair(data)
+    torch.manual_seed(0)
+    # As a backbone file leaves it: statistics fixed, stem and first stage not trained.
+    frozen = architecture.backbone != "vgg16"
+    detector = build_model(
+        config.model.name,
+        pair.training.num_classes,
+        size=config.data.image_size,
+        smallest=config.model.ssd_smallest,
+        frozen_backbone=frozen,
+    ).train()
+    for key, value in detector.named_buffers():
+        if key.endswith("bn3.weight"):  # random branches with fixed statistics would add up to infinity over 33 blocks
+            value.fill_(0.2)
+    apply_loss(detector, config.loss, w_loc=2.0)
+    stepper = Stepper(detector, config, Processes(), None, 1000)
+    before = {k: p.detach().clone() for k, p in detector.named_parameters() if p.requires_grad}
+    loader = TrainLoader(pair.training, transform_config(config), 1, seed=config.train.seed)
+    for step, batch in zip(range(2), loader):
+        record, finite, stop = stepper.run(step, [batch], False)
+        assert finite and not stop, record
+        assert record["positives"] > 0 and 0 <= record["mean_iou"] <= 1
+        assert all(math.isfinite(record[part]) for part in ("cls", "loc", "grad_norm"))
+    # Warm-up: about a third of the rate, for one image of the batch that it is meant for.
+    assert record["lr"] == pytest.approx(config.optim.lr / config.optim.base_batch / 3, rel=0.02)
+    moved = [not torch.equal(p, before[k]) for k, p in detector.named_parameters() if p.requires_grad]
+    assert sum(moved) > 0.8 * len(moved)  # a step of a few millionths is below some weights' precision
+    still = [k for k, p in detector.named_parameters() if not p.requires_grad]
+    assert bool(still) == frozen and all("body.conv1" in k or "body.bn1" in k or "layer1" in k for k in still)
+    del detector, stepper, before
+    gc.collect()
