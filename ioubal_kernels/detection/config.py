@@ -81,8 +81,8 @@ class ModelConfig(Checked):
     norm: str = option(
         "auto",
         str,
-        choices=("auto", "batch", "group", "sync"),
-        doc="of the backbone; auto: fixed with a backbone file, else batch; sync: BatchNorm over all GPUs",
+        choices=("auto", "batch", "group", "frozen", "sync"),
+        doc="of the backbone; auto: frozen with a backbone file, as init_from has it, else batch; sync: over all GPUs",
     )
     backbone_file: str | None = option(None, str, optional=True, doc="ImageNet weights (.pth) to start from")
     backbone_sha256: str | None = option(None, str, optional=True, doc="its SHA-256; null: as the file's name says")
@@ -94,7 +94,7 @@ class ModelConfig(Checked):
     @property
     def frozen_backbone(self) -> bool:
         """Whether the backbone's statistics, stem and first stage stay as the pretrained weights have them."""
-        return self.norm == "auto" and (self.backbone_file is not None or self.init_from is not None)
+        return self.norm == "frozen" or (self.norm == "auto" and self.backbone_file is not None)
 
 
 @dataclass
@@ -228,6 +228,8 @@ class Config(Checked):
         architecture = MODELS[model.name]
         if architecture.backbone == "tiny" and model.backbone_file is not None:
             raise UsageError(f"model.backbone_file: {model.name} has no backbone that files exist for")
+        if architecture.backbone == "tiny" and model.norm == "frozen":
+            raise UsageError(f"model.norm: {model.name} is always trained as a whole, got frozen")
         if model.backbone_sha256 is not None and model.backbone_file is None:
             raise UsageError("model.backbone_sha256: given without model.backbone_file")
         if architecture.family == "ssd" and self.data.image_size is None:
@@ -240,7 +242,7 @@ class Config(Checked):
                     f"model.ssd_smallest: {model.name} has {smallest[0]} (COCO) and {smallest[1]} (VOC), "
                     f"got {model.ssd_smallest}"
                 )
-            if model.norm in ("group", "sync"):
+            if model.norm in ("group", "sync", "frozen"):
                 raise UsageError(f"model.norm: VGG16 has no normalisation, got {model.norm}")
 
     def require_start(self) -> None:

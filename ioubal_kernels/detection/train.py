@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ def train(
     config.require_start()
     device = resolve_device(config.train.device)
     check_backend(config.loss.backend, device)
+    if config.model.norm == "sync" and device.type != "cuda":
+        raise UsageError(f"model.norm: sync needs GPUs, got {device}; group does not depend on the number of processes")
+    source = None if resume or config.model.init_from is None else find_checkpoint(config.model.init_from)
+    if source is not None and config.model.norm == "auto":
+        config = replace(config, model=replace(config.model, norm=_norm_of(source)))
     with ExitStack() as stack:
         processes = stack.enter_context(started(device, config.train.timeout))
         if not processes.first:
@@ -99,7 +104,7 @@ def train(
             stack.enter_context(rundir.RunLock(run))
         processes.wait()
         stop = stack.enter_context(StopSignal())
-        trainer = _Trainer(config, run, pair, loader, processes, reporter, stop)
+        trainer = _Trainer(config, run, pair, loader, processes, reporter, stop, source)
         return trainer.run_to_end(resume, allow_config_change)
 
 
@@ -131,7 +136,10 @@ class _Trainer:
         processes: Processes,
         reporter: Reporter,
         stop: StopSignal,
+        source: tuple[Path, dict[str, Any]] | None,
     ) -> None:
+        """source: the checkpoint of model.init_from."""
+        self.source = source
         self.config, self.run, self.pair, self.loader, self.processes = config, run, pair, loader, processes
         self.reporter, self.stop, self.device = reporter, stop, processes.device
         self.log = rundir.RunLog(run) if processes.first else rundir.NoLog()
@@ -214,8 +222,11 @@ class _Trainer:
             backbone_sha256=config.model.backbone_sha256,
             frozen_backbone=config.model.frozen_backbone,
         )
-        if saved is None and config.model.init_from is not None:
-            self._init_from(detector, config.model.init_from)
+        if saved is None and self.source is not None:
+            self._init_from(detector, *self.source)
+        self.source = None  # its weights are no longer needed
+        if config.model.norm == "sync" and self.processes.several:
+            detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.detector = detector.to(self.device, memory_format=memory_format).train()
         self._apply_loss()
@@ -242,8 +253,7 @@ class _Trainer:
             process_group=self.processes.group,
         )
 
-    def _init_from(self, detector: torch.nn.Module, source: str) -> None:
-        path, saved = find_checkpoint(source)
+    def _init_from(self, detector: torch.nn.Module, path: Path, saved: dict[str, Any]) -> None:
         left_out = load_matching_weights(detector, saved["ema"]["model"], path)
         self.reporter.info(
             f"starting from {path}" + (f"; of other shapes, and new: {', '.join(left_out)}" if left_out else "")
@@ -479,6 +489,15 @@ class _Trainer:
             atomic_write_text(self.run / "metrics.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
         self.log.write("end", step=self.step, seconds=round(seconds, 3), w_loc=self.w_loc)
         return TrainResult(self.metrics, self.step, seconds, self.w_loc, self.run)
+
+
+def _norm_of(source: tuple[Path, dict[str, Any]]) -> str:
+    """The normalisation of the network in a checkpoint, which one that starts from it must share."""
+    path, saved = source
+    model = unpack_config(saved, path).get("model", {})
+    if model.get("norm", "auto") != "auto":
+        return model["norm"]
+    return "frozen" if model.get("backbone_file") is not None else "batch"
 
 
 def _number_of_steps(config: Config, loader: TrainLoader) -> int:

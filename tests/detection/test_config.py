@@ -104,6 +104,7 @@ def test_bad_assignment(text):
     [
         ({"optim.milestones": [0.9, 0.6]}, r"optim.milestones: expected rising shares"),
         ({"train.nan_policy": "skip"}, r"train.nan_policy: expected stop or skip:N"),
+        ({"model.norm": "frozen"}, "retinanet_tiny is always trained as a whole, got frozen"),
         ({"model.backbone_file": "x.pth"}, r"model.backbone_file: retinanet_tiny has no backbone"),
         ({"model.backbone_sha256": "00"}, r"model.backbone_sha256: given without"),
         (
@@ -248,6 +249,7 @@ def test_the_papers_schedules():
         ({"model.name": "ssd_tiny", "data.image_size": None}, "data.image_size: ssd_tiny needs a fixed size"),
         ({"model.name": "ssd300_vgg16", "model.ssd_smallest": 10}, "ssd300_vgg16 has 15 .COCO. and 20 .VOC., got 10"),
         ({"model.name": "ssd512_vgg16", "model.norm": "group"}, "model.norm: VGG16 has no normalisation"),
+        ({"model.norm": "frozen"}, "retinanet_tiny is always trained as a whole, got frozen"),
         ({"model.backbone_file": "x.pth"}, "retinanet_tiny has no backbone that files exist for"),
         ({"model.name": "retinanet_r50_fpn", "model.backbone_sha256": "ab"}, "given without model.backbone_file"),
     ],

@@ -225,3 +225,52 @@ def test_a_broken_environment_is_named(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         launched_as()
+
+
+NAN_ON_ONE_RANK = """
+import os, sys
+from pathlib import Path
+from ioubal_kernels.detection.config import parse_assignment
+from ioubal_kernels.detection.presets import preset
+from ioubal_kernels.detection.progress import Reporter
+from ioubal_kernels.detection.stepping import Stepper
+from ioubal_kernels.detection.train import train
+
+real = Stepper.run
+def run(self, step, batches, stop):
+    if step == 1 and os.environ["RANK"] == "1":
+        batches[0].images[0, 0, 0, 0] = float("nan")
+    return real(self, step, batches, stop)
+Stepper.run = run
+config = preset("retinanet_tiny")
+config.set("data.path", sys.argv[1])
+for assignment in sys.argv[3:]:
+    config.set(*parse_assignment(assignment))
+train(config, Path(sys.argv[2]), reporter=Reporter(quiet=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip:1", "stop"])
+def test_a_nan_on_one_rank_is_decided_by_all(policy, tiny_data, tmp_path):
+    """Skipped by both or stopping both: neither waits for the other, and the batch is on record where it was met."""
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(NAN_ON_ONE_RANK)
+    settings = {**COMMON, "train.batch_size": 4, "train.nan_policy": policy}
+    words = [tiny_data, str(run), *(f"{key}={value}" for key, value in settings.items())]
+    command = [*torchrun([])[:-2], str(program), *words]
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert time.monotonic() - began < 60  # the processes' timeout: nobody waited for it
+    records = {path.name: json.loads(path.read_text()) for path in run.glob("nonfinite-*.json")}
+    assert sorted(records) == ["nonfinite-00000002-0.json", "nonfinite-00000002-1.json"]
+    assert all(records["nonfinite-00000002-0.json"]["images_finite"])
+    assert records["nonfinite-00000002-1.json"]["images_finite"] == [False, True, True, True]
+    if policy == "stop":
+        assert done.returncode != 0 and "not finite" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in steps(run)] == [1, 2, 3, 4]
+    state = find_checkpoint(run)[1]
+    assert (state["step"], state["skipped"]) == (4, 1)
+    assert all(torch.isfinite(value).all() for value in state["model"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -197,10 +198,16 @@ def _data_loader(images: _Images, batches: Any, workers: int, timeout: float) ->
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_Collate(images.config.size_divisor),
+        worker_init_fn=_ignore_interrupt,
         timeout=timeout if workers else 0,
         # For the workers' base seed, which nothing here uses: the global generator stays as it is.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: what to do about it is for the training alone to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
