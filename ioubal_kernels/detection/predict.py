@@ -15,12 +15,13 @@ from .config import Config, InferenceConfig
 from .data import Batch, Dataset, TransformConfig, boxes_to_original, describe, eval_loader, load_dataset
 from .errors import UsageError
 from .evaluate import ImageDetections, evaluate_detections
-from .models import Detector, build_model
+from .models import Detector
 from .objective import autocast, images_to_device
 from .processes import Processes
 from .progress import Reporter
 from .resources import choose_workers, resolve_amp, resolve_device
 from .results import check_results_path, save_coco_results
+from .weights import load_weights, new_detector
 
 
 @dataclass
@@ -70,59 +71,10 @@ def model_from_state(state: dict[str, Any], path: Path, device: torch.device) ->
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: not a checkpoint of this trainer ({type(error).__name__}: {error})") from error
     # The weights are in the checkpoint: the file the training started from is not needed to rebuild the network.
-    model = build_model(
-        config.model.name,
-        len(classes),
-        anchor_scale=anchor_scale,
-        size=config.data.image_size,
-        smallest=config.model.ssd_smallest,
-        norm=config.model.norm,
-        frozen_backbone=config.model.frozen_backbone,
-    )
+    model = new_detector(config, len(classes), anchor_scale)
     load_weights(model, weights, path)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return TrainedModel(model.to(device, memory_format=memory_format).eval(), config, classes, step, path)
-
-
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """`load_state_dict` whose error lists missing, unexpected and misshapen keys."""
-    _complain(path, *_differences(model, weights))
-    model.load_state_dict(weights)
-
-
-def load_matching_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> list[str]:
-    """Load the weights of another training; those of another shape (a head for other classes) stay as they are.
-
-    Returns:
-        The keys that were left out.
-
-    Raises:
-        UsageError: the weights are of another architecture: keys are missing or unexpected.
-    """
-    missing, unexpected, misshapen = _differences(model, weights)
-    _complain(path, missing, unexpected, [])
-    left_out = [text.split(" ")[0] for text in misshapen]
-    model.load_state_dict({k: v for k, v in weights.items() if k not in left_out}, strict=False)
-    return left_out
-
-
-def _differences(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> tuple[list[str], list[str], list[str]]:
-    """Missing keys, unexpected keys, and those of another shape with both shapes."""
-    own = model.state_dict()
-    misshapen = [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & weights.keys())
-        if own[k].shape != weights[k].shape
-    ]
-    return sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys()), misshapen
-
-
-def _complain(path: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-    if missing or unexpected or misshapen:
-        raise UsageError(
-            f"{path}: the weights do not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"other shapes {misshapen[:5]} ({len(missing)}, {len(unexpected)}, {len(misshapen)} in total)"
-        )
 
 
 def predict_batch(

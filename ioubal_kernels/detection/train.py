@@ -8,32 +8,30 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import rundir
-from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, network_boxes
 from .architectures import MODELS
 from .checkpoint import atomic_write_text, find_checkpoint, load_newest_checkpoint, save_checkpoint
 from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, evaluate_detections, percent
-from .models import build_model
 from .objective import apply_loss, calibrate
-from .predict import load_matching_weights, load_weights, make_eval_loader, predict_dataset, transform_config
+from .predict import make_eval_loader, predict_dataset, transform_config
 from .processes import Processes, started
 from .progress import Reporter
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .signals import StopSignal
+from .starting import fit_anchors, number_of_steps, start_from, with_norm_of
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
-
-COVERAGE_WARNING = 0.9
+from .weights import load_weights, new_detector
 
 
 @dataclass
@@ -84,8 +82,7 @@ def train(
     if config.model.norm == "sync" and device.type != "cuda":
         raise UsageError(f"model.norm: sync needs GPUs, got {device}; group does not depend on the number of processes")
     source = None if resume or config.model.init_from is None else find_checkpoint(config.model.init_from)
-    if source is not None and config.model.norm == "auto":
-        config = replace(config, model=replace(config.model, norm=_norm_of(source)))
+    config = with_norm_of(source, config)
     with ExitStack() as stack:
         processes = stack.enter_context(started(device, config.train.timeout))
         if not processes.first:
@@ -147,7 +144,7 @@ class _Trainer:
         self.log_warned = False
         self.amp = resolve_amp(config.train.amp, self.device)
         self.workers = choose_workers(config.data.workers, self.device)
-        self.total = _number_of_steps(config, loader)
+        self.total = number_of_steps(config, loader)
         self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, math.nan, math.nan
         self.seconds_before = 0.0
         self.began = time.monotonic()
@@ -210,20 +207,11 @@ class _Trainer:
     def _build(self, saved: dict[str, Any] | None) -> None:
         config, dataset = self.config, self.pair.training
         torch.manual_seed(config.train.seed)
-        self.anchor_fit = self._fit_anchors(dataset, saved)
-        detector = build_model(
-            config.model.name,
-            dataset.num_classes,
-            anchor_scale=self.anchor_fit.scale,
-            size=config.data.image_size,
-            smallest=config.model.ssd_smallest,
-            norm=config.model.norm,
-            backbone_file=config.model.backbone_file if saved is None else None,
-            backbone_sha256=config.model.backbone_sha256,
-            frozen_backbone=config.model.frozen_backbone,
-        )
+        wanted = config.model.anchor_scale if saved is None else saved["anchor_scale"]
+        self.anchor_fit = fit_anchors(config, dataset, wanted, self.reporter)
+        detector = new_detector(config, dataset.num_classes, self.anchor_fit.scale, backbone_file=saved is None)
         if saved is None and self.source is not None:
-            self._init_from(detector, *self.source)
+            start_from(self.source, detector, self.reporter)
         self.source = None  # its weights are no longer needed
         if config.model.norm == "sync" and self.processes.several:
             detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
@@ -253,12 +241,6 @@ class _Trainer:
             process_group=self.processes.group,
         )
 
-    def _init_from(self, detector: torch.nn.Module, path: Path, saved: dict[str, Any]) -> None:
-        left_out = load_matching_weights(detector, saved["ema"]["model"], path)
-        self.reporter.info(
-            f"starting from {path}" + (f"; of other shapes, and new: {', '.join(left_out)}" if left_out else "")
-        )
-
     def _restore(self, saved: dict[str, Any]) -> None:
         stepper = self.stepper
         load_weights(self.detector, saved["model"], self.run)
@@ -269,35 +251,6 @@ class _Trainer:
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.w_loc, self.rpn_w_loc = saved["w_loc"], saved["rpn_w_loc"]
         self.seconds_before = saved["seconds"]
-
-    def _fit_anchors(self, dataset: Dataset, saved: dict[str, Any] | None) -> AnchorFit:
-        """The scale of the anchors, and how well they fit; nan where the architecture has no such anchors."""
-        architecture = MODELS[self.config.model.name]
-        wanted = saved["anchor_scale"] if saved is not None else self.config.model.anchor_scale
-        if wanted == "auto":
-            wanted = architecture.anchor_scale or wanted
-        if not architecture.octaves:
-            return AnchorFit(
-                architecture.anchor_scale or 1.0 if wanted == "auto" else float(wanted), math.nan, math.nan
-            )
-        boxes, sizes = network_boxes(dataset, transform_config(self.config))
-        levels = architecture.strides, architecture.octaves
-        if wanted == "auto":
-            fit = choose_anchor_scale(boxes, sizes, *levels)
-        else:
-            fit = anchor_fit(boxes, sizes, *levels, float(wanted))
-        text = (
-            f"anchors from {fit.scale:.2f} strides: {100 * fit.covered:.1f} % of the boxes have one with "
-            f"IoU >= {FITTING_IOU}"
-        )
-        if fit.covered < COVERAGE_WARNING:
-            self.reporter.warn(
-                f"{text}; less than {100 * COVERAGE_WARNING:.0f} %: many objects are too small, too large or too long "
-                "for them. Consider another data.image_size or model.anchor_scale"
-            )
-        else:
-            self.reporter.info(text)
-        return fit
 
     def _calibrate(self) -> None:
         loss = self.config.loss
@@ -489,19 +442,3 @@ class _Trainer:
             atomic_write_text(self.run / "metrics.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
         self.log.write("end", step=self.step, seconds=round(seconds, 3), w_loc=self.w_loc)
         return TrainResult(self.metrics, self.step, seconds, self.w_loc, self.run)
-
-
-def _norm_of(source: tuple[Path, dict[str, Any]]) -> str:
-    """The normalisation of the network in a checkpoint, which one that starts from it must share."""
-    path, saved = source
-    model = unpack_config(saved, path).get("model", {})
-    if model.get("norm", "auto") != "auto":
-        return model["norm"]
-    return "frozen" if model.get("backbone_file") is not None else "batch"
-
-
-def _number_of_steps(config: Config, loader: TrainLoader) -> int:
-    """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
-    if config.train.epochs is None:
-        return config.train.iterations
-    return max(1, round(config.train.epochs * loader.batches_per_epoch / config.train.accumulate))

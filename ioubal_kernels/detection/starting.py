@@ -1,0 +1,82 @@
+"""What a training starts from: anchors that fit the boxes, a new network, weights of an earlier run, its length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, network_boxes
+from .architectures import MODELS
+from .config import Config
+from .data import Dataset, TrainLoader
+from .models import Detector
+from .predict import transform_config
+from .progress import Reporter
+from .state import unpack_config
+from .weights import load_matching_weights
+
+COVERAGE_WARNING = 0.9
+Source = tuple[Path, dict[str, Any]]  # a checkpoint's path and what is in it
+
+
+def number_of_steps(config: Config, loader: TrainLoader) -> int:
+    """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
+    if config.train.epochs is None:
+        return config.train.iterations
+    return max(1, round(config.train.epochs * loader.batches_per_epoch / config.train.accumulate))
+
+
+def fit_anchors(config: Config, dataset: Dataset, wanted: float | str, reporter: Reporter) -> AnchorFit:
+    """The scale of the anchors, and how well they fit; nan where the architecture has no such anchors.
+
+    Args:
+        wanted: the scale, or "auto": the architecture's own, and for the tiny models the one that fits the boxes best.
+    """
+    _, _, strides, octaves, own_scale = MODELS[config.model.name]
+    scale = own_scale if wanted == "auto" else float(wanted)
+    if not octaves:
+        return AnchorFit(scale or 1.0, math.nan, math.nan)
+    boxes, sizes = network_boxes(dataset, transform_config(config))
+    if scale is None:
+        fit = choose_anchor_scale(boxes, sizes, strides, octaves)
+    else:
+        fit = anchor_fit(boxes, sizes, strides, octaves, scale)
+    text = (
+        f"anchors from {fit.scale:.2f} strides: {100 * fit.covered:.1f} % of the boxes have one with "
+        f"IoU >= {FITTING_IOU}"
+    )
+    if fit.covered < COVERAGE_WARNING:
+        reporter.warn(
+            f"{text}; less than {100 * COVERAGE_WARNING:.0f} %: many objects are too small, too large or too long "
+            "for them. Consider another data.image_size or model.anchor_scale"
+        )
+    else:
+        reporter.info(text)
+    return fit
+
+
+def with_norm_of(source: Source | None, config: Config) -> Config:
+    """The configuration with the normalisation of the network in a checkpoint, which one that starts from it must
+    share, where the configuration leaves it open."""
+    if source is None or config.model.norm != "auto":
+        return config
+    path, saved = source
+    model = unpack_config(saved, path).get("model", {})
+    norm = model.get("norm", "auto")
+    if norm == "auto":
+        norm = "frozen" if model.get("backbone_file") is not None else "batch"
+    return replace(config, model=replace(config.model, norm=norm))
+
+
+def start_from(source: Source, detector: Detector, reporter: Reporter) -> None:
+    """Load a checkpoint's evaluated weights, but for layers of another shape (a head for other classes).
+
+    Raises:
+        UsageError: the checkpoint is of another architecture.
+    """
+    path, saved = source
+    left_out = load_matching_weights(detector, saved["ema"]["model"], path)
+    new = f"; of other shapes, and new: {', '.join(left_out)}" if left_out else ""
+    reporter.info(f"starting from {path}{new}")
