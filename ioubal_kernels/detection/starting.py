@@ -11,6 +11,7 @@ from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, ne
 from .architectures import MODELS
 from .config import Config
 from .data import Dataset, TrainLoader
+from .errors import UsageError
 from .models import Detector
 from .predict import transform_config
 from .progress import Reporter
@@ -59,11 +60,21 @@ def fit_anchors(config: Config, dataset: Dataset, wanted: float | str, reporter:
 
 def with_norm_of(source: Source | None, config: Config) -> Config:
     """The configuration with the normalisation of the network in a checkpoint, which one that starts from it must
-    share, where the configuration leaves it open."""
-    if source is None or config.model.norm != "auto":
+    share, where the configuration leaves it open.
+
+    Raises:
+        UsageError: the checkpoint is of another detector.
+    """
+    if source is None:
         return config
     path, saved = source
     model = unpack_config(saved, path).get("model", {})
+    if model.get("name") != config.model.name:
+        raise UsageError(
+            f"model.init_from: {path} holds a {model.get('name')}, expected {config.model.name} like model.name"
+        )
+    if config.model.norm != "auto":
+        return config
     norm = model.get("norm", "auto")
     if norm == "auto":
         norm = "frozen" if model.get("backbone_file") is not None else "batch"

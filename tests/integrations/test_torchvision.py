@@ -366,3 +366,16 @@ def test_calibration_of_the_proposals():
     assert float(got) == pytest.approx(float(plain), rel=1e-4)
     with pytest.raises(ValueError, match="rpn must be False"):
         calibrate(make("ssd"), [batch("ssd")], rpn=True)
+
+
+@pytest.mark.parametrize("scope", ["batch", "image"])
+@pytest.mark.parametrize("family", ["retinanet", "ssd", "faster_rcnn"])
+def test_a_batch_without_any_box(family, scope):
+    """Nothing to balance: torchvision's losses, every parameter has a gradient (DDP waits for each of them)."""
+    model, (images, targets) = make(family), batch(family)
+    targets = [{name: value[:0] for name, value in target.items()} for target in targets]
+    want = step(model, images, targets)
+    options = {"rpn": True} if family == "faster_rcnn" else {}
+    assert_same(step(convert(model, normalizer_scope=scope, normalize_loc=True, **options), images, targets), want)
+    found = ik.integrations.torchvision.statistics(model)
+    assert (int(found["num_positives"]), float(found["mean_iou"])) == (0, 0.0)
