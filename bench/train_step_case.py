@@ -124,7 +124,7 @@ class Case:
             began = time.perf_counter()
             self.batches.append(next(here))
             seconds.append(time.perf_counter() - began)
-        self._anchors: Tensor | None = None
+        self._anchors: dict[tuple[int, int], Tensor] = {}
         self.load_ms = statistics.median(seconds) * 1e3
         self.loader = loaders[1]
 
@@ -141,12 +141,15 @@ class Case:
         return HeadMaps(outputs["cls_logits"], outputs["bbox_regression"])
 
     def anchors(self, maps: HeadMaps) -> Tensor:
-        """Anchors (R, 4), the same for every image. Made once: no stage pays for them."""
-        if self._anchors is None:
-            image = self.batches[0].images[:1].to(self.device)
+        """Anchors (R, 4), the same for every image. Made once for a size: no stage pays for them."""
+        height, width = maps.bbox_deltas[0].shape[-2:]
+        if (height, width) not in self._anchors:
+            stride = MODELS[self.spec.model].strides[0]  # the loader pads to multiples of 32
+            image = torch.zeros(1, 3, height * stride, width * stride, device=self.device)
             generator = self.model.network.anchor_generator
-            self._anchors = generator(ImageList(image, [tuple(image.shape[-2:])]), maps.bbox_deltas)[0]
-        return self._anchors
+            images = ImageList(image, [tuple(image.shape[-2:])])
+            self._anchors[height, width] = generator(images, maps.bbox_deltas)[0]
+        return self._anchors[height, width]
 
     def finish(self, loss: Tensor) -> None:
         """What follows the backward in the trainer: clipping, one transfer of figures, the step, the EMA."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ioubal_kernels.detection.data import Batch
+from ioubal_kernels.detection.models import PreparedImages
 
 from . import memory, timing
 from .train_step_case import Case, HeadMaps, Spec, Targets, divided_step, leaves_of, whole_step
@@ -175,7 +176,7 @@ def host_peak(case: Case, stage: LossStage, maps: HeadMaps, targets: Targets) ->
     """The same of the resident memory, in a process that does nothing else (Linux). The kernel counts pages in batches
     of 32 and more for each CPU: a few hundred KiB are uncertain."""
     with torch.no_grad():
-        small = case.forward(torch.zeros(1, 3, 64, 64))
+        small = case.forward(PreparedImages(torch.zeros(1, 3, 64, 64), [(64, 64)]))
     box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
     loss_stage(case, stage, small, ([box], [torch.zeros(1, dtype=torch.int64)]))
 
