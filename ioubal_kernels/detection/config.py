@@ -82,7 +82,7 @@ class ModelConfig(Checked):
         "auto",
         str,
         choices=("auto", "batch", "group", "sync"),
-        doc="of the backbone; auto: fixed with a backbone file, else batch; sync: BatchNorm over all GPUs",
+        doc="of the backbone; auto: fixed with a backbone file, as in init_from, else batch; sync: batch over all GPUs",
     )
     backbone_file: str | None = option(None, str, optional=True, doc="ImageNet weights (.pth) to start from")
     backbone_sha256: str | None = option(None, str, optional=True, doc="its SHA-256; null: as the file's name says")

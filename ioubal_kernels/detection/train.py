@@ -29,6 +29,7 @@ from .processes import Processes, started
 from .progress import Reporter
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .signals import StopSignal
+from .start import with_start
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
@@ -79,6 +80,7 @@ def train(
     if not resume and rundir.holds_run(run):
         raise UsageError(f"{run} already holds a run: continue it with --resume or choose another folder with -o")
     config.require_start()
+    config = with_start(config, resume=resume)
     device = resolve_device(config.train.device)
     check_backend(config.loss.backend, device)
     with ExitStack() as stack:
