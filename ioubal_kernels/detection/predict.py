@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .architectures import MODELS
 from .checkpoint import find_checkpoint
 from .config import Config, InferenceConfig
 from .data import Batch, Dataset, TransformConfig, boxes_to_original, describe, eval_loader, load_dataset
@@ -40,6 +41,8 @@ def transform_config(config: Config) -> TransformConfig:
     data = config.data
     return TransformConfig(
         size=data.image_size,
+        # SSD's default boxes are shares of the whole input: 300 px padded to 320 would be another detector.
+        size_divisor=1 if MODELS[config.model.name].family == "ssd" else 32,
         short_side=data.short_side,
         long_side=data.long_side,
         keep_ratio=data.keep_ratio,

@@ -38,7 +38,7 @@ class _RichTask(Task):
 
 
 class Reporter:
-    """Where a run's messages go. `quiet` drops everything but warnings."""
+    """Where a run's messages go. `quiet` drops everything but warnings, which then go to stderr: stdout is for JSON."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
@@ -62,7 +62,12 @@ class Reporter:
             self._guard(lambda: self.console.print(renderable))
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self._guard(lambda: self.console.print(text, style=style, markup=False))
+        console = self.console
+        if self.quiet:
+            from rich.console import Console
+
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._guard(lambda: console.print(text, style=style, markup=False))
 
     def _guard(self, write) -> None:
         """A closed pipe or a full log disk must not end a training run: its files are elsewhere."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, network_boxes
 from .architectures import MODELS
+from .checkpoint import find_checkpoint
 from .config import Config
 from .data import Dataset, TrainLoader
 from .errors import UsageError
@@ -56,6 +57,20 @@ def fit_anchors(config: Config, dataset: Dataset, wanted: float | str, reporter:
     else:
         reporter.info(text)
     return fit
+
+
+def source_of(config: Config) -> Source | None:
+    """The checkpoint that model.init_from names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if config.model.init_from is None:
+        return None
+    try:
+        return find_checkpoint(config.model.init_from)
+    except UsageError as error:
+        raise UsageError(f"model.init_from: {error}") from None
 
 
 def with_norm_of(source: Source | None, config: Config) -> Config:

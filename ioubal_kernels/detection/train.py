@@ -16,18 +16,18 @@ import torch
 
 from . import rundir
 from .architectures import MODELS
-from .checkpoint import atomic_write_text, find_checkpoint, load_newest_checkpoint, save_checkpoint
+from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoint
 from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, evaluate_detections, percent
 from .objective import apply_loss, calibrate
 from .predict import make_eval_loader, predict_dataset, transform_config
-from .processes import Processes, started
+from .processes import Processes, launched_as, started
 from .progress import Reporter
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .signals import StopSignal
-from .starting import fit_anchors, number_of_steps, start_from, with_norm_of
+from .starting import fit_anchors, number_of_steps, source_of, start_from, with_norm_of
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
@@ -79,9 +79,9 @@ def train(
     config.require_start()
     device = resolve_device(config.train.device)
     check_backend(config.loss.backend, device)
-    if config.model.norm == "sync" and device.type != "cuda":
+    if config.model.norm == "sync" and device.type != "cuda" and launched_as()[1] > 1:
         raise UsageError(f"model.norm: sync needs GPUs, got {device}; group does not depend on the number of processes")
-    source = None if resume or config.model.init_from is None else find_checkpoint(config.model.init_from)
+    source = None if resume else source_of(config)
     config = with_norm_of(source, config)
     with ExitStack() as stack:
         processes = stack.enter_context(started(device, config.train.timeout))
@@ -213,8 +213,6 @@ class _Trainer:
         if saved is None and self.source is not None:
             start_from(self.source, detector, self.reporter)
         self.source = None  # its weights are no longer needed
-        if config.model.norm == "sync" and self.processes.several:
-            detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.detector = detector.to(self.device, memory_format=memory_format).train()
         self._apply_loss()

@@ -45,8 +45,7 @@ def build_model(
         anchor_scale: smallest anchor edge of a level in strides; None: the architecture's own (4.0 where it has none).
         size: height and width of the network's input, which the default boxes of "ssd_tiny" are made for.
         smallest: of SSD300 and SSD512, see `ssd.default_boxes`.
-        norm: of the backbone: "batch", "group", "frozen", or "auto": frozen with a backbone file, else batch. "sync" is
-            built as "batch".
+        norm: of the backbone: "batch", "sync", "group", "frozen", or "auto": frozen with a backbone file, else batch.
         backbone_file, backbone_sha256: state dict and its digest (not of the tiny models).
         frozen_backbone: build the form that a backbone file gives without reading one.
     """
@@ -55,8 +54,6 @@ def build_model(
     architecture = MODELS[name]
     if norm == "auto":
         norm = "frozen" if frozen_backbone or backbone_file is not None else "batch"
-    if norm == "sync":
-        norm = "batch"
     scale = anchor_scale or architecture.anchor_scale or 4.0
     if architecture.backbone == "tiny":
         network = _tiny(architecture, num_classes, scale, size, norm)
