@@ -120,14 +120,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, kept: int
     # replaced.
     with contextlib.suppress(FileNotFoundError):
         path.with_suffix(".json").unlink()
-    _atomic_torch_write(path, write)
+    atomic_torch_write(path, write)
     atomic_write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
     prune_checkpoints(folder, kept)
     return path
 
 
-def _atomic_torch_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`atomic_write`, where torch may wrap the file's OSError in a RuntimeError of its own."""
+def atomic_torch_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`atomic_write` with torch.save, which may wrap the file's OSError in a RuntimeError of its own.
+
+    Raises:
+        OutputError: as `atomic_write`.
+    """
     try:
         atomic_write(path, write)
     except RuntimeError as error:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 
 from .._version import __version__
 from .architectures import MODELS
-from .checkpoint import atomic_write, find_checkpoint
+from .checkpoint import atomic_torch_write, find_checkpoint
+from .config import ModelConfig
 from .models import class_specific_weights
 from .predict import model_from_state
 
@@ -25,6 +28,10 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
       builds them); FoveaBox is no model of torchvision's. Faster R-CNN's boxes, class-agnostic in training, are
       repeated for every class, as torchvision's FastRCNNPredictor has them.
     - `classes`: the K names. `first_label`: what the model calls the first of them, 0, or 1 where 0 is the background.
+    - `norm`: of the backbone, "frozen", "batch" or "group"; None for VGG16. RetinaNet's and FoveaBox's towers have
+      GroupNorm where it is not "frozen".
+    - `anchors`: keyword arguments of torchvision's AnchorGenerator, for SSD of its DefaultBoxGenerator; None for
+      FoveaBox.
     - `config`: the whole configuration as JSON. `model`, `anchor_scale`, `step`, `format`, `version`.
 
     Args:
@@ -49,9 +56,28 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
         "classes": list(trained.classes),
         "first_label": trained.model.offset,
         "anchor_scale": float(state["anchor_scale"]),
+        "norm": _norm(trained.config.model),
+        "anchors": _anchors(trained.model.network),
         "step": trained.step,
         "config": trained.config.to_json(),
     }
     # Through the file object: on a full disk torch's own file writing dies with an obscure internal message.
-    atomic_write(file, lambda stream: torch.save({**content, "weights": weights}, stream))
+    atomic_torch_write(file, lambda stream: torch.save({**content, "weights": weights}, stream))
     return content
+
+
+def _norm(model: ModelConfig) -> str | None:
+    if MODELS[model.name].backbone == "vgg16":
+        return None
+    if model.norm == "auto":
+        return "frozen" if model.frozen_backbone else "batch"
+    return "batch" if model.norm == "sync" else model.norm
+
+
+def _anchors(network: nn.Module) -> dict[str, Any] | None:
+    generator = getattr(getattr(network, "rpn", network), "anchor_generator", None)
+    if generator is None:
+        return None
+    if isinstance(generator, DefaultBoxGenerator):
+        return {"aspect_ratios": generator.aspect_ratios, "scales": generator.scales, "steps": generator.steps}
+    return {"sizes": generator.sizes, "aspect_ratios": generator.aspect_ratios}

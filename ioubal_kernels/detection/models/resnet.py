@@ -22,8 +22,8 @@ BODIES: dict[str, Callable[..., ResNet]] = {
 
 
 def norm_layer(name: str) -> Callable[[int], nn.Module]:
-    """The layer that normalises `channels`: "batch", "sync" (over all processes, each on a GPU; with one process it is
-    "batch"), "group" (independent of the batch) or "frozen" (fixed).
+    """The layer that normalises `channels`: "batch", "sync" (over all processes, each on a GPU; alone it is "batch"),
+    "group" (independent of the batch) or "frozen" (fixed).
     """
     layers: dict[str, Callable[[int], nn.Module]] = {
         "batch": nn.BatchNorm2d,
