@@ -145,9 +145,9 @@ def assert_same(found: dict, own: dict, first_label: int, least: int = 20) -> No
 
 
 CASES = [
-    ("RetinaNet in torchvision", "retinanet_r18_fpn", (256, 384), {}),
-    ("RetinaNet in torchvision", "retinanet_r18_fpn", (256, 384), {"model.init_from": "somewhere"}),
-    ("RetinaNet in torchvision", "retinanet_r18_fpn", (256, 384), {"model.norm": "group"}),
+    ("RetinaNet in torchvision", "retinanet_r18_fpn", (128, 256), {}),
+    ("RetinaNet in torchvision", "retinanet_r18_fpn", (128, 256), {"model.init_from": "somewhere"}),
+    ("RetinaNet in torchvision", "retinanet_r18_fpn", (128, 256), {"model.norm": "group"}),
     ("RetinaNet in torchvision", "retinanet_r18_fpn", (128, 256), {"data.image_size": [128, 256]}),
     ("SSD in torchvision", "ssd300_vgg16", (300, 300), {}),
     ("SSD in torchvision", "ssd512_vgg16", (512, 512), {"model.ssd_smallest": 15}),
