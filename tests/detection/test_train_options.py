@@ -273,7 +273,9 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert all(len({e.step for e in values}) == len(values) for values in found.values()), "a step has two values"
+    return {tag: {e.step: e.value for e in values} for tag, values in found.items()}
 
 
 def test_tensorboard_has_the_figures_of_the_log(tiny_config, tmp_path, monkeypatch):
