@@ -73,11 +73,6 @@ class HeadMaps(NamedTuple):
     bbox_deltas: list[Tensor]
 
 
-def flatten_maps(maps: list[Tensor], channels: int) -> Tensor:
-    """Level maps (N, A*channels, H, W) -> (N, R, channels) in the order level, h, w, a. Copies."""
-    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)
-
-
 class Case:
     """Everything a step needs.
 
@@ -106,7 +101,7 @@ class Case:
         _, _, strides, octaves, scale = MODELS[spec.model]
         scale = scale or choose_anchor_scale(*network_boxes(dataset, transform), strides, octaves).scale
         torch.manual_seed(config.train.seed)
-        model = build_model(spec.model, spec.classes, anchor_scale=scale, frozen_backbone=spec.frozen)
+        model = build_model(spec.model, spec.classes, anchor_scale=scale, norm="frozen" if spec.frozen else "batch")
         apply_loss(model, config.loss)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format).train()

@@ -11,10 +11,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
+from ioubal_kernels.integrations.torchvision.observing import flatten_maps
 
 from .eager import eager_loss
 from .peers import torchvision_matches
-from .train_step_case import Case, HeadMaps, Mark, Stage, Targets, flatten_maps, leaves_of
+from .train_step_case import Case, HeadMaps, Mark, Stage, Targets, leaves_of
 
 PARITY_LOGITS = 1 << 26  # of these at most in the float64 oracle: half a gigabyte a tensor
 EPS = 2.0**-24  # half an ulp of float32

@@ -197,6 +197,15 @@ def _default_folder(settings: Config) -> Path:
     return folder
 
 
+def _changes(assignments: list[str] | None, amp: str, device: str, workers: int | None) -> list[tuple[str, Any]]:
+    """(key, value) over a checkpoint's configuration: --set, and the options of what uses a trained model."""
+    from .config import parse_assignment
+
+    changes = [parse_assignment(a) for a in assignments or []]
+    changes += [("train.amp", amp), ("train.device", device)]
+    return changes if workers is None else [*changes, ("data.workers", workers)]
+
+
 @app.command("eval")
 @guarded
 def eval_command(
@@ -218,15 +227,11 @@ def eval_command(
     ] = None,
 ) -> None:
     """Evaluate a trained model: AP by threshold, size and class; on a split without annotations, its detections."""
-    from .config import parse_assignment
     from .predict import evaluate_checkpoint
     from .progress import Reporter
 
     reporter = Reporter(quiet=as_json)
-    changes = [parse_assignment(a) for a in set_ or []]
-    changes += [("train.amp", amp), ("train.device", device)]
-    if workers is not None:
-        changes.append(("data.workers", workers))
+    changes = _changes(set_, amp, device, workers)
     metrics = evaluate_checkpoint(model, data, split, changes, reporter, save_results=save_results, voc07=voc07)
     if as_json:
         import json
@@ -257,15 +262,11 @@ def predict_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
 ) -> None:
     """Detect on images: pictures with the boxes drawn, and their numbers as JSON."""
-    from .config import parse_assignment
     from .predict_files import predict_files
     from .progress import Reporter
 
-    changes = [parse_assignment(a) for a in set_ or []]
-    changes += [("train.amp", amp), ("train.device", device)]
-    if workers is not None:
-        changes.append(("data.workers", workers))
     reporter = Reporter(quiet=as_json)
+    changes = _changes(set_, amp, device, workers)
     result = predict_files(model, images, Path(out), score=score, changes=changes, reporter=reporter)
     if as_json:
         import json

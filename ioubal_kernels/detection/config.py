@@ -92,9 +92,11 @@ class ModelConfig(Checked):
     from_scratch: bool = option(False, bool, doc="accept a full-size detector without weights to start from")
 
     @property
-    def frozen_backbone(self) -> bool:
-        """Whether the backbone's statistics, stem and first stage stay as the pretrained weights have them."""
-        return self.norm == "frozen" or (self.norm == "auto" and self.backbone_file is not None)
+    def built_norm(self) -> str:
+        """`norm` without "auto". With "frozen" the backbone's statistics, stem and first stage stay as the pretrained
+        weights have them.
+        """
+        return self.norm if self.norm != "auto" else "batch" if self.backbone_file is None else "frozen"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,17 +135,28 @@ def _mean(values: np.ndarray) -> float | None:
     return float(valid.mean()) if valid.size else None
 
 
-def _as_coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> list[dict[str, Any]]:
+def once_an_image(
+    op: str, dataset: Dataset, detections: Iterable[ImageDetections]
+) -> Iterator[tuple[str, ImageDetections]]:
+    """The first entry of each image, with the words that an error about it begins with.
+
+    Raises:
+        UsageError: an image that the dataset does not have.
+    """
     known = {record.id for record in dataset.records}
     seen: set[int] = set()
-    results: list[dict[str, Any]] = []
     for item in detections:
-        where = f"evaluate_detections: image {item.image_id}"
+        where = f"{op}: image {item.image_id}"
         if item.image_id not in known:
             raise UsageError(f"{where}: expected an image of split {dataset.split!r}, got an id that is not in it")
-        if item.image_id in seen:
-            continue
-        seen.add(item.image_id)
+        if item.image_id not in seen:
+            seen.add(item.image_id)
+            yield where, item
+
+
+def _as_coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for where, item in once_an_image("evaluate_detections", dataset, detections):
         count = item.scores.shape[0]
         if item.boxes.shape != (count, 4) or item.scores.ndim != 1 or item.labels.shape != (count,):
             raise UsageError(

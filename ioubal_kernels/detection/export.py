@@ -11,10 +11,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 
 from .._version import __version__
 from .architectures import MODELS
-from .checkpoint import atomic_torch_write, find_checkpoint
+from .checkpoint import atomic_torch_write
 from .config import ModelConfig
 from .models import class_specific_weights
-from .predict import model_from_state
+from .predict import open_trained
 
 FORMAT = "ioubal_kernels weights 1"
 
@@ -41,8 +41,7 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
     Raises:
         UsageError: no such run. OutputError: the file cannot be written.
     """
-    path, state = find_checkpoint(target)
-    trained = model_from_state(state, path, torch.device("cpu"))
+    trained = open_trained(target)
     weights = {
         key: value.detach().clone(memory_format=torch.contiguous_format)
         for key, value in trained.model.network.state_dict().items()
@@ -55,7 +54,7 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
         "model": trained.config.model.name,
         "classes": list(trained.classes),
         "first_label": trained.model.offset,
-        "anchor_scale": float(state["anchor_scale"]),
+        "anchor_scale": trained.anchor_scale,
         "norm": _norm(trained.config.model),
         "anchors": _anchors(trained.model.network),
         "step": trained.step,
@@ -69,9 +68,7 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
 def _norm(model: ModelConfig) -> str | None:
     if MODELS[model.name].backbone == "vgg16":
         return None
-    if model.norm == "auto":
-        return "frozen" if model.frozen_backbone else "batch"
-    return "batch" if model.norm == "sync" else model.norm
+    return "batch" if model.built_norm == "sync" else model.built_norm
 
 
 def _anchors(network: nn.Module) -> dict[str, Any] | None:

@@ -41,17 +41,16 @@ def apply_loss(
     detector: Detector,
     config: LossConfig,
     *,
-    w_loc: float | None = None,
-    rpn_w_loc: float | None = None,
+    w_loc: float = 1.0,
+    rpn_w_loc: float = 1.0,
     process_group: str | None = None,
 ) -> None:
     """Give the detector the losses of the configuration, through `ik.integrations.torchvision.convert`.
 
     Args:
-        w_loc, rpn_w_loc: the factors to use where the configuration says "auto" (None: 1).
+        w_loc, rpn_w_loc: the factors to use where the configuration says "auto".
         process_group: "world" where several processes share a batch.
     """
-    factors = {"w_loc": (config.w_loc, w_loc), "rpn_w_loc": (config.rpn_w_loc, rpn_w_loc)}
     options = {
         "eta": config.eta,
         "lambda_": config.lambda_,
@@ -65,7 +64,8 @@ def apply_loss(
         "normalize_loc": config.normalize_loc,
         "cls_weight": config.cls_weight,
         "process_group": process_group,
-        **{name: given or 1.0 if value == "auto" else value for name, (value, given) in factors.items()},
+        "w_loc": w_loc if config.w_loc == "auto" else config.w_loc,
+        "rpn_w_loc": rpn_w_loc if config.rpn_w_loc == "auto" else config.rpn_w_loc,
     }
     detector.balance(options, rpn=config.rpn)
 

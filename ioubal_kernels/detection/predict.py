@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .architectures import MODELS
 from .checkpoint import find_checkpoint
 from .config import Config, InferenceConfig
-from .data import Batch, Dataset, TransformConfig, boxes_to_original, describe, eval_loader, load_dataset
+from .data import Batch, Dataset, boxes_to_original, describe, eval_loader, load_dataset
 from .errors import UsageError
 from .evaluate import ImageDetections, evaluate_detections
 from .models import Detector
 from .objective import autocast, images_to_device
 from .processes import Processes
 from .progress import Reporter
-from .resources import choose_workers, resolve_amp, resolve_device
+from .resources import choose_workers, resolve_amp, resolve_device, transform_config
 from .results import check_results_path, save_coco_results
 from .weights import load_weights, new_detector
 
@@ -34,30 +33,8 @@ class TrainedModel:
     classes: tuple[str, ...]
     step: int
     path: Path
-
-
-def transform_config(config: Config) -> TransformConfig:
-    """The loader's view of the configuration."""
-    data = config.data
-    return TransformConfig(
-        size=data.image_size,
-        # SSD's default boxes are shares of the whole input: 300 px padded to 320 would be another detector.
-        size_divisor=1 if MODELS[config.model.name].family == "ssd" else 32,
-        short_side=data.short_side,
-        long_side=data.long_side,
-        keep_ratio=data.keep_ratio,
-        hflip=data.hflip,
-        vflip=data.vflip,
-        zoom=data.zoom,
-        jitter=data.jitter,
-        min_visible=data.min_visible,
-        short_side_range=data.short_side_range,
-        zoom_out=data.zoom_out,
-        iou_crop=data.iou_crop,
-        photometric=data.photometric,
-        mean=data.mean,
-        std=data.std,
-    )
+    anchor_scale: float
+    category_ids: Sequence[int | str] | None  # the training data's own, None in a checkpoint that has none
 
 
 def model_from_state(state: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
@@ -77,19 +54,41 @@ def model_from_state(state: dict[str, Any], path: Path, device: torch.device) ->
     model = new_detector(config, len(classes), anchor_scale)
     load_weights(model, weights, path)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    return TrainedModel(model.to(device, memory_format=memory_format).eval(), config, classes, step, path)
+    model = model.to(device, memory_format=memory_format).eval()
+    return TrainedModel(model, config, classes, step, path, anchor_scale, state.get("category_ids"))
+
+
+def open_trained(target: str, changes: Iterable[tuple[str, Any]] = ()) -> TrainedModel:
+    """The evaluated model of a run's folder or a checkpoint file, on the CPU.
+
+    Args:
+        changes: (key, value) over the checkpoint's configuration.
+
+    Raises:
+        UsageError: there is none, its parts do not fit together, or a key or value is wrong.
+    """
+    path, state = find_checkpoint(target)
+    trained = model_from_state(state, path, torch.device("cpu"))
+    for key, value in changes:
+        trained.config.set(key, value)
+    return trained
+
+
+def detect(
+    trained: TrainedModel, dataset: Dataset, device: torch.device, reporter: Reporter, task: str
+) -> list[ImageDetections]:
+    """Detections of a trained model on every image of a data set, by the model's configuration."""
+    config = trained.config
+    loader = make_eval_loader(config, dataset, choose_workers(config.data.workers, device), "none")
+    amp = resolve_amp(config.train.amp, device)
+    with reporter.task(task, len(dataset)) as progress:
+        return predict_dataset(trained.model.to(device), loader, config.inference, device, amp, progress.advance_to)
 
 
 def predict_batch(
-    model: Detector, batch: Batch, inference: InferenceConfig, device: torch.device, amp: torch.dtype | None
+    model: Detector, batch: Batch, device: torch.device, amp: torch.dtype | None
 ) -> list[ImageDetections]:
     """Detections of one batch of `eval_loader`."""
-    model.set_inference(
-        score_threshold=inference.score_threshold,
-        candidates=inference.candidates,
-        nms_threshold=inference.nms_threshold,
-        max_detections=inference.max_detections,
-    )
     with torch.inference_mode(), autocast(device, amp):
         outputs = model(images_to_device(batch, device, channels_last=True))
     return [
@@ -112,12 +111,18 @@ def predict_dataset(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[ImageDetections]:
     """Detections of every image of an evaluation loader. `on_batch(images done)` may raise to stop."""
+    model.set_inference(
+        score_threshold=inference.score_threshold,
+        candidates=inference.candidates,
+        nms_threshold=inference.nms_threshold,
+        max_detections=inference.max_detections,
+    )
     was_training = model.training
     model.eval()
     detections: list[ImageDetections] = []
     try:
         for batch in loader:
-            detections += predict_batch(model, batch, inference, device, amp)
+            detections += predict_batch(model, batch, device, amp)
             if on_batch is not None:
                 on_batch(len(detections))
     finally:
@@ -170,11 +175,8 @@ def evaluate_checkpoint(
     """
     if save_results is not None:
         check_results_path(Path(save_results))
-    path, state = find_checkpoint(target)
-    trained = model_from_state(state, path, torch.device("cpu"))
+    trained = open_trained(target, changes)
     config = trained.config
-    for key, value in changes:
-        config.set(key, value)
     device = resolve_device(config.train.device)
     dataset = load_dataset(
         data,
@@ -182,7 +184,7 @@ def evaluate_checkpoint(
         config.data.format,
         role="eval",
         classes=trained.classes,
-        category_ids=state.get("category_ids"),
+        category_ids=trained.category_ids,
         allow_symlinks=config.data.allow_symlinks,
     )
     if not dataset.labelled and save_results is None:
@@ -191,17 +193,8 @@ def evaluate_checkpoint(
             "--save-results FILE.json, which writes the detections"
         )
     reporter.info(describe(dataset))
-    reporter.info(f"{path}: {config.model.name}, step {trained.step}, loss {config.loss.label()}, {device}")
-    loader = make_eval_loader(config, dataset, choose_workers(config.data.workers, device), "none")
-    with reporter.task("evaluate", len(dataset)) as task:
-        detections = predict_dataset(
-            trained.model.to(device),
-            loader,
-            config.inference,
-            device,
-            resolve_amp(config.train.amp, device),
-            task.advance_to,
-        )
+    reporter.info(f"{trained.path}: {config.model.name}, step {trained.step}, loss {config.loss.label()}, {device}")
+    detections = detect(trained, dataset, device, reporter, "evaluate")
     if save_results is not None:
         count = save_coco_results(Path(save_results), dataset, detections)
         reporter.info(f"{count} detections on {len(dataset)} images in {save_results}")

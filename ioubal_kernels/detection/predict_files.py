@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import atomic_write, atomic_write_text, find_checkpoint
+from .checkpoint import atomic_write, atomic_write_text
 from .data import BadImageError, DataError, Dataset, ImageRecord, make_record
 from .data.files import decode_rgb, exif_orientation, image_size
 from .errors import UsageError
 from .evaluate import ImageDetections
 from .plots import CLASS_COLORS
-from .predict import TrainedModel, make_eval_loader, model_from_state, predict_dataset
+from .predict import TrainedModel, detect, open_trained
 from .progress import Reporter
-from .resources import available_cores, choose_workers, resolve_amp, resolve_device
+from .resources import available_cores, resolve_device
 from .rundir import prepare_run_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -57,10 +56,7 @@ def predict_files(
     """
     if not 0.0 <= score <= 1.0:
         raise UsageError(f"--score: expected a number from 0 to 1, got {score}")
-    path, state = find_checkpoint(target)
-    trained = model_from_state(state, path, torch.device("cpu"))
-    for key, value in changes:
-        trained.config.set(key, value)
+    trained = open_trained(target, changes)
     trained.config.set("inference.score_threshold", score)
     # Every image was read before; one that changes while this runs is an error and not left out.
     trained.config.set("data.on_bad_image", "raise")
@@ -70,13 +66,8 @@ def predict_files(
     if turned:
         reporter.warn(f"orientation tags are not applied: {turned} images are used as their pixels are stored")
     prepare_run_folder(out)
-    reporter.info(f"{path}: {trained.config.model.name}, {len(dataset)} images, {device}")
-    loader = make_eval_loader(trained.config, dataset, choose_workers(trained.config.data.workers, device), "none")
-    amp = resolve_amp(trained.config.train.amp, device)
-    with reporter.task("predict", len(dataset)) as task:
-        detections = predict_dataset(
-            trained.model.to(device), loader, trained.config.inference, device, amp, task.advance_to
-        )
+    reporter.info(f"{trained.path}: {trained.config.model.name}, {len(dataset)} images, {device}")
+    detections = detect(trained, dataset, device, reporter, "predict")
     found = {item.image_id: item for item in detections}
     result: dict[str, Any] = {"classes": list(trained.classes), "score": score, "images": []}
     for record, picture in zip(dataset.records, pictures, strict=True):

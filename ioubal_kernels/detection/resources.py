@@ -9,8 +9,9 @@ import torch
 
 import ioubal_kernels as ik
 
+from .architectures import MODELS
 from .config import Config
-from .data import Dataset
+from .data import Dataset, TransformConfig
 from .errors import UsageError
 from .processes import launched_as
 
@@ -77,17 +78,40 @@ def choose_workers(setting: int | str, device: torch.device) -> int:
     return 1 if cores > 1 else 0
 
 
+def transform_config(config: Config) -> TransformConfig:
+    """The loader's view of the configuration."""
+    data = config.data
+    return TransformConfig(
+        size=data.image_size,
+        # SSD's default boxes are shares of the whole input: 300 px padded to 320 would be another detector.
+        size_divisor=1 if MODELS[config.model.name].family == "ssd" else 32,
+        short_side=data.short_side,
+        long_side=data.long_side,
+        keep_ratio=data.keep_ratio,
+        hflip=data.hflip,
+        vflip=data.vflip,
+        zoom=data.zoom,
+        jitter=data.jitter,
+        min_visible=data.min_visible,
+        short_side_range=data.short_side_range,
+        zoom_out=data.zoom_out,
+        iou_crop=data.iou_crop,
+        photometric=data.photometric,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
 def choose_cache(setting: str, dataset: Dataset, config: Config) -> str:
     """ "ram" if the split's images, as the loader keeps them, take at most 512 MiB as bytes, else "none"."""
     if setting != "auto":
         return setting
     data = config.data
     height, width = data.image_size or (data.short_side, data.long_side)
-    if data.short_side_range is not None or max(data.photometric, data.zoom_out, data.iou_crop) > 0:
-        # Training keeps the files' own pixels.
-        stored = sum(3 * record.width * record.height for record in dataset.records)
-        return "ram" if max(stored, 3 * height * width * len(dataset)) <= CACHE_LIMIT_BYTES else "none"
-    return "ram" if 3 * height * width * len(dataset) <= CACHE_LIMIT_BYTES else "none"
+    stored = 3 * height * width * len(dataset)
+    if transform_config(config).changes_file:  # training keeps the files' own pixels
+        stored = max(stored, sum(3 * record.width * record.height for record in dataset.records))
+    return "ram" if stored <= CACHE_LIMIT_BYTES else "none"
 
 
 def check_backend(name: str, device: torch.device) -> None:

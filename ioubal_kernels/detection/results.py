@@ -12,7 +12,7 @@ import torch
 from .checkpoint import atomic_write_text
 from .data import Dataset
 from .errors import OutputError, UsageError
-from .evaluate import ImageDetections
+from .evaluate import ImageDetections, once_an_image
 
 
 def coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> list[dict[str, Any]]:
@@ -30,15 +30,8 @@ def coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> lis
         UsageError: an image or a label that the dataset does not have, NaN or infinite values.
     """
     ids = {record.id: record.source_id for record in dataset.records}
-    seen: set[int] = set()
     result = []
-    for item in detections:
-        where = f"coco_results: image {item.image_id}"
-        if item.image_id not in ids:
-            raise UsageError(f"{where}: expected an image of split {dataset.split!r}, got an id that is not in it")
-        if item.image_id in seen:
-            continue
-        seen.add(item.image_id)
+    for where, item in once_an_image("coco_results", dataset, detections):
         if not (torch.isfinite(item.boxes).all() and torch.isfinite(item.scores).all()):
             raise UsageError(f"{where}: boxes, scores: expected finite numbers, got NaN or infinity")
         labels = item.labels.tolist()

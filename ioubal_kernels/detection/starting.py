@@ -14,8 +14,8 @@ from .config import Config
 from .data import Dataset, TrainLoader
 from .errors import UsageError
 from .models import Detector
-from .predict import transform_config
 from .progress import Reporter
+from .resources import transform_config
 from .state import unpack_config
 from .weights import load_matching_weights
 
@@ -83,17 +83,15 @@ def with_norm_of(source: Source | None, config: Config) -> Config:
     if source is None:
         return config
     path, saved = source
-    model = unpack_config(saved, path).get("model", {})
-    if model.get("name") != config.model.name:
+    theirs = Config()
+    theirs.update(unpack_config(saved, path), str(path))
+    if theirs.model.name != config.model.name:
         raise UsageError(
-            f"model.init_from: {path} holds a {model.get('name')}, expected {config.model.name} like model.name"
+            f"model.init_from: {path} holds a {theirs.model.name}, expected {config.model.name} like model.name"
         )
     if config.model.norm != "auto":
         return config
-    norm = model.get("norm", "auto")
-    if norm == "auto":
-        norm = "frozen" if model.get("backbone_file") is not None else "batch"
-    return replace(config, model=replace(config.model, norm=norm))
+    return replace(config, model=replace(config.model, norm=theirs.model.built_norm))
 
 
 def start_from(source: Source, detector: Detector, reporter: Reporter) -> None:

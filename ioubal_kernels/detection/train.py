@@ -22,12 +22,12 @@ from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, evaluate_detections, percent
 from .objective import apply_loss, calibrate
-from .predict import make_eval_loader, predict_dataset, transform_config
+from .predict import make_eval_loader, predict_dataset
 from .processes import Processes, launched_as, started
 from .progress import Reporter
-from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
+from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device, transform_config
 from .signals import StopSignal
-from .starting import fit_anchors, number_of_steps, source_of, start_from, with_norm_of
+from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_of
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
@@ -133,7 +133,7 @@ class _Trainer:
         processes: Processes,
         reporter: Reporter,
         stop: StopSignal,
-        source: tuple[Path, dict[str, Any]] | None,
+        source: Source | None,
     ) -> None:
         """source: the checkpoint of model.init_from."""
         self.source = source
@@ -145,7 +145,7 @@ class _Trainer:
         self.amp = resolve_amp(config.train.amp, self.device)
         self.workers = choose_workers(config.data.workers, self.device)
         self.total = number_of_steps(config, loader)
-        self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, math.nan, math.nan
+        self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, 1.0, 1.0
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
@@ -234,8 +234,8 @@ class _Trainer:
         apply_loss(
             self.detector,
             self.config.loss,
-            w_loc=None if math.isnan(self.w_loc) else self.w_loc,
-            rpn_w_loc=None if math.isnan(self.rpn_w_loc) else self.rpn_w_loc,
+            w_loc=self.w_loc,
+            rpn_w_loc=self.rpn_w_loc,
             process_group=self.processes.group,
         )
 
@@ -400,12 +400,11 @@ class _Trainer:
         if self.eval_loader is None:  # kept, with its cached images, for the next evaluation
             cache = choose_cache(self.config.data.cache, dataset, self.config)
             self.eval_loader = make_eval_loader(self.config, dataset, self.workers, cache, self.processes)
-            self._eval_batches = -(-len(dataset) // self.config.inference.batch_size)
 
         module = self.stepper.ema.module
         self.processes.share_buffers(module)
         # Every process asks the others after each batch whether to stop; some have one batch less.
-        rounds = -(-self._eval_batches // self.processes.world_size)
+        rounds = -(-len(dataset) // (self.config.inference.batch_size * self.processes.world_size))
         with self.reporter.task("evaluate", len(dataset)) as task:
 
             def on_batch(done: int) -> None:

@@ -26,10 +26,9 @@ def new_detector(config: Config, num_classes: int, anchor_scale: float, *, backb
         anchor_scale=anchor_scale,
         size=config.data.image_size,
         smallest=model.ssd_smallest,
-        norm=model.norm,
+        norm=model.built_norm,
         backbone_file=model.backbone_file if backbone_file else None,
         backbone_sha256=model.backbone_sha256,
-        frozen_backbone=model.frozen_backbone,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
+from ioubal_kernels.detection import checkpoint
 from ioubal_kernels.detection.config import Config
 from ioubal_kernels.detection.data import make_synthetic
 from ioubal_kernels.detection.presets import preset
@@ -40,6 +43,45 @@ def tiny_config(tiny_data: str) -> Callable[..., Config]:
         return config
 
     return make
+
+
+class FullDisk:
+    """A file on a disk that is full after `limit` bytes."""
+
+    def __init__(self, file, limit):
+        self.file, self.left = file, limit
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+
+    def write(self, data):
+        self.left -= memoryview(data).nbytes
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(limit): ...`: no binary file that is written has room for more than `limit` bytes."""
+
+    @contextmanager
+    def limited(limit: int) -> Iterator[None]:
+        def opened(path, mode="r", **options):
+            file = open(path, mode, **options)
+            return FullDisk(file, limit) if mode == "wb" else file
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "open", opened, raising=False)
+            yield
+
+    return limited
 
 
 @pytest.fixture

@@ -140,36 +140,12 @@ def test_a_pickle_is_never_executed(folder, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-class FullDisk:
-    """A file on a disk that is full after `limit` bytes."""
-
-    def __init__(self, file, limit):
-        self.file, self.left = file, limit
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.file.close()
-
-    def write(self, data):
-        self.left -= memoryview(data).nbytes
-        if self.left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 0.999])
-def test_a_full_disk_leaves_the_earlier_checkpoints(folder, monkeypatch, share):
+def test_a_full_disk_leaves_the_earlier_checkpoints(folder, full_disk, share):
     limit = int(share * (folder / "step-00000002.pt").stat().st_size)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", lambda path, mode="r": FullDisk(open(path, mode), limit), raising=False)
-        with pytest.raises(OutputError, match=r"cannot write .*step-00000003.*No space left"):
-            save_checkpoint(folder, 3, state(3))
+    with full_disk(limit), pytest.raises(OutputError, match=r"cannot write .*step-00000003.*No space left"):
+        save_checkpoint(folder, 3, state(3))
     after = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert {k: v for k, v in after.items() if not k.startswith("step-00000003")} == before
     assert load_newest_checkpoint(folder)[1]["step"] == 2

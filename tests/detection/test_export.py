@@ -4,7 +4,6 @@ finds what our detector finds.
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import subprocess
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ioubal_kernels.detection import checkpoint
 from ioubal_kernels.detection.checkpoint import find_checkpoint, save_checkpoint
 from ioubal_kernels.detection.data import make_synthetic
 from ioubal_kernels.detection.ema import ModelEma
@@ -95,8 +93,7 @@ def write_run(folder: Path, name: str, **changes: object) -> Detector:
         3,
         size=config.data.image_size,
         smallest=config.model.ssd_smallest,
-        norm=config.model.norm,
-        frozen_backbone=config.model.frozen_backbone,
+        norm=config.model.built_norm,
     )
     liven(detector.network)
     ema = ModelEma(detector, 0.0)
@@ -238,35 +235,11 @@ def test_errors_are_one_line(ioubal, tmp_path):
     assert list((tmp_path / "empty").iterdir()) == [] and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(ioubal, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(ioubal, tmp_path, full_disk):
     run = tmp_path / "run"
     write_run(run, "retinanet_tiny", **{"data.image_size": [64, 64]})
     (tmp_path / "weights.pt").write_bytes(b"earlier")
-
-    class FullDisk:
-        def __init__(self, file) -> None:
-            self.file, self.left = file, 1_000_000
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            self.file.close()
-
-        def write(self, data):
-            self.left -= memoryview(data).nbytes
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    def limited(path, mode="r", **options):
-        file = open(path, mode, **options)
-        return FullDisk(file) if mode == "wb" else file
-
-    monkeypatch.setattr(checkpoint, "open", limited, raising=False)
-    code, _, err = ioubal("export", run, "-o", tmp_path / "weights.pt")
+    with full_disk(1_000_000):
+        code, _, err = ioubal("export", run, "-o", tmp_path / "weights.pt")
     assert (code, err) == (3, f"error: cannot write {tmp_path / 'weights.pt'}: No space left on device\n")
     assert (tmp_path / "weights.pt").read_bytes() == b"earlier"

@@ -51,7 +51,7 @@ def test_two_steps(name, data):
         pair.training.num_classes,
         size=config.data.image_size,
         smallest=config.model.ssd_smallest,
-        frozen_backbone=frozen,
+        norm="frozen" if frozen else "batch",
     ).train()
     for key, value in detector.named_buffers():
         if key.endswith("bn3.weight"):  # random branches with fixed statistics would add up to infinity over 33 blocks

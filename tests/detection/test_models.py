@@ -252,7 +252,7 @@ def test_resnet_file(tmp_path):
     file = tmp_path / "r18.pth"
     torch.save(body.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    model = build_model("retinanet_r18_fpn", 2, backbone_file=str(file), backbone_sha256=digest)
+    model = build_model("retinanet_r18_fpn", 2, norm="frozen", backbone_file=str(file), backbone_sha256=digest)
     loaded = dict(model.network.backbone.body.named_parameters())
     assert torch.equal(loaded["layer3.0.conv1.weight"], body.layer3[0].conv1.weight)
     trained = {n.split(".")[0] for n, p in loaded.items() if p.requires_grad}

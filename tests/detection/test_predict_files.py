@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ioubal_kernels.detection import predict as predict_module
 from ioubal_kernels.detection import predict_files as module
 from ioubal_kernels.detection.evaluate import ImageDetections
 from ioubal_kernels.detection.plots import CLASS_COLORS
@@ -50,7 +51,7 @@ def finds(monkeypatch):
                 found.append(ImageDetections(target["image_id"], shape, torch.tensor(scores), torch.tensor(labels)))
         return found
 
-    monkeypatch.setattr(module, "predict_dataset", predict)
+    monkeypatch.setattr(predict_module, "predict_dataset", predict)
     return lambda *rows, image=1: known.update({image: list(rows)})
 
 

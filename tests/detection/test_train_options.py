@@ -159,7 +159,7 @@ def test_the_normalisation_is_that_of_the_starting_weights(tmp_path, start, norm
     config.set("model.init_from", str(tmp_path))
     config.set("model.norm", norm)
     found = with_norm_of(source_of(config), config)
-    assert found.model.norm == want and found.model.frozen_backbone == (want == "frozen")
+    assert found.model.norm == want and found.model.built_norm == want
     assert config.model.norm == norm  # the caller's is left alone
 
 

@@ -13,6 +13,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 
 import ioubal_kernels as ik
+from ioubal_kernels.integrations.torchvision.observing import flatten_maps
 
 OFF = {"eta": 0.0, "lambda_": 0.0}
 HEADS = {
@@ -209,6 +210,18 @@ def test_ssd_weights_per_image_and_mining_by_hand():
         assert float((weight * ce).sum()) == pytest.approx(float(ce.sum()), rel=1e-4)
         assert weight.std() > 0.05
         torch.testing.assert_close(grad[n][negative][:, 0] * positives, p[n][negative][:, 0] - 1, rtol=1e-4, atol=1e-7)
+
+
+def test_flattened_maps_are_in_the_anchors_order():
+    """Channel a*K + k of cell (h, w) is row (h*W + w)*A + a, column k."""
+    level = torch.arange(2 * 6 * 2 * 3, dtype=torch.float32).reshape(2, 6, 2, 3)
+    flat = flatten_maps([level], 2)
+    for n in range(2):
+        for h in range(2):
+            for w in range(3):
+                for a in range(3):
+                    for k in range(2):
+                        assert flat[n, (h * 3 + w) * 3 + a, k] == level[n, a * 2 + k, h, w]
 
 
 def test_mining_never_takes_a_positive():

@@ -12,14 +12,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from .coco import read_json
 from .files import MAX_PIXELS, FileGuard, image_size, unsafe_name
-from .records import BadImageError, DataError, Dataset, ImageRecord, make_record
+from .records import DataError, Dataset, ImageRecord, make_record
 
 SPLITS = ("train", "val", "test")
 
@@ -247,9 +246,12 @@ def load_cityscapes(root: str, split: str, allow_symlinks: bool = False) -> Data
     guard = FileGuard(root, allow_symlinks)
     records: list[ImageRecord] = []
     keys = sorted(images)
-    read: Callable[[str], Any] = (lambda key: _read_labels(labels[key], guard)) if labelled else (
-        lambda key: _read_size(images[key], guard)
-    )  # fmt: skip
+
+    def read(key: str) -> MaskBoxes | DataError:
+        if labelled:
+            return _guarded(labels[key], guard, "", _read_labels)
+        return _guarded(images[key], guard, "image ", _read_size)
+
     wanted = [key for key in keys if not labelled or key in labels]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for key, result in zip(wanted, pool.map(read, wanted), strict=True):
@@ -287,26 +289,25 @@ def _files(root: str, kind: str, split: str, ends: tuple[str, ...], problems: li
     return result
 
 
-def _read_labels(path: str, guard: FileGuard) -> MaskBoxes | DataError:
+def _guarded(path: str, guard: FileGuard, what: str, read: Callable[[str], MaskBoxes]) -> MaskBoxes | DataError:
+    """What `read` finds in a file, or why it may or can not: a value, since every file is looked at."""
     reason = guard.problem(path)
     if reason:
-        return DataError(f"{path}: {reason}")
+        return DataError(f"{what}{path}: {reason}")
     try:
-        return read_mask(path) if path.endswith(_MASK_END) else read_polygons(path)
+        return read(path)
     except DataError as error:
         return error
 
 
-def _read_size(path: str, guard: FileGuard) -> MaskBoxes | DataError:
-    reason = guard.problem(path)
-    if reason:
-        return DataError(f"image {path}: {reason}")
-    try:
-        size = image_size(path)
-    except BadImageError as error:
-        return error
+def _read_labels(path: str) -> MaskBoxes:
+    return read_mask(path) if path.endswith(_MASK_END) else read_polygons(path)
+
+
+def _read_size(path: str) -> MaskBoxes:
+    """No boxes, and the size of an image without labels."""
     none = np.zeros(0, dtype=np.float32)
-    return MaskBoxes(none.reshape(0, 4), none.astype(np.int64), none.astype(bool), none, size)
+    return MaskBoxes(none.reshape(0, 4), none.astype(np.int64), none.astype(bool), none, image_size(path))
 
 
 def _record(number: int, key: str, path: str, found: MaskBoxes) -> ImageRecord:

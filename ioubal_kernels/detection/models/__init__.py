@@ -32,10 +32,9 @@ def build_model(
     anchor_scale: float | None = None,
     size: tuple[int, int] | None = None,
     smallest: int = 15,
-    norm: str = "auto",
+    norm: str = "batch",
     backbone_file: str | None = None,
     backbone_sha256: str | None = None,
-    frozen_backbone: bool = False,
 ) -> Detector:
     """A freshly initialised detector; the initialisation depends on torch's current random state only.
 
@@ -45,15 +44,12 @@ def build_model(
         anchor_scale: smallest anchor edge of a level in strides; None: the architecture's own (4.0 where it has none).
         size: height and width of the network's input, which the default boxes of "ssd_tiny" are made for.
         smallest: of SSD300 and SSD512, see `ssd.default_boxes`.
-        norm: of the backbone: "batch", "sync", "group", "frozen", or "auto": frozen with a backbone file, else batch.
+        norm: of the backbone: "batch", "sync", "group", or "frozen", the form for weights from a file.
         backbone_file, backbone_sha256: state dict and its digest (not of the tiny models).
-        frozen_backbone: build the form that a backbone file gives without reading one.
     """
     if name not in MODELS:
         raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
     architecture = MODELS[name]
-    if norm == "auto":
-        norm = "frozen" if frozen_backbone or backbone_file is not None else "batch"
     scale = anchor_scale or architecture.anchor_scale or 4.0
     if architecture.backbone == "tiny":
         network = _tiny(architecture, num_classes, scale, size, norm)

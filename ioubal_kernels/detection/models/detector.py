@@ -12,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ioubal_kernels.integrations import torchvision as integration
+from ioubal_kernels.integrations.torchvision.observing import last, positive_deltas
 
 from ..errors import NonFiniteError
 
@@ -115,11 +116,8 @@ class Detector(nn.Module):
         """
         if self.family == "faster_rcnn":
             heads = self.network.roi_heads
-            heads.score_thresh, heads.nms_thresh, heads.detections_per_img = (
-                score_threshold,
-                nms_threshold,
-                max_detections,
-            )
+            heads.score_thresh, heads.nms_thresh = score_threshold, nms_threshold
+            heads.detections_per_img = max_detections
             for limits in (self.network.rpn._pre_nms_top_n, self.network.rpn._post_nms_top_n):
                 limits["testing"] = candidates
             return
@@ -136,13 +134,13 @@ class Detector(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         """Of the last training step: number of positives and the mean IoU of their boxes, 0-d each."""
-        found = integration.last(self.network.roi_heads if self.family == "faster_rcnn" else self.network)
+        found = last(self.network.roi_heads if self.family == "faster_rcnn" else self.network)
         return {"positives": found["num_positives"], "mean_iou": found["mean_iou"]}
 
     def collect_deltas(self, inputs: Iterable[tuple[Any, Any]], *, rpn: bool) -> list[tuple[Tensor, Tensor]]:
         """Predicted and target deltas of the positives; see `ik.integrations.torchvision.collect_deltas`."""
         if self.family == "foveabox":
-            return integration.positive_deltas(self.network, self.network, inputs)
+            return positive_deltas(self.network, self.network, inputs)
         return integration.collect_deltas(self.network, inputs, rpn=rpn)
 
     def box_coder(self, rpn: bool) -> dict[str, Any]:

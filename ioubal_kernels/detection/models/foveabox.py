@@ -16,7 +16,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 import ioubal_kernels as ik
 from ioubal_kernels.distributed import all_reduce_sums, world_size
-from ioubal_kernels.integrations.torchvision import Settings, record_pairs, recording, remember
+from ioubal_kernels.integrations.torchvision import Settings
+from ioubal_kernels.integrations.torchvision.observing import record_dense, remember
 
 from .resnet import norm_layer
 
@@ -161,8 +162,7 @@ class FoveaBox(nn.Module):
             logits, deltas, cells, matched, boxes, labels, box_coder="fovea", avg_factor=divisors, **settings.keywords()
         )
         remember(self, losses.num_positives, losses.mean_iou)
-        if recording(self):
-            record_pairs(self, *_positive_deltas(deltas, cells, matched, boxes))
+        record_dense(self, deltas, cells, matched, boxes, box_coder="fovea")
         return {"classification": losses.classification, "bbox_regression": losses.localization}
 
     @torch.no_grad()
@@ -187,16 +187,3 @@ class FoveaBox(nn.Module):
             kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
             detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
         return detections
-
-
-def _positive_deltas(
-    deltas: list[Tensor], cells: Tensor, matched: Tensor, boxes: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Predicted and target log-distances (P, 4) of the positives."""
-    flat = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in deltas], dim=1)
-    predicted, targets = [], []
-    for n, gt in enumerate(boxes):
-        rows = (matched[n] >= 0).nonzero().squeeze(1)
-        predicted.append(flat[n, rows].float())
-        targets.append(ik.encode_boxes(gt[matched[n, rows].long()], cells[rows], box_coder="fovea"))
-    return torch.cat(predicted), torch.cat(targets)

@@ -23,7 +23,7 @@ from torchvision.models.detection.ssd import SSD
 from ... import validation
 from ...calibration import calibrate_w_loc as calibrate_from_pairs
 from . import rcnn, retinanet, ssd
-from .observing import last, positive_deltas, record, record_pairs, recording, remember
+from .observing import last, positive_deltas, record
 from .settings import OP, Settings
 from .swapping import Balanced, swap, swap_back
 
@@ -33,9 +33,6 @@ __all__ = [
     "collect_deltas",
     "convert",
     "record",
-    "record_pairs",
-    "recording",
-    "remember",
     "revert",
     "statistics",
 ]

@@ -5,13 +5,15 @@ Kept beside the modules, not in them: state dicts, copies and pickles do not see
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+import ioubal_kernels as ik
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _recorders: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
@@ -49,6 +51,35 @@ def record_pairs(module: nn.Module, pred_deltas: Tensor, target_deltas: Tensor) 
     """Append the deltas (P, 4) of a forward's positives, if a `record` block is running."""
     if recording(module):
         _recorders[module].append((pred_deltas.detach().float(), target_deltas.detach().float()))
+
+
+def flatten_maps(maps: Tensor | Sequence[Tensor], channels: int) -> Tensor:
+    """Level maps (N, A*channels, H, W) as (N, R, channels) in the order level, h, w, a (a copy); flat as they are."""
+    if isinstance(maps, Tensor):
+        return maps
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)
+
+
+def record_dense(
+    module: nn.Module,
+    bbox_deltas: Tensor | Sequence[Tensor],
+    anchors: Tensor,
+    matched_idxs: Tensor,
+    gt_boxes: Sequence[Tensor],
+    **coder: Any,
+) -> None:
+    """`record_pairs` of a dense detector, if a `record` block is running: arguments as in
+    `iou_balanced_detection_loss`, `coder` those of `encode_boxes`.
+    """
+    if not recording(module):
+        return
+    flat, predicted, targets = flatten_maps(bbox_deltas, 4), [], []
+    for n, gt in enumerate(gt_boxes):
+        rows = (matched_idxs[n] >= 0).nonzero().squeeze(1)
+        own = anchors if anchors.ndim == 2 else anchors[n]
+        predicted.append(flat[n, rows])
+        targets.append(ik.encode_boxes(gt[matched_idxs[n, rows].long()], own[rows], **coder))
+    record_pairs(module, torch.cat(predicted), torch.cat(targets))
 
 
 def positive_deltas(

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 import ioubal_kernels as ik
 
-from .observing import record_pairs, recording, remember
+from .observing import flatten_maps, record_dense, remember
 from .settings import OP, Settings
 from .swapping import Balanced, swap, swap_back
 
@@ -65,11 +65,10 @@ class BalancedRetinaNet(Balanced):
             **settings.keywords(),
         )
         remember(self, loss.num_positives, loss.mean_iou)
-        if recording(self):
-            record_pairs(self, *_positive_deltas(deltas, shared, matched, boxes, weights))
+        record_dense(self, deltas, shared, matched, boxes, weights=weights)
         localization = loss.localization
         if self.iou_balanced.beta is None and loss_type not in OWN_BETA:
-            outputs = {"bbox_regression": _flat(deltas, 4)}
+            outputs = {"bbox_regression": flatten_maps(deltas, 4)}
             localization = self.head.regression_head.compute_loss(targets, outputs, anchors, list(matched.long()))
         return {"classification": loss.classification, "bbox_regression": localization}
 
@@ -96,25 +95,6 @@ class BalancedRetinaNet(Balanced):
 def _per_image(matched: Tensor) -> Tensor:
     """torchvision's divisors (N,): each image's positives, at least one, times the number of images."""
     return (matched >= 0).sum(1).clamp(min=1).float() * len(matched)
-
-
-def _flat(maps: Any, channels: int) -> Tensor:
-    """Level maps (N, A*channels, H, W) as (N, R, channels), in the order level, h, w, a."""
-    if isinstance(maps, Tensor):
-        return maps
-    return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, channels) for m in maps], dim=1)
-
-
-def _positive_deltas(
-    deltas: Any, anchors: Tensor, matched: Tensor, boxes: list[Tensor], weights: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    flat, predicted, targets = _flat(deltas, 4), [], []
-    for n, gt in enumerate(boxes):
-        rows = (matched[n] >= 0).nonzero().squeeze(1)
-        own = anchors if anchors.ndim == 2 else anchors[n]
-        predicted.append(flat[n, rows].float())
-        targets.append(ik.encode_boxes(gt[matched[n, rows].long()], own[rows], weights=weights))
-    return torch.cat(predicted), torch.cat(targets)
 
 
 def convert(model: nn.Module, settings: Settings) -> None:
