@@ -172,6 +172,7 @@ class TrainConfig(Checked):
         "stop", str, doc="stop, or skip:N to leave out up to N batches with a NaN loss or gradient"
     )
     log_every: int = option(10, int, low=1, doc="steps between lines of log.jsonl")
+    watch_every: int = option(50, int, low=0, doc="steps between measurements of Eq. 4's and 7's normalisers, 0: none")
     tensorboard: bool = option(False, bool, doc="write the same figures for TensorBoard to RUN/tensorboard")
     checkpoint_every: int = option(100, int, low=1, doc="steps between checkpoints")
     eval_every: int = option(250, int, low=0, doc="steps between evaluations, 0: only at the end")
@@ -394,8 +395,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 # What may differ between the two halves of a run without changing a single bit of the result.
 NEUTRAL_KEYS = frozenset(
-    "data.path data.workers data.cache data.timeout train.log_every train.checkpoint_every train.eval_every "
-    "inference.batch_size".split()
+    "data.path data.workers data.cache data.timeout train.log_every train.watch_every train.checkpoint_every "
+    "train.eval_every inference.batch_size".split()
 )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ioubal_kernels as ik
+from ioubal_kernels.integrations.torchvision.observing import Recording
 
 from .config import LossConfig
 from .data import Batch
@@ -68,6 +70,34 @@ def apply_loss(
         "rpn_w_loc": rpn_w_loc if config.rpn_w_loc == "auto" else config.rpn_w_loc,
     }
     detector.balance(options, rpn=config.rpn)
+
+
+@torch.no_grad()
+def normalizers(recording: Recording, config: LossConfig, coder: dict[str, Any]) -> dict[str, float | None]:
+    """What Eq. 4 and 7 would multiply the weights of these positives by.
+
+    Args:
+        recording: of one or several training forwards; their positives count as one batch.
+        config: its eta and lambda_ are the exponents; where it has 0, the method's 1.5.
+        coder: `Detector.box_coder`.
+
+    Returns:
+        cls_normalizer, sum(CE) over sum(iou^eta CE); loc_normalizer, the same with iou^lambda and smooth L1. None
+        without positives, or where all IoUs are 0.
+    """
+    defaults = LossConfig()
+    plain = weighted = 0.0
+    for (pred, target), losses in zip(recording.pairs, recording.plain, strict=True):
+        iou = ik.delta_iou(pred, target, **{"weights" if k == "box_weights" else k: v for k, v in coder.items()})
+        plain += losses.double().sum().item()
+        weighted += (iou.double() ** (config.eta or defaults.eta) * losses.double()).sum().item()
+    try:
+        localization = ik.calibrate_w_loc(
+            recording.pairs, lambda_=config.lambda_ or defaults.lambda_, beta=config.beta, **coder
+        )
+    except ValueError:
+        localization = None
+    return {"cls_normalizer": plain / weighted if weighted > 0 else None, "loc_normalizer": localization}
 
 
 @torch.no_grad()

@@ -16,12 +16,14 @@ class Task:
     def __init__(self, reporter: Reporter, name: str, total: int, start: int) -> None:
         self.reporter, self.name, self.total, self.start = reporter, name, total, start
         self._began = self._shown = time.monotonic()
+        self._last = start  # progress of the last line
 
     def advance_to(self, done: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self._shown < PLAIN_INTERVAL and done < self.total:
+        ended = done >= self.total and self._last < self.total
+        if not ended and now - self._shown < PLAIN_INTERVAL:
             return
-        self._shown = now
+        self._shown, self._last = now, done
         rate = (done - self.start) / max(now - self._began, 1e-9)
         left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 and done < self.total else ""
         self.reporter.info(f"{self.name} {done}/{self.total}{left}{'  ' + note if note else ''}")

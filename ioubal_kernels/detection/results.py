@@ -1,18 +1,63 @@
-"""Detections as a COCO result file, which evaluation servers and `pycocotools.coco.COCO.loadRes` take."""
+"""Detections on disk: a COCO result file, which evaluation servers and `pycocotools.coco.COCO.loadRes` take, and a
+run's own file of arrays.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .checkpoint import atomic_write_text
+from .checkpoint import atomic_write, atomic_write_text
 from .data import Dataset
 from .errors import OutputError, UsageError
 from .evaluate import ImageDetections, once_an_image
+
+DETECTIONS_FILE = "detections.npz"
+
+
+def save_detections(path: Path, detections: Sequence[ImageDetections]) -> None:
+    """Write detections as arrays of numbers (compressed): `image_ids` and `counts` by image, `boxes` (D, 4) float32,
+    `scores` (D,) float32 and `labels` (D,) int32 of all images in that order.
+
+    Raises:
+        OutputError: the file cannot be written; an earlier one is as it was.
+    """
+    arrays = {
+        "image_ids": np.array([item.image_id for item in detections], np.int64),
+        "counts": np.array([len(item.scores) for item in detections], np.int64),
+        "boxes": np.concatenate([np.zeros((0, 4)), *(item.boxes.numpy() for item in detections)]).astype(np.float32),
+        "scores": np.concatenate([np.zeros(0), *(item.scores.numpy() for item in detections)]).astype(np.float32),
+        "labels": np.concatenate([np.zeros(0), *(item.labels.numpy() for item in detections)]).astype(np.int32),
+    }
+    atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_detections(path: Path) -> list[ImageDetections]:
+    """What `save_detections` wrote.
+
+    Raises:
+        UsageError: it is not there or not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            ids, counts, boxes, scores, labels = (
+                found[name] for name in ("image_ids", "counts", "boxes", "scores", "labels")
+            )
+        if counts.sum() != len(scores) or boxes.shape != (len(scores), 4) or labels.shape != scores.shape:
+            raise ValueError("its arrays do not fit together")
+        ends = np.cumsum(counts).tolist()
+        return [
+            ImageDetections(image, *(torch.from_numpy(part[end - count : end]) for part in (boxes, scores, labels)))
+            for image, count, end in zip(ids.tolist(), counts.tolist(), ends, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not the detections of a run: {error}") from error
 
 
 def coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, ne
 from .architectures import MODELS
 from .checkpoint import find_checkpoint
 from .config import Config
-from .data import Dataset, TrainLoader
+from .data import Dataset
 from .errors import UsageError
 from .models import Detector
 from .progress import Reporter
@@ -23,11 +23,11 @@ COVERAGE_WARNING = 0.9
 Source = tuple[Path, dict[str, Any]]  # a checkpoint's path and what is in it
 
 
-def number_of_steps(config: Config, loader: TrainLoader) -> int:
+def number_of_steps(config: Config, batches_per_epoch: int) -> int:
     """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
     if config.train.epochs is None:
         return config.train.iterations
-    return max(1, round(config.train.epochs * loader.batches_per_epoch / config.train.accumulate))
+    return max(1, round(config.train.epochs * batches_per_epoch / config.train.accumulate))
 
 
 def fit_anchors(config: Config, dataset: Dataset, wanted: float | str, reporter: Reporter) -> AnchorFit:

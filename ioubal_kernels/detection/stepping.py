@@ -13,7 +13,7 @@ from .config import Config, parse_nan_policy
 from .data import Batch
 from .ema import ModelEma
 from .models import Detector
-from .objective import autocast, to_device
+from .objective import autocast, normalizers, to_device
 from .optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from .processes import Processes
 
@@ -40,11 +40,14 @@ class Stepper:
         images = config.train.batch_size * config.train.accumulate * processes.world_size
         self.rate_factor = images / config.optim.base_batch if config.optim.base_batch else 1.0
 
-    def run(self, step: int, batches: list[Batch], stop: bool) -> tuple[dict[str, Any], bool, bool]:
+    def run(
+        self, step: int, batches: list[Batch], stop: bool, *, watch: bool = False
+    ) -> tuple[dict[str, Any], bool, bool]:
         """Step number `step` (0-based) on `batches`, whose gradients are averaged.
 
         Args:
             stop: whether this process was told to stop.
+            watch: put the normalisers of this process's positives into the record.
 
         Returns:
             The step's record: its number (1-based), the losses, gradient norm, positives, mean IoU and learning rate;
@@ -61,9 +64,10 @@ class Stepper:
         buffers = [b.clone() for b in self.detector.buffers()] if self.allowed else []
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
-            for name, value in self._backward(batch, len(batches), last=number == len(batches)).items():
-                totals[name] = totals[name] + value if name in totals else value
+        with self.detector.record_positives() if watch else contextlib.nullcontext() as recording:
+            for number, batch in enumerate(batches, start=1):
+                for name, value in self._backward(batch, len(batches), last=number == len(batches)).items():
+                    totals[name] = totals[name] + value if name in totals else value
         norm = clip_gradients(self.detector, config.optim.clip)
         names = [*totals, "stop"]
         flag = torch.tensor(float(stop), dtype=torch.float64, device=norm.device)
@@ -86,6 +90,8 @@ class Stepper:
         else:
             for buffer, before in zip(self.detector.buffers(), buffers, strict=bool(buffers)):
                 buffer.copy_(before)
+        if recording is not None:
+            record |= normalizers(recording, config.loss, self.detector.box_coder(rpn=False))
         return record, finite, stop
 
     def _backward(self, batch: Batch, count: int, last: bool) -> dict[str, Tensor]:

@@ -20,12 +20,14 @@ from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoi
 from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
-from .evaluate import MAIN_METRICS, evaluate_detections, percent
+from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent
 from .objective import apply_loss, calibrate
 from .predict import make_eval_loader, predict_dataset
 from .processes import Processes, launched_as, started
 from .progress import Reporter
+from .provenance import provenance, weights_digest
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device, transform_config
+from .results import DETECTIONS_FILE, save_detections
 from .signals import StopSignal
 from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_of
 from .state import pack_state, unpack_config
@@ -144,12 +146,13 @@ class _Trainer:
         self.log_warned = False
         self.amp = resolve_amp(config.train.amp, self.device)
         self.workers = choose_workers(config.data.workers, self.device)
-        self.total = number_of_steps(config, loader)
+        self.total = number_of_steps(config, loader.batches_per_epoch)
         self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, 1.0, 1.0
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
         self.metrics_step = -1
+        self.found: list[ImageDetections] = []  # of the last evaluation
         self.eval_loader: Iterable[Batch] | None = None
 
     # Set-up
@@ -170,6 +173,8 @@ class _Trainer:
             iterations=self.total,
             processes=self.processes.world_size,
             data=self.pair.training.fingerprint(),
+            weights=weights_digest(self.detector),
+            **provenance(self.device),
         )
         if not saved:
             if self.processes.first:
@@ -281,7 +286,7 @@ class _Trainer:
         with self.reporter.task(f"train {self.config.loss.label()}", total, self.step) as task:
             while self.step < total:
                 record, stop = self._train_step([next(batches) for _ in range(every.accumulate)])
-                if self.step % every.log_every == 0 or self.step == total:
+                if self.step % every.log_every == 0 or self.step == total or self._watched(self.step):
                     self._log_step(record)
                     task.advance_to(self.step, f"cls {record['cls']:.3f} loc {record['loc']:.3f}")
                 due = every.eval_every and self.step % every.eval_every == 0 and self.step < total
@@ -310,11 +315,18 @@ class _Trainer:
 
     def _train_step(self, batches: list[Batch]) -> tuple[dict[str, Any], bool]:
         """One step; its record, and whether any process was told to stop."""
-        record, finite, stop = self.stepper.run(self.step, batches, self.stop.number is not None)
+        record, finite, stop = self.stepper.run(
+            self.step, batches, self.stop.number is not None, watch=self._watched(self.step + 1)
+        )
         if not finite:
             self._non_finite(batches, record)
         self.step += 1
         return record, stop
+
+    def _watched(self, step: int) -> bool:
+        """Whether the normalisers of this step (1-based) are measured: the first and every multiple."""
+        every = self.config.train.watch_every
+        return every > 0 and (step == 1 or step % every == 0)
 
     def _non_finite(self, batches: list[Batch], record: dict[str, Any]) -> None:
         """Leave the batch out, or stop, as train.nan_policy says; either way each process's batch is on record."""
@@ -427,6 +439,8 @@ class _Trainer:
             metrics = evaluate_detections(dataset, everything, max_detections=limit)
         self.metrics = self.processes.from_first(metrics)
         self.metrics_step = self.step
+        if self.processes.first:
+            self.found = everything
         self.log.write("eval", step=self.step, split=dataset.split, metrics=self.metrics)
         self.figures.write(self.step, {f"eval/{name}": self.metrics[name] for name in MAIN_METRICS})
         figures = "  ".join(f"{name} {percent(self.metrics[name])}" for name in ("AP", "AP50", "AP75", "AP90"))
@@ -436,6 +450,7 @@ class _Trainer:
         self._evaluate()
         seconds = self._seconds()
         if self.metrics is not None and self.processes.first:
+            save_detections(self.run / DETECTIONS_FILE, self.found)
             atomic_write_text(self.run / "metrics.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
         self.log.write("end", step=self.step, seconds=round(seconds, 3), w_loc=self.w_loc)
         return TrainResult(self.metrics, self.step, seconds, self.w_loc, self.run)

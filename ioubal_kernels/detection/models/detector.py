@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ioubal_kernels.integrations import torchvision as integration
-from ioubal_kernels.integrations.torchvision.observing import last, positive_deltas
+from ioubal_kernels.integrations.torchvision.observing import Recording, last, positive_deltas, record_positives
 
 from ..errors import NonFiniteError
 
@@ -132,9 +133,17 @@ class Detector(nn.Module):
             return
         integration.convert(self.network, **options, rpn=rpn and self.family == "faster_rcnn")
 
+    @property
+    def _loss_module(self) -> nn.Module:
+        return self.network.roi_heads if self.family == "faster_rcnn" else self.network
+
+    def record_positives(self) -> AbstractContextManager[Recording]:
+        """While the block runs, every training forward adds its positives to the recording."""
+        return record_positives(self._loss_module)
+
     def statistics(self) -> dict[str, Tensor]:
         """Of the last training step: number of positives and the mean IoU of their boxes, 0-d each."""
-        found = last(self.network.roi_heads if self.family == "faster_rcnn" else self.network)
+        found = last(self._loss_module)
         return {"positives": found["num_positives"], "mean_iou": found["mean_iou"]}
 
     def collect_deltas(self, inputs: Iterable[tuple[Any, Any]], *, rpn: bool) -> list[tuple[Tensor, Tensor]]:

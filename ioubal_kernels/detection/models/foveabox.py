@@ -162,7 +162,18 @@ class FoveaBox(nn.Module):
             logits, deltas, cells, matched, boxes, labels, box_coder="fovea", avg_factor=divisors, **settings.keywords()
         )
         remember(self, losses.num_positives, losses.mean_iou)
-        record_dense(self, deltas, cells, matched, boxes, box_coder="fovea")
+        record_dense(
+            self,
+            logits,
+            deltas,
+            cells,
+            matched,
+            boxes,
+            labels,
+            alpha=settings.alpha,
+            gamma=settings.gamma,
+            box_coder="fovea",
+        )
         return {"classification": losses.classification, "bbox_regression": losses.localization}
 
     @torch.no_grad()

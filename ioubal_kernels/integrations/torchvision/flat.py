@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import ioubal_kernels as ik
 
 from ...distributed import all_reduce_sums, world_size
-from .observing import record_pairs, remember
+from .observing import record_flat, remember
 from .settings import Settings
 
 
@@ -58,13 +59,13 @@ def losses(
     count, positives, iou_sum = all_reduce_sums([count, positives, positive_iou.sum()], group)
     divisor = count.clamp(min=1) / world_size(group)
     remember(module, positives.long(), iou_sum / positives.clamp(min=1))
-    record_pairs(module, pred, target)
     shared = {"eps": settings.eps, "avg_factor": divisor, "backend": settings.backend}
     scope = ({"process_group": settings.process_group},) * 2
     # An image is in one process: its sums are complete there, and its number is not unique.
     if settings.normalizer_scope == "image":
         scope = tuple({"scope_ids": ids, "num_scopes": sample.images} for ids in (sample.image, sample.image[rows]))
     classify = ik.iou_balanced_binary_cross_entropy if sigmoid else ik.iou_balanced_cross_entropy
+    record_flat(module, pred, target, lambda: _plain(classify, sample, sigmoid))
     cls = classify(sample.logits, sample.labels, iou, eta=settings.classification_exponent, **shared, **scope[0])
     loc = ik.iou_balanced_smooth_l1_loss(
         pred,
@@ -77,3 +78,10 @@ def losses(
         **scope[1],
     )
     return settings.cls_weight * cls, loc
+
+
+def _plain(classify: Callable[..., Tensor], sample: Sample, sigmoid: bool) -> Tensor:
+    """The positives' losses (P,) without IoU weights."""
+    logits, labels = sample.logits.detach()[sample.rows], sample.labels[sample.rows]
+    found = classify(logits, labels, torch.ones_like(logits[:, 0]), eta=0.0, reduction="none")
+    return found[:, 0] if sigmoid else found

@@ -5,8 +5,9 @@ Kept beside the modules, not in them: state dicts, copies and pickles do not see
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,21 @@ from torch import Tensor, nn
 import ioubal_kernels as ik
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-_recorders: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_recorders: WeakKeyDictionary[nn.Module, Recording] = WeakKeyDictionary()
+
+
+@dataclass
+class Recording:
+    """The positives of the training forwards that ran meanwhile, one entry a forward.
+
+    Attributes:
+        pairs: (pred_deltas (P, 4), target_deltas (P, 4)), float32.
+        plain: (P,) the positives' classification losses without IoU weights (CE in Eq. 3: focal loss, cross entropy),
+            float32.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    plain: list[Tensor] = field(default_factory=list)
 
 
 def remember(module: nn.Module, num_positives: Tensor, mean_iou: Tensor) -> None:
@@ -30,27 +45,34 @@ def last(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 @contextmanager
-def record(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While the block runs, every training forward of `module` appends the deltas of its positives to the list: pairs
-    (pred_deltas (P, 4), target_deltas (P, 4)).
-    """
-    pairs: list[tuple[Tensor, Tensor]] = []
-    _recorders[module] = pairs
+def record_positives(module: nn.Module) -> Iterator[Recording]:
+    """While the block runs, every training forward of `module` adds its positives to the recording."""
+    _recorders[module] = Recording()
     try:
-        yield pairs
+        yield _recorders[module]
     finally:
         del _recorders[module]
 
 
-def recording(module: nn.Module) -> bool:
-    """Whether a `record` block of `module` is running."""
-    return module in _recorders
+@contextmanager
+def record(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While the block runs, every training forward of `module` appends the deltas of its positives to the list: pairs
+    (pred_deltas (P, 4), target_deltas (P, 4)).
+    """
+    with record_positives(module) as recording:
+        yield recording.pairs
 
 
-def record_pairs(module: nn.Module, pred_deltas: Tensor, target_deltas: Tensor) -> None:
-    """Append the deltas (P, 4) of a forward's positives, if a `record` block is running."""
-    if recording(module):
-        _recorders[module].append((pred_deltas.detach().float(), target_deltas.detach().float()))
+def record_flat(
+    module: nn.Module, pred_deltas: Tensor, target_deltas: Tensor, plain_losses: Callable[[], Tensor]
+) -> None:
+    """Add a forward's positives, if a recording runs: their deltas (P, 4) and what gives their plain losses (P,)."""
+    recording = _recorders.get(module)
+    if recording is None:
+        return
+    recording.pairs.append((pred_deltas.detach().float(), target_deltas.detach().float()))
+    with torch.no_grad():
+        recording.plain.append(plain_losses().detach().float())
 
 
 def flatten_maps(maps: Tensor | Sequence[Tensor], channels: int) -> Tensor:
@@ -62,24 +84,43 @@ def flatten_maps(maps: Tensor | Sequence[Tensor], channels: int) -> Tensor:
 
 def record_dense(
     module: nn.Module,
+    cls_logits: Tensor | Sequence[Tensor],
     bbox_deltas: Tensor | Sequence[Tensor],
     anchors: Tensor,
     matched_idxs: Tensor,
     gt_boxes: Sequence[Tensor],
+    gt_labels: Sequence[Tensor],
+    *,
+    alpha: float | None,
+    gamma: float,
     **coder: Any,
 ) -> None:
-    """`record_pairs` of a dense detector, if a `record` block is running: arguments as in
+    """`record_flat` of a dense detector with sigmoid scores, if a recording runs: arguments as in
     `iou_balanced_detection_loss`, `coder` those of `encode_boxes`.
     """
-    if not recording(module):
+    if module not in _recorders:
         return
-    flat, predicted, targets = flatten_maps(bbox_deltas, 4), [], []
+    # Maps have A*K and A*4 channels.
+    classes = 0 if isinstance(cls_logits, Tensor) else cls_logits[0].shape[1] * 4 // bbox_deltas[0].shape[1]
+    flat_deltas, flat_logits = flatten_maps(bbox_deltas, 4), flatten_maps(cls_logits, classes)
+    predicted, targets, logits, labels = [], [], [], []
     for n, gt in enumerate(gt_boxes):
         rows = (matched_idxs[n] >= 0).nonzero().squeeze(1)
         own = anchors if anchors.ndim == 2 else anchors[n]
-        predicted.append(flat[n, rows])
-        targets.append(ik.encode_boxes(gt[matched_idxs[n, rows].long()], own[rows], **coder))
-    record_pairs(module, torch.cat(predicted), torch.cat(targets))
+        matched = matched_idxs[n, rows].long()
+        predicted.append(flat_deltas[n, rows])
+        targets.append(ik.encode_boxes(gt[matched], own[rows], **coder))
+        labels.append(gt_labels[n][matched])
+        logits.append(flat_logits[n, rows, labels[-1]])
+
+    def plain() -> Tensor:
+        column = torch.cat(logits)[:, None].detach()
+        zero = torch.zeros(len(column), dtype=torch.int64, device=column.device)
+        return ik.iou_balanced_sigmoid_focal_loss(
+            column, zero, torch.ones_like(column[:, 0]), eta=0.0, alpha=alpha, gamma=gamma, reduction="none"
+        )[:, 0]
+
+    record_flat(module, torch.cat(predicted), torch.cat(targets), plain)
 
 
 def positive_deltas(

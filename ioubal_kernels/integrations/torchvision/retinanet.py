@@ -65,7 +65,18 @@ class BalancedRetinaNet(Balanced):
             **settings.keywords(),
         )
         remember(self, loss.num_positives, loss.mean_iou)
-        record_dense(self, deltas, shared, matched, boxes, weights=weights)
+        record_dense(
+            self,
+            logits,
+            deltas,
+            shared,
+            matched,
+            boxes,
+            labels,
+            alpha=settings.alpha,
+            gamma=settings.gamma,
+            weights=weights,
+        )
         localization = loss.localization
         if self.iou_balanced.beta is None and loss_type not in OWN_BETA:
             outputs = {"bbox_regression": flatten_maps(deltas, 4)}

@@ -1,0 +1,1 @@
+"""The paper's tables and figures from real runs: plans, trainings, statistics, the report."""
