@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ._version import __version__
 
-EXTRA_MODULES = ("typer", "rich", "yaml", "torchvision", "pycocotools", "matplotlib", "PIL")
+EXTRA_MODULES = ("typer", "rich", "yaml", "torchvision", "pycocotools", "matplotlib", "PIL", "scipy")
 INSTALL_LINE = "pip install 'ioubal_kernels[train]'"
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(INSTALL_LINE, file=sys.stderr)
         return 2
-    from .detection.commands import run
+    from .commands import run
 
     return run(arguments)
 

@@ -27,7 +27,7 @@ INSTRUCTION_SETS = {
     5: "AVX-512 with BF16",
 }  # what torch.ops.ioubal.cpu_isa answers
 EXTRAS = {
-    "train": ("torchvision", "pycocotools", "typer", "rich", "matplotlib", "yaml", "PIL"),
+    "train": ("torchvision", "pycocotools", "typer", "rich", "matplotlib", "yaml", "PIL", "scipy"),
     "test": ("pytest", "xdist", "hypothesis"),
     "lint": ("ruff", "clang_format"),
 }

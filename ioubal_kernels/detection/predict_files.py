@@ -19,7 +19,7 @@ from .data import BadImageError, DataError, Dataset, ImageRecord, make_record
 from .data.files import decode_rgb, exif_orientation, image_size
 from .errors import UsageError
 from .evaluate import ImageDetections
-from .plots import CLASS_COLORS
+from .palette import CLASS_COLORS
 from .predict import TrainedModel, detect, open_trained
 from .progress import Reporter
 from .resources import available_cores, resolve_device

@@ -72,10 +72,10 @@ class Reporter:
         self._guard(lambda: console.print(text, style=style, markup=False))
 
     def _guard(self, write) -> None:
-        """A closed pipe or a full log disk must not end a training run: its files are elsewhere."""
+        """A closed pipe (rich exits at one) or a full log disk must not end a training: its files are elsewhere."""
         try:
             write()
-        except (OSError, ValueError):
+        except (OSError, ValueError, SystemExit):
             self.quiet = True
 
     @contextmanager

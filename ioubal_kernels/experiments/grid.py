@@ -100,7 +100,7 @@ class Table:
         return f"{self.preset_of}_{row.name}"
 
 
-_LABELS = {
+LABELS = {
     "retinanet_r18": "RetinaNet R18",
     "retinanet_r50": "RetinaNet R50",
     "retinanet_r101": "RetinaNet R101",
@@ -115,7 +115,7 @@ _RETINANETS = ("retinanet_r50", "retinanet_r101", "retinanet_x101")
 
 
 def _rows(names: tuple[str, ...], arms: tuple[Arm, ...] = _PAIR) -> tuple[Row, ...]:
-    return tuple(Row(name, _LABELS[name], arms) for name in names)
+    return tuple(Row(name, LABELS[name], arms) for name in names)
 
 
 _SHORT = ("AP", "AP50", "AP75", "AP80", "APs", "APm", "APl")

@@ -78,9 +78,8 @@ def run_jobs(
     processes: int,
     threads: int,
     workers: int,
-    deadline: float | None,
+    proceed: Callable[[], bool],
     reporter: Reporter,
-    stopped: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train what is not finished yet.
 
@@ -89,9 +88,8 @@ def run_jobs(
         jobs: with their numbers of steps.
         data: the data set's folder of each block.
         processes: trainings at a time. threads, workers: of each, for computing and for loading images.
-        deadline: `time.monotonic()` after which nothing runs on; trainings save themselves and continue another time.
+        proceed: asked all the time; once False, what runs saves itself, to continue another time.
         reporter: shows them.
-        stopped: asked between polls; True ends it as the deadline does.
     """
     outcome = Outcome()
     waiting = [(job, steps) for job, steps in jobs if not is_finished(folder / job.folder)]
@@ -101,7 +99,7 @@ def run_jobs(
     with reporter.task("all trainings, steps", sum(steps for _, steps in jobs), done_before) as overall:
         try:
             while waiting or running:
-                if stopped() or (deadline is not None and time.monotonic() >= deadline):
+                if not proceed():
                     break
                 while waiting and len(running) < processes:
                     job, steps = waiting.pop(0)

@@ -13,7 +13,7 @@ from PIL import Image
 from ioubal_kernels.detection import predict as predict_module
 from ioubal_kernels.detection import predict_files as module
 from ioubal_kernels.detection.evaluate import ImageDetections
-from ioubal_kernels.detection.plots import CLASS_COLORS
+from ioubal_kernels.detection.palette import CLASS_COLORS
 from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.progress import Reporter
 from ioubal_kernels.detection.train import train

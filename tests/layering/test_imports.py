@@ -28,7 +28,9 @@ LAYERS = [
     ["testing", "doctor"],
     ["integrations"],
     ["detection"],
+    ["experiments"],
     ["bench"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import find_checkpoint
-from .config import Config
-from .data import Dataset, load_pair, make_synthetic
-from .errors import UsageError
-from .predict import make_eval_loader, model_from_state, predict_dataset
-from .presets import preset
-from .progress import Reporter
-from .report import RunSummary, choose_images, metrics_table, write_report
-from .resources import resolve_amp, resolve_device
-from .rundir import RunLock, prepare_run_folder
-from .train import TrainResult, train
+from ..detection.config import Config
+from ..detection.data import make_synthetic
+from ..detection.errors import UsageError
+from ..detection.presets import preset
+from ..detection.progress import Reporter
+from ..detection.rundir import RunLock, prepare_run_folder
+from ..detection.train import train
+from .page import tables_of, write_page
+from .study import study_of_runs
+from .tables import to_rich
 
 TRAIN_IMAGES, VAL_IMAGES, IMAGE_SIZE, CLASSES = 1500, 200, 128, 3
-ARMS = (("baseline", "baseline"), ("IoU-balanced", "both"))
+ARMS = ("baseline", "both")
 NOTE = (
     "One training each of a 1 M parameter detector from scratch, with the same initialisation and the same images in "
     "the same order. Another seed moves AP by one or two points, so a difference of this size in one pair of runs is "
@@ -35,7 +33,7 @@ def run_demo(
     """Make the data, train the baseline and the IoU-balanced model, compare. Returns the path of report.html.
 
     Args:
-        folder: gets data/, baseline/, both/, report.html and its PNGs. Runs of an earlier demo in it are replaced.
+        folder: gets data/, baseline/, both/, report.html. Runs of an earlier demo in it are replaced.
         seed: of both trainings; the synthetic set is always the same.
         changes: (key, value) over the preset "demo".
         reporter: where messages go.
@@ -55,16 +53,14 @@ def run_demo(
     prepare_run_folder(folder)
     data = _make_data(folder, reporter)
     config.set("data.path", data)
-    results: dict[str, TrainResult] = {}
-    for name, loss in ARMS:
+    for loss in ARMS:
         arm = _copy(config)
         arm.set_loss(loss)
-        results[name] = train(arm, folder / loss, reporter=reporter)
-    summaries, dataset = _summaries(results, config)
-    reporter.show(metrics_table({s.name: s.metrics for s in summaries}, f"AP in per cent on {len(dataset)} images"))
-    page = write_report(
-        folder, summaries, dataset, title="IoU-balanced losses: the demo on synthetic images", notes=[NOTE]
-    )
+        train(arm, folder / loss, reporter=reporter)
+    study = study_of_runs([folder / loss for loss in ARMS], title="IoU-balanced losses: the demo on synthetic images")
+    for table in tables_of(study):
+        reporter.show(to_rich(table))
+    page = write_page(study, folder / "report.html", notes=[NOTE])
     reporter.info(f"report: {page}   ({time.monotonic() - began:.0f} s)")
     return page
 
@@ -81,13 +77,14 @@ def _clear_earlier_demo(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    ours = {"data", "report.html", "loss.png", "ap.png", "ap_by_threshold.png", "detections.png", *(a for _, a in ARMS)}
+    # The pictures beside the page are an earlier version's.
+    ours = {"data", "report.html", "loss.png", "ap.png", "ap_by_threshold.png", "detections.png", *ARMS}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours)
     if foreign:
         raise UsageError(
             f"{folder} holds other files than a demo's ({', '.join(foreign[:5])}): choose another folder with -o"
         )
-    for _, name in ARMS:
+    for name in ARMS:
         run = folder / name
         if run.exists():
             with RunLock(run):  # not under the hands of a demo that is still running
@@ -107,21 +104,3 @@ def _make_data(folder: Path, reporter: Reporter) -> str:
             seed=0,
             progress=lambda done, _: task.advance_to(done),
         )
-
-
-def _summaries(results: dict[str, TrainResult], config: Config) -> tuple[list[RunSummary], Dataset]:
-    """The runs for the report, with detections of the images that it draws."""
-    dataset = load_pair(config.data.path).evaluation
-    drawn = set(choose_images(dataset, 4))
-    subset = replace(dataset, records=[r for r in dataset.records if r.id in drawn])
-    device = resolve_device(config.train.device)
-    amp = resolve_amp(config.train.amp, device)
-    summaries = []
-    for name, result in results.items():
-        path, state = find_checkpoint(result.run)
-        trained = model_from_state(state, path, device)
-        loader = make_eval_loader(config, subset, 0, "none")
-        found = predict_dataset(trained.model, loader, config.inference, device, amp)
-        facts = {"w_loc": f"{result.w_loc:.2f}", "minutes": f"{result.seconds / 60:.1f}"}
-        summaries.append(RunSummary(name, result.run, result.metrics, facts, {d.image_id: d for d in found}))
-    return summaries, dataset

@@ -1,0 +1,185 @@
+"""Commands around one detector: train, eval, predict, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .app import app, guarded
+
+if TYPE_CHECKING:
+    from ..detection.config import Config
+
+
+@app.command("train")
+@guarded
+def train_command(
+    data: Annotated[
+        str | None, typer.Option("--data", help="Dataset folder: COCO JSON, Pascal VOC, Cityscapes, synthetic.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Preset (see configs) or FILE.yaml.")] = None,
+    loss: Annotated[str | None, typer.Option("--loss", help="baseline, cls, loc or both.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder. [default: runs/DATA-LOSS]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder of -o.")] = False,
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Resume although the configuration differs.")
+    ] = False,
+    amp: Annotated[str | None, typer.Option("--amp", help="auto, off or bf16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of initialisation, order and augmentation.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init-from", metavar="RUN|CKPT", help="Start from these weights.")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Accept a full-size detector without pretrained weights.")
+    ] = False,
+) -> None:
+    """Train a detector and evaluate it. The defaults learn a small dataset from scratch within minutes on a CPU."""
+    from ..detection.config import parse_assignment
+    from ..detection.errors import UsageError
+    from ..detection.presets import load_config
+    from ..detection.processes import launched_as
+    from ..detection.progress import Reporter
+    from ..detection.rundir import CONFIG_FILE
+
+    if resume and out is None:
+        raise UsageError("--resume: name the run's folder with -o")
+    if resume and not Path(out).is_dir():
+        raise UsageError(f"--resume: {out} is not a folder")
+    saved_config = Path(out, CONFIG_FILE) if resume else None
+    if config is not None or saved_config is None or not saved_config.is_file():
+        settings = load_config(config or "retinanet_tiny")
+    else:
+        settings = load_config(str(saved_config))
+    if data is not None:
+        settings.set("data.path", data)
+    if loss is not None:
+        settings.set_loss(loss)
+    given = {
+        "train.amp": amp, "train.device": device, "train.seed": seed, "data.workers": workers,
+        "model.init_from": init_from, "model.from_scratch": from_scratch or None,
+    }  # fmt: skip
+    for key, value in given.items():
+        if value is not None:
+            settings.set(key, value)
+    for assignment in set_ or []:
+        settings.set(*parse_assignment(assignment))
+    settings.validate()
+    from ..detection.train import train
+
+    rank, processes, _ = launched_as()
+    if out is None and processes > 1:
+        raise UsageError("-o: with several processes name the run's folder: all must use the same")
+    reporter = Reporter(quiet=rank > 0)
+    folder = Path(out) if out is not None else _default_folder(settings)
+    result = train(settings, folder, resume=resume, allow_config_change=allow_config_change, reporter=reporter)
+    if result.metrics is not None:
+        from ..detection.tables import metrics_table
+
+        reporter.show(metrics_table({folder.name: result.metrics}))
+    reporter.info(f"{result.steps} steps in {result.seconds:.0f} s; everything is in {folder}")
+
+
+def _default_folder(settings: Config) -> Path:
+    """runs/DATA-LOSS, with a number when that exists."""
+    stem = f"{Path(settings.data.path or 'run').resolve().name}-{settings.loss.label()}"
+    folder, number = Path("runs", stem), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{stem}-{number}")
+    return folder
+
+
+def _changes(assignments: list[str] | None, amp: str, device: str, workers: int | None) -> list[tuple[str, Any]]:
+    """(key, value) over a checkpoint's configuration: --set, and the options of what uses a trained model."""
+    from ..detection.config import parse_assignment
+
+    changes = [parse_assignment(a) for a in assignments or []]
+    changes += [("train.amp", amp), ("train.device", device)]
+    return changes if workers is None else [*changes, ("data.workers", workers)]
+
+
+@app.command("eval")
+@guarded
+def eval_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
+    data: Annotated[str, typer.Option("--data", help="Dataset folder.")],
+    split: Annotated[
+        str | None, typer.Option("--split", help="Which split. [default: found from what is on disk]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON and nothing else.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+    save_results: Annotated[
+        str | None, typer.Option("--save-results", metavar="FILE.json", help="Write the detections as COCO results.")
+    ] = None,
+    voc07: Annotated[
+        bool | None, typer.Option("--voc07/--no-voc07", help="VOC 2007's metric too. [default: for Pascal VOC]")
+    ] = None,
+) -> None:
+    """Evaluate a trained model: AP by threshold, size and class; on a split without annotations, its detections."""
+    from ..detection.predict import evaluate_checkpoint
+    from ..detection.progress import Reporter
+
+    reporter = Reporter(quiet=as_json)
+    changes = _changes(set_, amp, device, workers)
+    metrics = evaluate_checkpoint(model, data, split, changes, reporter, save_results=save_results, voc07=voc07)
+    if as_json:
+        import json
+
+        print(json.dumps(metrics, indent=1, allow_nan=False))
+        return
+    if "AP" not in metrics:
+        return
+    from ..detection.tables import class_table, metrics_table, voc_table
+
+    reporter.show(metrics_table({Path(model).name: metrics}))
+    if "VOC07" in metrics:
+        reporter.show(voc_table({Path(model).name: metrics}))
+    reporter.show(class_table(metrics))
+
+
+@app.command("predict")
+@guarded
+def predict_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|DIR ...", help="Image files, folders of images.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where pictures and predictions.json go.")],
+    score: Annotated[float, typer.Option("--score", help="Smallest score shown.")] = 0.3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the detections as JSON and nothing else.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+) -> None:
+    """Detect on images: pictures with the boxes drawn, and their numbers as JSON."""
+    from ..detection.predict_files import predict_files
+    from ..detection.progress import Reporter
+
+    reporter = Reporter(quiet=as_json)
+    changes = _changes(set_, amp, device, workers)
+    result = predict_files(model, images, Path(out), score=score, changes=changes, reporter=reporter)
+    if as_json:
+        import json
+
+        print(json.dumps(result, indent=1, allow_nan=False))
+
+
+@app.command("export")
+@guarded
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The file of weights.")],
+) -> None:
+    """Write the evaluated weights for stock torchvision, with class names and configuration, into one file."""
+    from ..detection.export import export_weights
+    from ..detection.progress import Reporter
+
+    content = export_weights(model, Path(out))
+    Reporter().info(f"{content['model']}, step {content['step']}, {len(content['classes'])} classes: {out}")
