@@ -119,7 +119,7 @@ def run_jobs(
                 )
         finally:
             _stop(folder, running, outcome)
-    outcome.waiting = [job.label for job, _ in waiting]
+    outcome.waiting += [job.label for job, _ in waiting]
     return outcome
 
 
@@ -128,16 +128,19 @@ def output_file(folder: Path, job: Job) -> Path:
     return (folder / job.folder).with_suffix(".txt")
 
 
+def train_command(run: Path, config_file: Path, data: str, workers: int) -> list[str]:
+    """Trains a job, or goes on with it."""
+    command = [sys.executable, "-m", "ioubal_kernels", "train", "--data", data, "-c", str(config_file), "-o", str(run)]
+    return [*command, "--workers", str(workers), *(["--resume"] if holds_run(run) else [])]
+
+
 def _start(folder: Path, job: Job, data: str, steps: int, threads: int, workers: int, reporter: Reporter) -> _Running:
     run = folder / job.folder
     run.parent.mkdir(parents=True, exist_ok=True)
     # The file beside the folder is for whoever wants to repeat this training alone.
     config_file = run.with_suffix(".yaml")
     atomic_write_text(config_file, job.config.to_yaml())
-    command = [sys.executable, "-m", "ioubal_kernels", "train", "--data", data, "-c", str(config_file), "-o", str(run)]
-    command += ["--workers", str(workers)]
-    if holds_run(run):
-        command.append("--resume")
+    command = train_command(run, config_file, data, workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with open(output_file(folder, job), "a", encoding="utf-8") as output:
         # In a session of its own: Ctrl-C in the terminal goes to the runner, which ends its trainings itself.
@@ -173,8 +176,9 @@ def _note_end(folder: Path, each: _Running, outcome: Outcome) -> None:
     label = each.job.label
     if is_finished(folder / each.job.folder):
         outcome.finished.append(label)
-    elif each.process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-        outcome.saved.append(label)
+    elif each.process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        # Before it handles signals a process just ends, and has done nothing yet that could be lost.
+        (outcome.saved if holds_run(folder / each.job.folder) else outcome.waiting).append(label)
     else:
         outcome.failed[label] = _tail(output_file(folder, each.job))
 

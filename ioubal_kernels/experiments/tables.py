@@ -219,9 +219,9 @@ def _html_cell(text: str) -> str:
     first, bracket, rest = text.partition(" [")
     if not bracket:
         return html.escape(text)
-    interval, _, p = rest.partition("]")
-    small = [f"[{interval}]", p] if p else [f"[{interval}]"]
-    return html.escape(first) + "".join(f"<small>{html.escape(text)}</small>" for text in small)
+    interval, _, p = f"[{rest}".partition(" p ")
+    small = [interval, f"p {p}"] if p else [interval]
+    return html.escape(first) + "".join(f"<small>{html.escape(part)}</small>" for part in small)
 
 
 def to_rich(table: Cells) -> Group:

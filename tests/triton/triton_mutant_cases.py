@@ -1,10 +1,13 @@
-"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py FOLDER [FILE]` runs the
-kernels in FOLDER until one fails; FILE, the changed one, chooses which come first."""
+"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py` reads lines `FOLDER FILE`,
+runs the kernels in FOLDER until one fails, and prints "alive" or "dead"; FILE, the changed one, chooses which problem
+comes first."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from checks import check_detection, check_flat
 import ioubal_kernels as ik
 from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.ops import workspace
+
+TIMEOUT = 600  # seconds for one line
 
 
 def detection() -> None:
@@ -145,7 +150,7 @@ FIRST = {
 ALL = (focal, smooth_l1, boxes, softmax, detection, matching)
 
 
-def main(folder: str, changed: str | None = None) -> None:
+def main(folder: str, changed: str) -> None:
     spec = importlib.util.spec_from_file_location(
         "ioubal_kernels.triton_kernels", Path(folder, "__init__.py"), submodule_search_locations=[folder]
     )
@@ -155,10 +160,28 @@ def main(folder: str, changed: str | None = None) -> None:
     interpreter.install()
     torch.empty_like = guarded.empty_like
     workspace._tensor = guarded.workspace
-    first = FIRST.get(changed or "", detection if changed in ("detection_kernels.py", "focal_dense.py") else None)
+    first = FIRST.get(changed, detection if changed in ("detection_kernels.py", "focal_dense.py") else None)
     for problem in sorted(ALL, key=lambda problem: problem is not first):
         problem()
 
 
+def serve() -> None:
+    """Each line in a fork: it need not import torch and Triton again, and a crash is a fault that was noticed."""
+    for line in sys.stdin:
+        folder, _, file = line.rstrip("\n").partition("\t")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT)
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            try:
+                main(folder, file)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print("dead" if status else "alive", flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -237,19 +238,32 @@ def changed(folder: Path, mutant: tuple[str, str, str]) -> Path:
     return copy
 
 
-def survives(mutant: tuple[str, str, str] | None) -> bool:
-    """Whether the problems of triton_mutant_cases.py pass; None: the kernels as they are."""
+def _alive(mutants: Sequence[tuple[str, str, str] | None]) -> list[bool]:
+    """Whether the problems of triton_mutant_cases.py pass with each mutant; None: with the kernels as they are."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = KERNELS if mutant is None else changed(Path(folder), mutant)
+        lines = []
+        for number, mutant in enumerate(mutants):
+            copy = KERNELS if mutant is None else changed(Path(folder, str(number)), mutant)
+            lines.append(f"{copy}\t{'' if mutant is None else mutant[0]}\n")
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "IOUBAL_CHECK": "0"}
-        only = [] if mutant is None else [mutant[0]]
-        command = [sys.executable, "-W", "ignore", str(HERE / "triton_mutant_cases.py"), str(copy), *only]
-        return subprocess.run(command, capture_output=True, env=environment, timeout=600).returncode == 0
+        command = [sys.executable, "-W", "ignore", str(HERE / "triton_mutant_cases.py")]
+        done = subprocess.run(command, input="".join(lines), stdout=subprocess.PIPE, text=True, env=environment)
+    answers = done.stdout.split()
+    if done.returncode or len(answers) != len(mutants) or not set(answers) <= {"alive", "dead"}:
+        raise RuntimeError(f"triton_mutant_cases.py ended with {done.returncode} after {len(answers)} mutants")
+    return [answer == "alive" for answer in answers]
+
+
+def survives(mutant: tuple[str, str, str] | None) -> bool:
+    """Whether nothing notices the mutant."""
+    return _alive([mutant])[0]
 
 
 def survivors(mutants: tuple[tuple[str, str, str], ...] = MUTANTS, jobs: int = 1) -> list[tuple[str, str, str]]:
+    shares = [mutants[job::jobs] for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
-        return [mutant for mutant, alive in zip(mutants, pool.map(survives, mutants)) if alive]
+        found = list(pool.map(_alive, shares))
+    return [m for share, alive in zip(shares, found, strict=True) for m, is_alive in zip(share, alive) if is_alive]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""The numbers of a reproduction, read back from its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+
+import pytest
+
+from ioubal_kernels.detection.errors import UsageError
+from ioubal_kernels.detection.results import load_detections, save_detections
+from ioubal_kernels.experiments.page import tables_of, write_tables
+from ioubal_kernels.experiments.results import RESULTS_FILE, load_results, metric, save_results
+from ioubal_kernels.experiments.study import load_run, study_of_plan, study_of_runs
+from ioubal_kernels.experiments.tables import Cells, in_short, to_html, to_markdown
+
+
+@pytest.fixture(scope="module")
+def study(reproduction):
+    return study_of_plan(reproduction.plan, reproduction.folder, command="ioubal reproduce table2 ...")
+
+
+@pytest.fixture(scope="module")
+def saved(study, reproduction):
+    return json.loads(save_results(study, reproduction.folder).read_text())
+
+
+def test_every_run_is_in_it(saved, reproduction):
+    assert saved["table"] == "table2" and saved["command"] == "ioubal reproduce table2 ..."
+    assert saved["trainings"] == {"finished": 6, "planned": 6}
+    (row,) = saved["rows"]
+    assert [arm["name"] for arm in row["arms"]] == ["baseline", "both", "control"]
+    for arm in row["arms"]:
+        assert [run["seed"] for run in arm["runs"]] == [0, 1]
+        for run in arm["runs"]:
+            folder = reproduction.folder / run["folder"]
+            metrics = json.loads((folder / "metrics.json").read_text())
+            assert run["metrics"]["AP50"] == pytest.approx(100 * metrics["AP50"], rel=1e-5)
+        values = [run["metrics"]["AP50"] for run in arm["runs"]]
+        assert arm["mean"]["AP50"]["mean"] == pytest.approx(statistics.fmean(values), rel=1e-5, abs=1e-9)
+        assert arm["mean"]["AP50"]["sd"] == pytest.approx(statistics.stdev(values), rel=1e-4, abs=1e-6)
+    assert row["arms"][1]["runs"][0]["loss"]["w_loc"] > 1
+    assert row["arms"][2]["runs"][0]["loss"]["w_loc"] == 2.0
+    assert row["versions"]["torch"] and row["machine"]["cpu"]
+
+
+def test_differences_are_to_the_baseline(saved):
+    base, both, _ = saved["rows"][0]["arms"]
+    pairs = zip(both["runs"], base["runs"], strict=True)
+    differences = [ours["metrics"]["AP75"] - plain["metrics"]["AP75"] for ours, plain in pairs]
+    assert base["difference"] is None
+    assert both["difference"]["AP75"]["mean"] == pytest.approx(statistics.fmean(differences), abs=1e-4)
+    assert both["difference"]["AP75"]["p"] is None
+    assert both["paper"]["AP75"] == 38.0
+
+
+def test_arms_start_alike(saved, study):
+    assert saved["rows"][0]["same_initialisation_and_data"] is True
+    arms = saved["rows"][0]["arms"]
+    for number in range(2):
+        assert len({arm["runs"][number]["weights"] for arm in arms}) == 1
+    assert arms[0]["runs"][0]["weights"] != arms[0]["runs"][1]["weights"]
+    # And see the same images in the same order.
+    positives = [[r["positives"] for r in arm.runs[0].events("step")] for arm in study.rows[0].arms]
+    assert positives[0] == positives[1] == positives[2]
+
+
+def test_normalisers_are_logged(study):
+    for arm in study.rows[0].arms:
+        steps = {record["step"]: record for record in arm.runs[0].events("step")}
+        assert [step for step, record in steps.items() if "cls_normalizer" in record] == [1, 2, 4]
+        # Untrained boxes overlap little: the weights are small, what makes up for them is large.
+        assert 1.5 < steps[1]["cls_normalizer"] < 20 and 1.5 < steps[1]["loc_normalizer"] < 20
+    both = study.rows[0].arm("both").runs[0]
+    # One batch calibrated w_loc, the first of the training: Eq. 7's normaliser of the first step.
+    assert both.end["w_loc"] == pytest.approx(both.events("step")[0]["loc_normalizer"], rel=1e-4)
+
+
+def test_results_are_read_back_wherever_the_folder_is(saved, reproduction, tmp_path):
+    copied = shutil.copytree(reproduction.folder, tmp_path / "copied")
+    again = load_results(copied)
+    assert [arm.label for arm in again.rows[0].arms] == ["baseline", "IoU-balanced", "baseline, Loc loss x 2"]
+    assert again.table == "table2" and again.planned == 6
+    assert json.loads(save_results(again, copied).read_text())["rows"] == saved["rows"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "ioubal_kernels results 1"}'])
+def test_other_files_are_refused(text, tmp_path):
+    (tmp_path / RESULTS_FILE).write_text(text)
+    with pytest.raises(UsageError, match=r"results.json: not the results of a reproduction"):
+        load_results(tmp_path)
+
+
+def test_tables(study, reproduction):
+    row = study.rows[0]
+    text = write_tables(study, reproduction.folder).read_text()
+    assert text.startswith("# Table 2: both losses, alone and together\n")
+    base = statistics.fmean(metric(run, "AP50") for run in row.arms[0].runs)
+    assert "| baseline | 2 | " in text and f" {base:.1f} ± " in text
+    assert "the paper: RetinaNet R50 on COCO 2017" in text and " 34.4 |" in text
+    assert "No tests below 6 seeds." in text and "checked by digests" in text
+    first = tables_of(study)[0]
+    assert all(len(cells) in (1, len(first.header)) for cells in first.rows)
+    assert in_short(row).startswith("Against the baseline, 2 seeds. IoU-balanced: AP75 ")
+
+
+def test_cells_are_escaped():
+    table = Cells("a <b>", ["", "x|y"], [["<i>", "+1.0 [-1.0, +3.0] p 0.031"]], "note & more")
+    shown = to_html(table)
+    assert "<i>" not in shown and "&lt;i&gt;" in shown and "note &amp; more" in shown
+    assert "+1.0<small>[-1.0, +3.0]</small><small>p 0.031</small>" in shown.replace(
+        "</small><small> ", "</small><small>"
+    )
+    assert "x\\|y" in to_markdown(table)
+
+
+def test_runs_named_by_hand_are_grouped(reproduction):
+    folders = [reproduction.folder / job.folder for job in reproduction.plan.jobs()]
+    study = study_of_runs([*folders[1:], folders[0]], title="mine")
+    (row,) = study.rows
+    assert row.label == "retinanet_tiny"
+    assert row.arms[0].name == "baseline" and len(row.arms) == 3
+    assert sorted(arm.name for arm in row.arms if arm.label == "IoU-balanced") == ["both"]
+    assert [sorted(arm.by_seed) for arm in row.arms] == [[0, 1]] * 3
+    assert row.same_start is True
+    with pytest.raises(UsageError, match="the same training, seed 0, as"):
+        study_of_runs([folders[0], folders[0]], title="twice")
+
+
+def test_unfinished_and_foreign_folders(reproduction, tmp_path):
+    with pytest.raises(UsageError, match="expected the folder of a run or of a reproduction"):
+        load_run(tmp_path)
+    run = shutil.copytree(reproduction.folder / reproduction.plan.jobs()[0].folder, tmp_path / "run")
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(UsageError, match="not the metrics of a run"):
+        load_run(run)
+    (run / "metrics.json").unlink()
+    with pytest.raises(UsageError, match="not finished .*--resume"):
+        load_run(run)
+
+
+def test_voc_tables_take_the_metric_of_2007(study):
+    run = study.runs[0]
+    assert metric(run, "AP50") == 100 * run.metrics["AP50"]
+    run.metrics["VOC07"] = {"AP50": 0.125}
+    try:
+        assert metric(run, "AP50") == 12.5
+        assert metric(run, "APs") == (None if run.metrics["APs"] is None else 100 * run.metrics["APs"])
+    finally:
+        del run.metrics["VOC07"]
+
+
+def test_detections_are_kept(study, tmp_path):
+    run = study.runs[0]
+    found = run.detections
+    assert len(found) == run.metrics["images"]
+    assert sum(len(item.scores) for item in found) == run.metrics["detections"]
+    save_detections(tmp_path / "again.npz", found)
+    for one, other in zip(found, load_detections(tmp_path / "again.npz"), strict=True):
+        assert one.image_id == other.image_id
+        assert one.boxes.equal(other.boxes) and one.scores.equal(other.scores) and one.labels.equal(other.labels)
+    save_detections(tmp_path / "none.npz", [])
+    assert load_detections(tmp_path / "none.npz") == []
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not an archive")
+    for name in ("bad.npz", "missing.npz"):
+        with pytest.raises(UsageError, match="not the detections of a run"):
+            load_detections(tmp_path / name)
