@@ -105,6 +105,8 @@ def reproduce(
             raise UsageError(f"--data: {plan.table} with --preset {plan.preset} needs the folder of {block.title}")
     resources = choose_resources(plan, processes, threads)
     jobs = plan.jobs()
+    for job in jobs:
+        job.config.require_start()
     check_runs(folder, jobs)
     prepare_run_folder(folder)
     with RunLock(folder), StopSignal() as stop:

@@ -58,6 +58,7 @@ def test_what_is_finished_is_not_expected_again(ioubal, reproduction, tiny_data)
     [
         (["table9"], "expected one of table1, table2"),
         (["table2", "--preset", "paper"], "--data: table2 with --preset paper needs the folder of COCO 2017"),
+        (["table2", "--preset", "paper", "--data", "TINY"], "retinanet_r50_fpn starts from ImageNet weights"),
         (["table2", "--time-budget", "5"], "--time-budget: expected more than 20 seconds, got 5"),
         (["table2", "--processes", "0"], "--processes: expected at least 1, got 0"),
         (["table2", "--arms", "all"], "--arms: expected of baseline, cls, loc, both, control, got 'all'"),
@@ -65,8 +66,9 @@ def test_what_is_finished_is_not_expected_again(ioubal, reproduction, tiny_data)
         (["table2", "--data", "no-such-folder"], "no-such-folder"),
     ],
 )
-def test_mistakes(arguments, message, ioubal, tmp_path):
-    code, _, err = ioubal("reproduce", *arguments, "-o", tmp_path / "out")
+def test_mistakes(arguments, message, ioubal, tmp_path, tiny_data):
+    given = [tiny_data if argument == "TINY" else argument for argument in arguments]
+    code, _, err = ioubal("reproduce", *given, "-o", tmp_path / "out")
     assert code == 2
     assert message in err
     assert not (tmp_path / "out").exists()
