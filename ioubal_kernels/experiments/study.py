@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,6 @@ class RowStudy:
     arms: list[ArmRuns]
     cost: dict[str, Any] | None = None
     data_path: str | None = None
-    _dataset: list[Dataset | str] = field(default_factory=list, repr=False)
 
     def arm(self, name: str) -> ArmRuns | None:
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -119,13 +118,13 @@ class RowStudy:
     @property
     def dataset(self) -> Dataset | None:
         """The evaluation split; None where it cannot be read any more, see `dataset_problem`."""
-        found = self._load()
+        found = self._loaded
         return None if isinstance(found, str) else found
 
     @property
     def dataset_problem(self) -> str | None:
         """Why `dataset` is None."""
-        found = self._load()
+        found = self._loaded
         return found if isinstance(found, str) else None
 
     def load_data(self) -> DatasetPair:
@@ -138,14 +137,15 @@ class RowStudy:
         place = self.data_path or data.path or ""
         return load_pair(place, data.train_split, data.eval_split, data.format, allow_symlinks=data.allow_symlinks)
 
-    def _load(self) -> Dataset | str:
-        if not self._dataset:
-            try:
-                evaluation = self.load_data().evaluation
-                self._dataset.append(evaluation or f"{self.first.config.data.path} has no evaluation split")
-            except (DataError, OSError, TypeError) as error:
-                self._dataset.append(str(error).splitlines()[0])
-        return self._dataset[0]
+    @cached_property
+    def _loaded(self) -> Dataset | str:
+        try:
+            pair = self.load_data()
+            if self.first.start.get("data", pair.training.fingerprint()) != pair.training.fingerprint():
+                return f"{pair.training.root} is not the data set that {self.first.folder} was trained on"
+            return pair.evaluation or f"{pair.training.root} has no evaluation split"
+        except (DataError, OSError) as error:
+            return str(error).splitlines()[0]
 
     @cached_property
     def localizations(self) -> dict[str, dict[int, Localization]]:

@@ -64,9 +64,9 @@ def in_short(row: RowStudy) -> str:
         if arm is None or arm is base:
             continue
         found = differences(row, arm, PRIMARY)
-        figures_ = [f"{metric} {_difference(found[metric])}" for metric in PRIMARY if metric in found]
-        if figures_:
-            parts.append(f"{arm.label}: {', '.join(figures_)}")
+        texts = [f"{metric} {_difference(found[metric])}" for metric in PRIMARY if metric in found]
+        if texts:
+            parts.append(f"{arm.label}: {', '.join(texts)}")
     if not parts:
         return ""
     seeds = max(len(arm.runs) for arm in row.arms)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ioubal_kernels.detection.data import load_pair
+from ioubal_kernels.detection.data import load_pair, make_synthetic
 from ioubal_kernels.detection.errors import OutputError, UsageError
 from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.experiments import figures
@@ -102,6 +102,9 @@ def test_one_run_alone(study, tmp_path):
     text = report([run]).read_text(encoding="utf-8")
     assert "No pictures: " in text and "gone" in text
     assert "Figure 2" in text  # Eq. 13 and 14 need no data
+    other = make_synthetic(tmp_path / "other", train=4, val=2, size=64, classes=3, seed=9, workers=1)
+    move_data(run, Path(other))
+    assert "is not the data set that" in report([run]).read_text(encoding="utf-8")
 
 
 def test_detections_beside_the_ground_truth(tiny_data, study):
