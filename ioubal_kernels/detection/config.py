@@ -301,6 +301,12 @@ class Config(Checked):
                 except UsageError as error:
                     raise UsageError(f"{source}: {error}") from None
 
+    def copy(self) -> Config:
+        """The same values; setting one's leaves the other's."""
+        copied = Config()
+        copied.update(self.to_dict(), "copy")
+        return copied
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values; tuples as lists."""
         plain = dataclasses.asdict(self)

@@ -102,6 +102,16 @@ def predict_batch(
     ]
 
 
+def apply_inference(model: Detector, inference: InferenceConfig) -> None:
+    """Give the network the configuration's way from outputs to detections."""
+    model.set_inference(
+        score_threshold=inference.score_threshold,
+        candidates=inference.candidates,
+        nms_threshold=inference.nms_threshold,
+        max_detections=inference.max_detections,
+    )
+
+
 def predict_dataset(
     model: Detector,
     loader: Iterable[Batch],
@@ -111,12 +121,7 @@ def predict_dataset(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[ImageDetections]:
     """Detections of every image of an evaluation loader. `on_batch(images done)` may raise to stop."""
-    model.set_inference(
-        score_threshold=inference.score_threshold,
-        candidates=inference.candidates,
-        nms_threshold=inference.nms_threshold,
-        max_detections=inference.max_detections,
-    )
+    apply_inference(model, inference)
     was_training = model.training
     model.eval()
     detections: list[ImageDetections] = []

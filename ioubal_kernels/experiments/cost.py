@@ -23,7 +23,7 @@ from ..detection.config import Config, read_yaml
 from ..detection.data import Dataset, TrainLoader, load_pair
 from ..detection.errors import TrainerError
 from ..detection.objective import apply_loss
-from ..detection.predict import make_eval_loader, open_trained, predict_batch
+from ..detection.predict import apply_inference, make_eval_loader, open_trained, predict_batch
 from ..detection.processes import Processes
 from ..detection.progress import Reporter
 from ..detection.resources import resolve_amp, resolve_device, transform_config
@@ -106,31 +106,22 @@ def inference_times(runs: Mapping[str, Run], dataset: Dataset) -> dict[str, floa
     device = resolve_device(first.train.device)
     amp = resolve_amp(first.train.amp, device)
     step = max(1, len(dataset) // IMAGES)
-    config = _one_at_a_time(first)
+    config = replace(first, inference=replace(first.inference, batch_size=1))
     batches = list(make_eval_loader(config, replace(dataset, records=dataset.records[::step][:IMAGES]), 0, "none"))
     times: dict[str, list[float]] = {name: [] for name in trained}
     for each in trained.values():
-        inference = each.config.inference
-        each.model.to(device).eval().set_inference(
-            score_threshold=inference.score_threshold,
-            candidates=inference.candidates,
-            nms_threshold=inference.nms_threshold,
-            max_detections=inference.max_detections,
-        )
+        apply_inference(each.model.to(device).eval(), each.config.inference)
     for number, batch in enumerate(batches):
         for name, each in trained.items():
-            began = _now(device)
+            began = now(device)
             predict_batch(each.model, batch, device, amp)
             if number >= min(WARM_UP, len(batches) - 1):
-                times[name].append(_now(device) - began)
+                times[name].append(now(device) - began)
     return {name: 1000 * statistics.median(found) for name, found in times.items()}
 
 
-def _one_at_a_time(config: Config) -> Config:
-    return replace(config, inference=replace(config.inference, batch_size=1))
-
-
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -155,10 +146,10 @@ def training_cost(config: Config, data: str, w_loc: float) -> dict[str, Any]:
     batches = [batch for _, batch in zip(range(4), loader)]
     times = []
     for step in range(WARM_UP + STEPS):
-        began = _now(device)
+        began = now(device)
         stepper.run(step, [batches[step % len(batches)]], False)
         if step >= WARM_UP:
-            times.append(1000 * (_now(device) - began))
+            times.append(1000 * (now(device) - began))
     height, width = batches[0].images.shape[-2:]
     if device.type == "cuda":
         peak, memory = torch.cuda.max_memory_allocated(device) / 2**20, "GPU, allocated"

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..detection.config import Config
 from ..detection.data import make_synthetic
 from ..detection.errors import UsageError
 from ..detection.presets import preset
@@ -54,7 +53,7 @@ def run_demo(
     data = _make_data(folder, reporter)
     config.set("data.path", data)
     for loss in ARMS:
-        arm = _copy(config)
+        arm = config.copy()
         arm.set_loss(loss)
         train(arm, folder / loss, reporter=reporter)
     study = study_of_runs([folder / loss for loss in ARMS], title="IoU-balanced losses: the demo on synthetic images")
@@ -63,12 +62,6 @@ def run_demo(
     page = write_page(study, folder / "report.html", notes=[NOTE])
     reporter.info(f"report: {page}   ({time.monotonic() - began:.0f} s)")
     return page
-
-
-def _copy(config: Config) -> Config:
-    copied = Config()
-    copied.update(config.to_dict(), "demo")
-    return copied
 
 
 def _clear_earlier_demo(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..detection.progress import Reporter
 from ..detection.resources import resolve_amp, resolve_device
 from ..detection.stepping import Stepper
 from ..detection.weights import new_detector
+from .cost import now
 from .plans import Block, Job, Plan
 from .reproduce import Resources, choose_resources, steps_of
 from .runner import check_runs, is_finished
@@ -80,16 +80,16 @@ def seconds_per_step_and_image(config: Config) -> tuple[float, float]:
     batch = _random_batch(config.train.batch_size, height, width)
     steps = []
     for step in range(WARM_UP + STEPS):
-        began = _now(device)
+        began = now(device)
         stepper.run(step, [batch], False)
-        steps.append(_now(device) - began)
+        steps.append(now(device) - began)
     detector.eval()
     images = []
     one = _random_batch(min(config.inference.batch_size, 8), height, width)
     for _ in range(2):
-        began = _now(device)
+        began = now(device)
         predict_batch(detector, one, device, amp)
-        images.append((_now(device) - began) / len(one.targets))
+        images.append((now(device) - began) / len(one.targets))
     return factor * statistics.fmean(steps[WARM_UP:]), factor * min(images)
 
 
@@ -111,12 +111,6 @@ def _random_batch(count: int, height: int, width: int) -> Batch:
             }
         )
     return Batch(images, targets)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def show_plan(plan: Plan, folder: Path, processes: int | None, threads: int | None, reporter: Reporter) -> None:

@@ -104,14 +104,8 @@ class Plan:
         ]
 
 
-def _copy(config: Config) -> Config:
-    copied = Config()
-    copied.update(config.to_dict(), "plan")
-    return copied
-
-
 def _job_config(config: Config, arm: Arm, seed: int, options: Mapping[str, Any]) -> Config:
-    result = _copy(config)
+    result = config.copy()
     arm.apply(result)
     result.set("train.seed", seed)
     for key, value in options.items():
@@ -146,7 +140,7 @@ _PHOTOGRAPHS = {"train.eval_every": 250, "train.checkpoint_every": 250}
 def _with(rows: Iterable[tuple[Row, Config]], changes: Mapping[str, Any]) -> tuple[tuple[Row, Config], ...]:
     changed = []
     for row, config in rows:
-        own = _copy(config)
+        own = config.copy()
         for key, value in changes.items():
             own.set(key, value)
         changed.append((row, own))
