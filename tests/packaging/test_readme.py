@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -44,3 +45,27 @@ def test_every_file_it_names_is_there() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"^[A-Z]+_[A-Z]+$", README, flags=re.MULTILINE), "a figure is missing"
+
+
+def test_table_2_is_the_stored_one() -> None:
+    """The figures between the marks are those of bench/results/table2-cpu, and nothing else stands there."""
+    (row,) = json.loads((ROOT / "bench/results/table2-cpu/results.json").read_text(encoding="utf-8"))["rows"]
+    block = README.split("<!-- table 2 -->")[1].split("<!-- end of table 2 -->")[0].strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
+    names = cells[0][1:]
+    shown = {line[0]: line[1:] for line in cells[2:]}
+    base = row["arms"][0]
+
+    def signed(value: float) -> str:
+        return f"{round(value, 1) + 0.0:+.1f}"
+
+    expected = {arm["label"]: [f"{arm['mean'][name]['mean']:.1f}" for name in names] for arm in row["arms"]}
+    for arm in row["arms"][1:]:
+        found = [arm["difference"][name] for name in names]
+        expected[f"{arm['label']}, difference"] = [
+            f"{signed(d['mean'])} [{signed(d['low'])}, {signed(d['high'])}]" for d in found
+        ]
+        if arm["paper"]:
+            values = [signed(arm["paper"][name] - base["paper"][name]) for name in names]
+            expected[f"*the paper: {arm['label']}, difference*"] = values
+    assert shown == expected
