@@ -19,7 +19,7 @@ def synth_command(
     size: Annotated[int, typer.Option(help="Edge of an image in pixels.", min=32, max=4096)] = 128,
     classes: Annotated[int, typer.Option(help="Number of classes.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes. [default: all cores]", min=0)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. (default: all cores)", min=0)] = None,
 ) -> None:
     """Make the synthetic set: image files and COCO JSON."""
     from ..detection.data import make_synthetic

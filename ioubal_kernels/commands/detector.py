@@ -22,7 +22,7 @@ def train_command(
     config: Annotated[str | None, typer.Option("--config", "-c", help="Preset (see configs) or FILE.yaml.")] = None,
     loss: Annotated[str | None, typer.Option("--loss", help="baseline, cls, loc or both.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder. [default: runs/DATA-LOSS]")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder. (default: runs/DATA-LOSS)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder of -o.")] = False,
     allow_config_change: Annotated[
         bool, typer.Option("--allow-config-change", help="Resume although the configuration differs.")
@@ -109,7 +109,7 @@ def eval_command(
     model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
     data: Annotated[str, typer.Option("--data", help="Dataset folder.")],
     split: Annotated[
-        str | None, typer.Option("--split", help="Which split. [default: found from what is on disk]")
+        str | None, typer.Option("--split", help="Which split. (default: found from what is on disk)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -120,7 +120,7 @@ def eval_command(
         str | None, typer.Option("--save-results", metavar="FILE.json", help="Write the detections as COCO results.")
     ] = None,
     voc07: Annotated[
-        bool | None, typer.Option("--voc07/--no-voc07", help="VOC 2007's metric too. [default: for Pascal VOC]")
+        bool | None, typer.Option("--voc07/--no-voc07", help="VOC 2007's metric too. (default: for Pascal VOC)")
     ] = None,
 ) -> None:
     """Evaluate a trained model: AP by threshold, size and class; on a split without annotations, its detections."""

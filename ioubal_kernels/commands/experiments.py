@@ -38,7 +38,7 @@ def reproduce_command(
     preset: Annotated[
         str, typer.Option(help="cpu: minutes a training; gpu: more seeds and images; paper: the full schedules.")
     ] = "cpu",
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Its folder. [default: runs/TABLE-PRESET]")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Its folder. (default: runs/TABLE-PRESET)")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Dataset folder: the paper's (paper), photographs (gpu), yours (cpu).")
     ] = None,
@@ -51,8 +51,8 @@ def reproduce_command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value over all trainings; may be repeated.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(help="Trainings at a time. [default: by the machine]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each. [default: by the machine]")] = None,
+    processes: Annotated[int | None, typer.Option(help="Trainings at a time. (default: by the machine)")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each. (default: by the machine)")] = None,
     time_budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop in time; the same command continues.")
     ] = None,
@@ -105,7 +105,7 @@ def report_command(
         list[str], typer.Argument(metavar="RUN ...", help="Runs' folders, or one reproduction's (runs/table2-cpu).")
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE.html", help="[default: report.html in the one folder]")
+        str | None, typer.Option("--out", "-o", metavar="FILE.html", help="(default: report.html in the one folder)")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
 ) -> None:

@@ -211,3 +211,11 @@ def test_a_closed_pipe_is_no_traceback():
     _, err = process.communicate(timeout=60)
     assert err == b""
     assert process.returncode in (0, 3)
+
+
+def test_help_shows_the_defaults_that_are_no_constants(ioubal):
+    """Square brackets would be taken for markup and vanish."""
+    for command, text in (("train", "default: runs/DATA-LOSS"), ("reproduce", "default: by the machine")):
+        code, shown, _ = ioubal(command, "--help")
+        assert code == 0
+        assert text in " ".join(line.strip("│ ") for line in shown.splitlines())

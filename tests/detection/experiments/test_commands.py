@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ioubal_kernels.experiments import cost, expected, reproduce
+from ioubal_kernels.experiments import cost, expected, reproduce, runner
 from ioubal_kernels.experiments.expected import duration
 
 SET = [
@@ -83,6 +83,25 @@ def test_report_command(ioubal, reproduction, tmp_path):
     assert "<title>Mine &amp; yours</title>" in page.read_text(encoding="utf-8")
     code, _, err = ioubal("report", tmp_path)
     assert code == 2 and "expected the folder of a run" in err
+
+
+def test_failed_trainings_are_named_and_the_others_counted(ioubal, reproduction, tiny_data, monkeypatch):
+    """The results of what is finished are written all the same; the exit code says that something failed."""
+
+    def some_failed(folder, jobs, data, **options):
+        return runner.Outcome(finished=[job.label for job, _ in jobs], failed={"x seed 7": "out of memory"})
+
+    monkeypatch.setattr(reproduce, "run_jobs", some_failed)
+    monkeypatch.setattr(reproduce, "measure", lambda *arguments, **options: None)
+    results = reproduction.folder / "results.json"
+    results.unlink(missing_ok=True)
+    code, shown, err = ioubal(
+        "reproduce", "table2", "--data", tiny_data, "--seeds", "2", "--arms", "both,control", "-o", reproduction.folder,
+        *SET, "--set", "train.iterations=4", "--set", "train.eval_every=2",
+    )  # fmt: skip
+    assert code == 1
+    assert "1 failed" in err and "x seed 7:\nout of memory" in err
+    assert results.is_file() and "IoU-balanced" in shown
 
 
 def test_durations():
