@@ -33,7 +33,7 @@ from ..detection.weights import new_detector
 from .study import RowStudy, Run
 
 BACKENDS = {"eager": "reference", "fused": "auto"}
-ROUNDS, WARM_UP, STEPS = 2, 3, 12
+ROUNDS, WARM_UP, STEPS = 3, 3, 10
 IMAGES = 40
 
 
@@ -48,8 +48,9 @@ def measure(
         proceed: asked before each process; False gives the measurement up.
 
     Returns:
-        "training": {arm: {"eager" or "fused": {"ms", "peak_mib", "device"}}}, "inference": {arm: ms per image},
-        "threads", "batch_size", "image_size"; None where it was given up.
+        "training": {arm: {"eager" or "fused": {"ms", "rounds_ms" (medians), "peak_mib"}}}, "inference_ms": {arm: an
+        image's}, "device", "threads", "batch_size", "image_size", "memory" (what the peak is of); None where it was
+        given up.
     """
     base = row.arms[0]
     method = row.arm("both") or row.arms[-1]
@@ -69,6 +70,7 @@ def measure(
         arm: {
             name: {
                 "ms": statistics.median(ms for each in repeats for ms in each["ms"]),
+                "rounds_ms": [statistics.median(each["ms"]) for each in repeats],
                 "peak_mib": statistics.median(each["peak_mib"] for each in repeats),
             }
             for name, repeats in by_backend.items()

@@ -148,7 +148,7 @@ def plot_speed(study: Study) -> Plot | None:
             arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 6, "shrinkB": 6}
             ax.annotate("", points["both"], points[row.arms[0].name], arrowprops=arrow)
     ax.margins(0.2)
-    ax.set_xlim(left=0)  # from elsewhere on, the noise of a clock would look like a difference
+    ax.set_xlim(0, 1.1 * ax.get_xlim()[1])  # from elsewhere on, the noise of a clock would look like a difference
     label(ax, "", "ms per image", "AP, %")
     legend(ax, fontsize=8, loc="best")
     device = rows[0].cost["device"]

@@ -166,19 +166,20 @@ def cost_table(row: RowStudy) -> Cells | None:
         for name, figure in by_backend.items():
             ratio = f"{figure['ms'] / eager['ms']:.2f}" if eager else ""
             text = f"{labels.get(arm, arm)}, {name}"
-            rows.append([text, f"{figure['ms']:.1f}", ratio, f"{figure['peak_mib']:.0f}"])
+            rounds = f"{min(figure['rounds_ms']):.0f} to {max(figure['rounds_ms']):.0f}"
+            rows.append([text, f"{figure['ms']:.1f}", rounds, ratio, f"{figure['peak_mib']:.0f}"])
     if cost["inference_ms"]:
         rows.append(["inference, one image"])
         first = next(iter(cost["inference_ms"].values()))
         for arm, ms in cost["inference_ms"].items():
-            rows.append([labels.get(arm, arm), f"{ms:.1f}", f"{ms / first:.2f}", ""])
+            rows.append([labels.get(arm, arm), f"{ms:.1f}", "", f"{ms / first:.2f}", ""])
     size = " x ".join(map(str, cost["image_size"]))
     note = (
         f"Batches of {cost['batch_size']} images of {size}, {cost['device']}, threads: {cost['threads']}. A step is "
         f"forward, matching, loss, backward and optimiser; memory: {cost['memory']}, at its peak. Eager: the losses as "
         "plain PyTorch; fused: this package's kernels. Ratios to the first line of each part."
     )
-    return Cells(f"Cost: {row.label} on {row.data}", ["", "ms", "ratio", "peak MiB"], rows, note)
+    return Cells(f"Cost: {row.label} on {row.data}", ["", "ms", "medians of rounds", "ratio", "peak MiB"], rows, note)
 
 
 def to_markdown(table: Cells) -> str:
