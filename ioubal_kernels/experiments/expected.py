@@ -132,7 +132,8 @@ def show_plan(plan: Plan, folder: Path, processes: int | None, threads: int | No
                 text = f"eta {loss.eta:g}, lambda {loss.lambda_:g}, w_loc {loss.w_loc}"
                 text += ", Eq. 7" if loss.normalize_loc else ""
                 rows.append([arm.label, str(len(own)), str(ready), str(steps_of(own[0], block)), text])
-            title = f"{row.label} ({config.model.name}) on {where}: {block.images[0]} + {block.images[1]} images"
+            model = "" if config.model.name == row.label else f" ({config.model.name})"
+            title = f"{row.label}{model} on {where}: {block.images[0]} + {block.images[1]} images"
             reporter.show(to_rich(Cells(title, header, rows)))
     if len(done) == len(jobs):
         reporter.info(f"all {len(jobs)} trainings are finished in {folder}")
