@@ -53,9 +53,10 @@ def test_two_steps(name, data):
     for config in configs:
         config.set("train.batch_size", 1)
         if config.data.image_size is None:
-            config.set("data.short_side_range", [96, 128] if config.data.short_side_range else None)
-            config.set("data.short_side", 128)
-            config.set("data.long_side", 128)
+            edge = 128 if config.model.name.startswith("foveabox") else 64  # its cells need boxes of 20 pixels
+            config.set("data.short_side_range", [edge // 2, edge] if config.data.short_side_range else None)
+            config.set("data.short_side", edge)
+            config.set("data.long_side", edge)
         config.validate()
     config = configs[0]
     architecture = MODELS[config.model.name]

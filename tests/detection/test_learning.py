@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ioubal_kernels.detection.data import make_synthetic
-from ioubal_kernels.detection.demo import CLASSES, IMAGE_SIZE, TRAIN_IMAGES, VAL_IMAGES
 from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.progress import Reporter
 from ioubal_kernels.detection.train import train
+from ioubal_kernels.experiments.demo import CLASSES, IMAGE_SIZE, TRAIN_IMAGES, VAL_IMAGES
 
 
 @pytest.mark.slow

@@ -237,10 +237,10 @@ from ioubal_kernels.detection.stepping import Stepper
 from ioubal_kernels.detection.train import train
 
 real = Stepper.run
-def run(self, step, batches, stop):
+def run(self, step, batches, stop, **options):
     if step == 1 and os.environ["RANK"] == "1":
         batches[0].images[0, 0, 0, 0] = float("nan")
-    return real(self, step, batches, stop)
+    return real(self, step, batches, stop, **options)
 Stepper.run = run
 config = preset("retinanet_tiny")
 config.set("data.path", sys.argv[1])

@@ -14,7 +14,7 @@ import torch
 from ioubal_kernels.detection.data import Dataset, make_record
 from ioubal_kernels.detection.errors import UsageError
 from ioubal_kernels.detection.evaluate import ImageDetections, evaluate_detections
-from ioubal_kernels.detection.report import voc_table
+from ioubal_kernels.detection.tables import voc_table
 from ioubal_kernels.detection.voc_metric import voc07_metrics
 
 
