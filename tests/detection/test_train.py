@@ -92,7 +92,8 @@ def finished(tiny_data, tmp_path_factory):
 def test_ten_steps_leave_everything(finished):
     config, folder, result = finished
     assert result.steps == 10
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "log.jsonl", "metrics.json", "checkpoints", ".lock"}
+    files = {"config.yaml", "log.jsonl", "metrics.json", "detections.npz", "checkpoints", ".lock"}
+    assert {p.name for p in folder.iterdir()} == files
     assert [p.name for p in list_checkpoints(folder / "checkpoints")] == ["step-00000010.pt", "step-00000008.pt"]
     assert load_config(str(folder / "config.yaml")) == config
     assert json.loads((folder / "metrics.json").read_text()) == result.metrics
