@@ -40,6 +40,9 @@ def report(
     out = out or folders[0] / "report.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"report: -o: expected the name of an HTML file, got {out}")
+    missing = [folder for folder in folders if not folder.is_dir()]
+    if missing:
+        raise UsageError(f"report: {missing[0]}: expected the folder of a run or of a reproduction, found none")
     if not out.parent.is_dir():
         raise OutputError(f"cannot write {out}: the folder {out.parent} does not exist")
     if reproductions:

@@ -83,6 +83,8 @@ def test_report_command(ioubal, reproduction, tmp_path):
     assert "<title>Mine &amp; yours</title>" in page.read_text(encoding="utf-8")
     code, _, err = ioubal("report", tmp_path)
     assert code == 2 and "expected the folder of a run" in err
+    code, _, err = ioubal("report", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: expected the folder of a run" in err
 
 
 def test_failed_trainings_are_named_and_the_others_counted(ioubal, reproduction, tiny_data, monkeypatch):
