@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..detection.anchors import AnchorFit
-from ..detection.config import Config, read_yaml
+from ..detection.config import Config
 from ..detection.data import Dataset, TrainLoader, load_pair
 from ..detection.errors import TrainerError
 from ..detection.objective import apply_loss
 from ..detection.predict import apply_inference, make_eval_loader, open_trained, predict_batch
+from ..detection.presets import load_config
 from ..detection.processes import Processes
 from ..detection.progress import Reporter
 from ..detection.resources import resolve_amp, resolve_device, transform_config
@@ -53,9 +53,8 @@ def measure(
         given up.
     """
     base = row.arms[0]
-    method = row.arm("both") or row.arms[-1]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    arms = [base] if method is base else [base, method]
+    arms = row.compared
     total = ROUNDS * len(arms) * len(BACKENDS)
     with reporter.task(f"cost of {row.label}", total) as task:
         for _ in range(ROUNDS):
@@ -137,7 +136,7 @@ def training_cost(config: Config, data: str, w_loc: float) -> dict[str, Any]:
     pair = load_pair(data, config.data.train_split, config.data.eval_split, config.data.format, check_files=False)
     quiet = Reporter(quiet=True)
     torch.manual_seed(config.train.seed)
-    fit: AnchorFit = fit_anchors(config, pair.training, config.model.anchor_scale, quiet)
+    fit = fit_anchors(config, pair.training, config.model.anchor_scale, quiet)
     detector = new_detector(config, pair.training.num_classes, fit.scale)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     detector = detector.to(device, memory_format=memory_format).train()
@@ -178,8 +177,7 @@ def _peak_resident_mib() -> float:
 def main(arguments: list[str]) -> int:
     """What the processes run: prints one line of JSON."""
     file, data, backend, w_loc = arguments
-    config = Config()
-    config.update(read_yaml(Path(file)), file)
+    config = load_config(file)
     config.set("loss.backend", backend)
     print(json.dumps(training_cost(config, data, float(w_loc))))
     return 0

@@ -20,6 +20,8 @@ from .paper import W_LOC
 from .results import localization_means, values_of
 from .study import ArmRuns, RowStudy, Study
 
+LAMBDA_COLORS = dict(zip(W_LOC, ("#1F2A33", "#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))
+
 
 def curves(arm: ArmRuns, event: str, value_of: Any) -> tuple[np.ndarray, np.ndarray]:
     """A logged quantity over the steps: steps (S,), values (runs, S). Steps that a run lacks are left out."""
@@ -164,11 +166,10 @@ def plot_gradient_norms(targets: Tensor | None) -> Plot:
     """Figure 2: Eq. 13 and 14 as lines; where targets are given, the same measured through the kernels as points."""
     figure, axes = panels(2, height=3.8)
     measured = figure_2(targets) if targets is not None else {}
-    palette = dict(zip(W_LOC, ("#1F2A33", "#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))
     d = torch.linspace(0, 1, 401, dtype=torch.float64)
     for ax, kind in zip(axes, ik.analysis.KINDS, strict=True):
         for lambda_, w_loc in W_LOC.items():
-            color = palette[lambda_]
+            color = LAMBDA_COLORS[lambda_]
             bound = ik.analysis.gradient_norm(d, kind, lambda_, w_loc, BETA)
             ax.plot(d, bound, color=color, linewidth=1.5, label=f"$\\lambda$ = {lambda_:g}, $w_{{loc}}$ = {w_loc:g}")
             if measured:
@@ -258,10 +259,9 @@ def plot_weight(study: Study) -> Plot:
     """The weight w_loc * iou^lambda against the IoU: Table 3's, and this study's own w_loc."""
     figure, (ax,) = panels(1, width=6.4, height=3.8)
     iou = np.linspace(0, 1, 201)
-    palette = dict(zip(W_LOC, ("#1F2A33", "#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))
     for lambda_, w_loc in W_LOC.items():
         name = f"Table 3: $\\lambda$ = {lambda_:g}, $w_{{loc}}$ = {w_loc:g}"
-        ax.plot(iou, w_loc * iou**lambda_, color=palette[lambda_], linewidth=1.5, label=name)
+        ax.plot(iou, w_loc * iou**lambda_, color=LAMBDA_COLORS[lambda_], linewidth=1.5, label=name)
     own: dict[tuple[float, str], list[float]] = {}
     for row in study.rows:
         for arm in row.arms:
@@ -271,7 +271,9 @@ def plot_weight(study: Study) -> Plot:
     for (lambda_, row_label), values in sorted(own.items()):
         w_loc = statistics.fmean(values)
         name = f"{row_label}, calibrated: $\\lambda$ = {lambda_:g}, $w_{{loc}}$ = {w_loc:.3f}"
-        ax.plot(iou, w_loc * iou**lambda_, color=palette.get(lambda_, GREY), linewidth=1.3, linestyle="--", label=name)
+        ax.plot(
+            iou, w_loc * iou**lambda_, color=LAMBDA_COLORS.get(lambda_, GREY), linewidth=1.3, linestyle="--", label=name
+        )
     ax.set_ylim(bottom=0)
     ax.set_xlim(0, 1)
     label(ax, "", "IoU of the decoded box with its ground truth", r"$w_{loc} \cdot iou^{\lambda}$")

@@ -125,8 +125,7 @@ def _detections(row: RowStudy, drawn: list[Plot], name: str) -> str:
     """The same images from the first arm and the method, one seed."""
     if row.dataset is None:
         return f"<p>No pictures: {html.escape(row.dataset_problem or '')}</p>"
-    method = row.arm("both") or row.arms[-1]
-    arms = [row.arms[0]] if method is row.arms[0] else [row.arms[0], method]
+    arms = row.compared
     seeds = set.intersection(*(set(arm.by_seed) for arm in arms))
     seed = min(seeds) if seeds else arms[0].runs[0].seed
     shown = {arm.label: arm.by_seed[seed].detections for arm in arms if seed in arm.by_seed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,9 @@ def make_plan(
     spec = TABLES[table]
     blocks = _blocks(spec, preset, data, seeds)
     if backbones is not None:
-        blocks = [Block(**{**vars(b), "rows": _with_backbones(b.rows, backbones)}) for b in blocks]
+        blocks = [replace(b, rows=_with_backbones(b.rows, backbones)) for b in blocks]
     if rows is not None or arms is not None:
-        blocks = [Block(**{**vars(b), "rows": _chosen(b.rows, rows, arms)}) for b in blocks]
+        blocks = [replace(b, rows=_chosen(b.rows, rows, arms)) for b in blocks]
     return Plan(table, preset, tuple(blocks), dict(options or {}))
 
 
@@ -204,7 +204,7 @@ def _blocks(spec: Table, preset: str, data: str | None, seeds: int | None) -> li
         small = SyntheticSet(1500, 300, 128)
         return own or [_block("synthetic", "synthetic, 128 px", small, (1500, 300), seeds or 3, tiny, _SYNTHETIC)]
     large = SyntheticSet(10_000, 2_000, 256)
-    photographs = [Block(**{**vars(b), "seeds": seeds or 20}) for b in own]
+    photographs = [replace(b, seeds=seeds or 20) for b in own]
     rendered = _block("synthetic", "synthetic, 256 px", large, (10_000, 2_000), seeds or 8, tiny, _SYNTHETIC_256)
     return [*photographs, rendered]
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..detection.checkpoint import atomic_write_text
-from ..detection.config import Config, config_diff, read_yaml
+from ..detection.config import config_diff
 from ..detection.errors import UsageError
+from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
 from ..detection.rundir import CONFIG_FILE, LOG_FILE, holds_run
 from .plans import Job
@@ -51,9 +52,7 @@ def check_runs(folder: Path, jobs: Sequence[Job]) -> None:
         file = folder / job.folder / CONFIG_FILE
         if not file.is_file():
             continue
-        saved = Config()
-        saved.update(read_yaml(file), str(file))
-        changes = config_diff(saved.to_dict(), job.config.to_dict())
+        changes = config_diff(load_config(str(file)).to_dict(), job.config.to_dict())
         if changes:
             raise UsageError(
                 f"{folder / job.folder} was trained differently; choose another folder with -o:\n  "

@@ -9,18 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..detection.config import Config, config_diff, read_yaml
+from ..detection.config import Config, config_diff
 from ..detection.data import DataError, Dataset, DatasetPair, load_pair
 from ..detection.errors import UsageError
 from ..detection.evaluate import ImageDetections
+from ..detection.presets import load_config
 from ..detection.results import DETECTIONS_FILE, load_detections
 from ..detection.rundir import CONFIG_FILE, read_log
-from .grid import LONG
+from .grid import BASELINE, BOTH, CLS, LOC, LONG
 from .localization import Localization, localization
 from .plans import Job, Plan
 from .runner import is_finished
 
-ARM_LABELS = {"baseline": "baseline", "cls": "+ IoU-balanced Cls", "loc": "+ IoU-balanced Loc", "both": "IoU-balanced"}
+ARM_LABELS = {arm.name: arm.label for arm in (BASELINE, CLS, LOC, BOTH)}
 
 
 @dataclass
@@ -107,6 +108,12 @@ class RowStudy:
     arms: list[ArmRuns]
     cost: dict[str, Any] | None = None
     data_path: str | None = None
+
+    @property
+    def compared(self) -> list[ArmRuns]:
+        """The first arm and the method (the arm "both", else the last one); one where they are the same."""
+        method = self.arm("both") or self.arms[-1]
+        return [self.arms[0]] if method is self.arms[0] else [self.arms[0], method]
 
     def arm(self, name: str) -> ArmRuns | None:
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -210,8 +217,7 @@ def load_run(folder: Path) -> Run:
         raise UsageError(f"{folder}: expected the folder of a run or of a reproduction, found no {CONFIG_FILE}")
     if not is_finished(folder):
         raise UsageError(f"{folder}: the run is not finished (ioubal train --resume -o {folder} continues it)")
-    config = Config()
-    config.update(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    config = load_config(str(folder / CONFIG_FILE))
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         metrics["AP"], metrics["thresholds"]

@@ -106,10 +106,11 @@ def _note(row: RowStudy, paired: dict[str, dict[str, Difference]]) -> str:
     elif any(d.n > 1 for found in paired.values() for d in found.values()):
         parts.append("No tests below 6 seeds.")
     if row.same_start is not None and len(row.arms) > 1:
-        same = "checked by digests" if row.same_start else "NOT the same"
-        parts.append(f"Initial weights and data of each seed are the same in all arms: {same}.")
-    if row.same_start is False:
-        parts[-1] = "Initial weights or data of a seed differ between arms: their differences are not paired."
+        parts.append(
+            "Initial weights and data of each seed are the same in all arms: checked by digests."
+            if row.same_start
+            else "Initial weights or data of a seed differ between arms: their differences are not paired."
+        )
     return " ".join(parts)
 
 
