@@ -8,6 +8,7 @@ something did, 2 without a usable GPU. ``--device cpu`` is a dry run of the prog
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,11 @@ def show(name: str, entry: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def default_jobs() -> int:
+    """Most of a check is waiting for Python, compilers and oracles: a few sections share a GPU well."""
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0])
     names = [section.name for section in SECTIONS]
@@ -97,14 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
     parser.add_argument("--backend", choices=gpu_device.BACKENDS, default="cuda", help="default cuda")
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="sections side by side (default %(default)s)")
     parser.add_argument("--no-child", action="store_true", help="run the sections in this process, for debugging")
     parser.add_argument("--output", type=Path, help="default bench/results/gpu_check[-triton]-<device>.json")
     options = parser.parse_args(arguments)
     wanted = options.sections.split(",") if options.sections else names
     if unknown := set(wanted) - set(names):
         parser.error(f"--sections: no section {sorted(unknown)}; there are {', '.join(names)}")
-    if options.budget <= 0:
-        parser.error(f"--budget must be positive, got {options.budget}")
+    if options.budget <= 0 or options.jobs < 1:
+        parser.error(f"--budget and --jobs must be positive, got {options.budget}, {options.jobs}")
     dry = options.device == "cpu"
     if dry and (reason := backends.unavailable_reason("cpu")):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
@@ -142,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         for section in chosen:
             on_entry(section.name, run_section(section.run, plan)[0])
     else:
-        run_all(chosen, plan, on_entry)
+        run_all(chosen, plan, on_entry, jobs=options.jobs)
     save()
     results = [entry["result"] for entry in entries.values()]
     parts = ", ".join(f"{results.count(r)} {r}" for r in (PASSED, FAILED, PARTLY, NOT_RUN) if r in results)

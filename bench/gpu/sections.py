@@ -7,8 +7,10 @@ sections run in a child; a section that kills it or does not end has failed, and
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -155,14 +157,44 @@ def child(connection: Connection, sections: list[Section], plan: Plan) -> None:
     connection.close()
 
 
+def shared_out(sections: list[Section], jobs: int) -> list[list[Section]]:
+    """The sections in at most `jobs` lists that take about as long as each other, each list in their order."""
+    lists: list[list[Section]] = [[] for _ in range(max(min(jobs, len(sections)), 1))]
+    for section in sorted(sections, key=lambda each: -each.limit):
+        min(lists, key=lambda each: sum(s.limit for s in each)).append(section)
+    return [sorted(each, key=sections.index) for each in lists]
+
+
 def run_all(
-    sections: list[Section], plan: Plan, on_entry: Callable[[str, dict[str, Any]], None], grace: float = 15.0
+    sections: list[Section],
+    plan: Plan,
+    on_entry: Callable[[str, dict[str, Any]], None],
+    grace: float = 15.0,
+    jobs: int = 1,
 ) -> None:
-    """Runs every section in child processes; on_entry hears of each as it ends, in their order.
+    """Runs every section in child processes, `jobs` side by side; on_entry hears of each as it ends, one at a time.
 
     A child that dies or exceeds a section's limit (or the deadline by `grace` seconds) fails that section.
     """
-    left = list(sections)
+    one_at_a_time = threading.Lock()
+
+    def tell(name: str, entry: dict[str, Any]) -> None:
+        with one_at_a_time:
+            on_entry(name, entry)
+
+    lists = shared_out(sections, jobs)
+    if len(lists) == 1:
+        return run_in_turn(lists[0], plan, tell, grace)
+    with ThreadPoolExecutor(len(lists)) as pool:
+        try:
+            list(pool.map(lambda each: run_in_turn(each, plan, tell, grace), lists))
+        except BaseException:
+            plan.deadline = 0.0  # for the other threads: nothing new is begun
+            raise
+
+
+def run_in_turn(left: list[Section], plan: Plan, on_entry: Callable[[str, dict[str, Any]], None], grace: float) -> None:
+    """One list of sections, in one child as long as it lives."""
     while left:
         if plan.left() < 2.0:
             for section in left:
