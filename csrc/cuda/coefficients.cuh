@@ -63,53 +63,75 @@ IOUBAL_DEVICE int partial_of_sum(int64_t row, int64_t column) {
                                         : kPartLocWeighted;
 }
 
+// One block, and everything waits for it: as many threads as there can be.
+constexpr u32 kCoefficientThreads = 1024, kCoefficientWarps = kCoefficientThreads / kWarp;
+
 IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
-  __shared__ double scratch[kThreads / kWarp];
+  __shared__ double scratch[2 * kCoefficientWarps], pieces[kCoefficientWarps * kPartials];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t segments = tb.segments();
-  for (int64_t i = warp; i < segments; i += kThreads / kWarp) {
-    const Segment segment = tb.segment(i);
+  // A warp for every segment, or several where there are few.
+  const u32 share = segments > 0 && segments < kCoefficientWarps ? kCoefficientWarps / static_cast<u32>(segments) : 1;
+  for (u32 i = warp; i < segments * share; i += kCoefficientWarps) {
+    const u32 s = i / share;
+    const Segment segment = tb.segment(s);
     double part[kPartials] = {};
-    for (u32 j = lane; j < segment.count; j += kWarp) {
+#pragma unroll 2
+    for (u32 j = (i - s * share) * kWarp + lane; j < segment.count; j += share * kWarp) {
       const double* from = tb.partial + (static_cast<int64_t>(j) * segment.stride + segment.first) * kPartials;
 #pragma unroll
       for (int q = 0; q < kPartials; ++q) part[q] += from[q];
     }
+    double* const to = share > 1 ? pieces + i * kPartials : tb.segment_sums + static_cast<int64_t>(s) * kPartials;
 #pragma unroll
     for (int q = 0; q < kPartials; ++q) {
       const double sum = warp_sum(part[q]);
-      if (lane == 0) tb.segment_sums[i * kPartials + q] = sum;
+      if (lane == 0) to[q] = sum;
     }
   }
   __syncthreads();
+  if (share > 1) {
+    for (u32 i = threadIdx.x; i < segments * kPartials; i += kCoefficientThreads) {
+      const u32 s = i / kPartials, q = i - s * kPartials;
+      double sum = 0;
+      for (u32 k = 0; k < share; ++k) sum += pieces[(s * share + k) * kPartials + q];
+      tb.segment_sums[i] = sum;
+    }
+    __syncthreads();
+  }
   const Sums sums = {tb.sums};
   if (tb.compute_sums) {
-    // A thread per number: row 0, then four of each scope.
-    for (int64_t i = threadIdx.x; i < 4 * (1 + tb.scopes); i += kThreads) {
-      const int64_t row = i / 4, column = i % 4;
-      const int q = partial_of_sum(row, column);
+    // A warp per number: row 0, then four of each scope.
+    for (int64_t i = warp; i < 4 * (1 + tb.scopes); i += kCoefficientWarps) {
+      const int64_t row = i / 4;
+      const int q = partial_of_sum(row, i % 4);
       double sum = 0;
-      for (int64_t s = 0; q >= 0 && s < segments; ++s) {
-        if (row == 0 || tb.segment(s).scope == row - 1) sum += tb.segment_sums[s * kPartials + q];
+      if (q >= 0 && row > 0 && tb.by_slot) {  // a scope is a segment
+        sum = lane == 0 ? tb.segment_sums[(row - 1) * kPartials + q] : 0.0;
+      } else if (q >= 0) {
+        for (int64_t s = lane; s < segments; s += kWarp) {
+          if (row == 0 || tb.segment(s).scope == row - 1) sum += tb.segment_sums[s * kPartials + q];
+        }
       }
-      sums.data[i] = sum;
+      sum = warp_sum(sum);
+      if (lane == 0) sums.data[i] = sum;
     }
     __syncthreads();
   }
 
   const double standard = sums.default_divisor(tb.world_size);
-  for (int64_t i = threadIdx.x; i < tb.images; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < tb.images; i += kCoefficientThreads) {
     const double cls = tb.cls_weight / tb.divisor(tb.cls_divisor, i, standard);
     tb.negative[i] = static_cast<float>(tb.focal.negative_factor() * cls);
     tb.positive[i] = static_cast<float>(tb.focal.positive_factor() * cls);
     tb.location[i] = static_cast<float>(tb.w_loc / tb.divisor(tb.loc_divisor, i, standard));
   }
-  for (int64_t i = threadIdx.x; i < tb.scopes; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < tb.scopes; i += kCoefficientThreads) {
     tb.cls_norm[i] = static_cast<float>(sums.cls_normalizer(i, tb.eps));
     tb.loc_norm[i] = static_cast<float>(tb.normalize_loc ? sums.loc_normalizer(i, tb.eps) : 1.0);
   }
   double cls_loss = 0, loc_loss = 0;
-  for (int64_t i = threadIdx.x; i < segments; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < segments; i += kCoefficientThreads) {
     const Segment segment = tb.segment(i);
     const double* part = tb.segment_sums + i * kPartials;
     const double cls = tb.cls_weight / tb.divisor(tb.cls_divisor, segment.image, standard);
@@ -118,9 +140,8 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
     const double norm = tb.normalize_loc ? sums.loc_normalizer(segment.scope, tb.eps) : 1.0;
     loc_loss += weighted_loss(loc * norm, part[kPartLocLoss]);
   }
-  cls_loss = block_sum(cls_loss, scratch);
-  __syncthreads();
-  loc_loss = block_sum(loc_loss, scratch);
+  cls_loss = block_sum<kCoefficientThreads>(cls_loss, scratch);
+  loc_loss = block_sum<kCoefficientThreads>(loc_loss, scratch + kCoefficientWarps);
   if (threadIdx.x != 0) return;
   const bool bad = sums.shared(Sums::kBad) != 0;
   const double count = sums.shared(Sums::kCount);
@@ -154,6 +175,7 @@ IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   if (!last) return;
   __threadfence();
   double sum = 0;
+#pragma unroll 8
   for (u32 i = threadIdx.x; i < tb.tiles; i += kThreads) sum += load_shared_by_blocks(tb.partial + i);
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);

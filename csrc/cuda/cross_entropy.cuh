@@ -106,9 +106,9 @@ IOUBAL_DEVICE float row_loss(const T* x, T* out, int64_t columns, int64_t target
 template <class T, int kCached>
 __global__ void __launch_bounds__(kThreads, 3)
     cross_entropy_positives_kernel(const IOUBAL_GRID_CONSTANT CrossEntropyTable tb) {
-  __shared__ double scratch[kThreads / kWarp];
+  __shared__ double scratch[kThreads / kWarp * kPartials];
   double* out = tb.positives + static_cast<int64_t>(blockIdx.x) * tb.slots * kPartials;
-  clear_terms(tb.slots, out);
+  clear_terms<kThreads>(tb.slots, out);
   const u32 lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerTile + threadIdx.x, row0 = row - lane;
   PositiveTerms terms;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   counts.part[kPartCount] = terms.part[kPartCount];
   counts.part[kPartBad] = terms.part[kPartBad];
   terms.part[kPartCount] = terms.part[kPartBad] = 0;
-  add_terms(counts, 1, out, scratch);
-  add_terms(terms, tb.slots, out, scratch);
+  add_terms<kThreads>(counts, 1, out, scratch);
+  add_terms<kThreads>(terms, tb.slots, out, scratch);
 }
 
 // Every row: loss and gradient.

@@ -95,7 +95,7 @@ class Detection {
     problem.loc = a_.loc;
     problem.weight = weight_;
     problem.loc_weight = loc_weight_;
-    device_.launch(detection_positives_kernel, positives_.tiles, positives_, problem);
+    device_.launch<kPositiveThreads>(detection_positives_kernel, positives_.tiles, positives_, problem);
   }
 
   // What is asked of the coefficients beyond the arguments.
@@ -268,6 +268,9 @@ class Detection {
       level.width = source.level.width;
       level.anchors = source.level.anchors;
       level.first_anchor = source.level.first_anchor;
+      level.word0 = source.level.word0;
+      level.words = source.level.words;
+      level.special_planes = source.level.planes;
       const DeltaPlace& place = level.out_place;
       level.planes = place.coordinate != 1 && level.anchors > 0 && grad.dim() == 4;
       level.vector = place.coordinate == 1 && (place.image | place.anchor | place.row | place.column) % 4 == 0 &&

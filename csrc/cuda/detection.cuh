@@ -63,7 +63,7 @@ struct DetectionProblem {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kPositiveThreads, 12)
     detection_positives_kernel(const IOUBAL_GRID_CONSTANT PositivesTable tb,
                                const IOUBAL_GRID_CONSTANT DetectionProblem problem) {
   positives_tile(tb, problem, blockIdx.x);

@@ -72,6 +72,10 @@ void store_bytes(void* p, const u32* words) {
   memcpy(p, words, kBytes);
 }
 inline float load_shared_by_blocks(const float* p) { return *p; }
+template <class T>
+const T* another(const T* p) {
+  return p;
+}
 #else
 IOUBAL_DEVICE float ex2(float t) {
   float r;
@@ -135,14 +139,15 @@ IOUBAL_DEVICE void load_bytes(const void* p, u32* words) {
   }
 }
 // Volatile and a barrier for the compiler: a positive's gradient is stored after the vector that holds its place.
+// Vectors as streaming data (.cs): nothing reads them in this launch.
 template <int kBytes>
 IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
   if constexpr (kBytes == 16) {
-    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+    asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                  "r"(words[3])
                  : "memory");
   } else if constexpr (kBytes == 8) {
-    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
+    asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
   } else if constexpr (kBytes == 4) {
     asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(words[0]) : "memory");
   } else {
@@ -151,6 +156,12 @@ IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
 }
 // What other blocks of the same launch have written lies in L2, not in this multiprocessor's L1.
 IOUBAL_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+// The same pointer, which the compiler takes for another: what is loaded again need not stay in registers.
+template <class T>
+IOUBAL_DEVICE const T* another(const T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
 #endif
 
 // kCount elements of T in registers, as they lie in memory.
@@ -160,6 +171,18 @@ struct Vec {
   u32 words[kWords];
 
   IOUBAL_DEVICE void load(const T* p) { load_bytes<kBytes>(p, words); }
+  // Puts `low`, an element's bits, wherever `which` has a bit.
+  IOUBAL_DEVICE void overwrite(u32 which, u32 low) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if constexpr (sizeof(T) == 4) {
+        words[j] = which >> j & 1 ? low : words[j];
+      } else {
+        const u32 changed = j & 1 ? (words[j / 2] & 0xffffu) | low << 16 : (words[j / 2] & 0xffff0000u) | low;
+        words[j / 2] = which >> j & 1 ? changed : words[j / 2];
+      }
+    }
+  }
   IOUBAL_DEVICE void unpack(float (&x)[kCount]) const { unpack_as(x, T()); }
   IOUBAL_DEVICE static void store(T* p, const float (&x)[kCount]) {
     u32 packed[kWords];
@@ -277,18 +300,15 @@ IOUBAL_DEVICE T warp_sum(T value) {
   return value;
 }
 
-// Sum over the block of kThreads threads, valid in thread 0. `scratch` is shared memory of one T per warp; a barrier
+// Sum over the block of kBlock threads, valid in thread 0. `scratch` is shared memory of one T per warp; a barrier
 // must lie between two uses.
-template <class T>
+template <u32 kBlock = kThreads, class T>
 IOUBAL_DEVICE T block_sum(T value, T* scratch) {
   value = warp_sum(value);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
-  T total = T(0);
-  if (threadIdx.x == 0) {
-    for (u32 i = 0; i < kThreads / kWarp; ++i) total += scratch[i];
-  }
-  return total;
+  if (threadIdx.x >= kWarp) return T(0);
+  return warp_sum(threadIdx.x < kBlock / kWarp ? scratch[threadIdx.x] : T(0));
 }
 
 }  // namespace ioubal::cuda

@@ -52,7 +52,7 @@ class FlatFocal {
   FlatCoefficients& coefficients() { return *coefficients_; }
 
   void find_coefficients() {
-    if (compute_sums_) device_.launch(focal_positives_kernel, tb_.tiles, tb_, problem_);
+    if (compute_sums_) device_.launch<kPositiveThreads>(focal_positives_kernel, tb_.tiles, tb_, problem_);
     coefficients_->launch(device_);
   }
 

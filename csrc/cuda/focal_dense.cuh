@@ -91,6 +91,15 @@ IOUBAL_DEVICE float positive_weight(const DenseTable& tb, const DenseRun<T>& run
   return tb.coefficients.positive[run.image] * tb.coefficients.cls_norm[scope] * tb.weight[anchor];
 }
 
+// What a positive entry leaves in the output.
+template <class T, int kGamma, Output kOutput>
+IOUBAL_DEVICE float positive_value(const DenseTable& tb, const DenseRun<T>& run, float logit, int64_t anchor) {
+  const float weight = positive_weight(tb, run, anchor), scale = static_cast<float>(tb.scale.get());
+  float loss = 0.f;
+  const float gradient = positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss);
+  return kOutput == kLoss ? weighted_loss(weight, loss) * scale : gradient;
+}
+
 // One entry by itself, whatever it is: `off` (ignored, positive), weighted, an infinite logit. Slow and short: few come
 // here, and registers of the usual path are not to be lost to them.
 template <class T, int kGamma, Output kOutput>
@@ -105,11 +114,7 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, const
   if constexpr (kOutput == kNone) return;
   float value = ignored ? 0.f : w * (kOutput == kLoss ? loss * run.scale.value : gradient);  // also for a scale of inf
   if (positive) {
-    const float weight = positive_weight(tb, run, anchor);
-    loss = 0.f;
-    const float scale = static_cast<float>(tb.scale.get());
-    value = positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss);
-    if (kOutput == kLoss) value = weighted_loss(weight, loss) * scale;
+    value = positive_value<T, kGamma, kOutput>(tb, run, logit, anchor);
   }
   if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(0, 0, anchor) < 0)) value = NAN;
   store_one(out, value);
@@ -123,11 +128,12 @@ IOUBAL_DEVICE void any_row_entry(const DenseTable& tb, const DenseRun<T>& run, u
   any_entry<T, kGamma, kOutput>(tb, run, run.x + e, run.out + e, label == kIgnore, positive, anchor, sum);
 }
 
-// kCount negatives, but for the ignored ones of the bits `ignored`. False, with nothing written, where a loss is not
-// finite: there the fast form's derivative may be NaN, and any_entry has to do it. (The sum is lost either way.)
-template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool negative_vector(const DenseTable& tb, const DenseRun<T>& run, const Vec<T, kCount>& in, T* out,
-                                   u32 ignored, float& sum) {
+// kCount negatives, but for the ignored ones of the bits `ignored`, whose vector's loss is added to `sum`. False, with
+// nothing written, where a loss is not finite: there the fast form's derivative may be NaN, and any_entry has to do it.
+// (The sum is lost either way.)
+template <class T, int kCount, int kGamma, bool kFolded, Output kOutput>
+IOUBAL_DEVICE bool negative_vector(const Scale& scale, float gamma, const Vec<T, kCount>& in, T* out, u32 ignored,
+                                   float& sum) {
   float v[kCount];
   in.unpack(v);
   if (ignored) {
@@ -137,9 +143,9 @@ IOUBAL_DEVICE bool negative_vector(const DenseTable& tb, const DenseRun<T>& run,
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     float loss = kOutput == kLoss ? 0.f : sum;
-    v[j] = negative_entry<kGamma, kFold<T, kGamma>, false>(v[j], run.scale, tb.gamma, loss);
+    v[j] = negative_entry<kGamma, kFolded, false>(v[j], scale, gamma, loss);
     if constexpr (kOutput == kLoss) {
-      v[j] = loss * run.scale.value;
+      v[j] = loss * scale.value;
       loss += sum;
     }
     sum = loss;
@@ -157,15 +163,79 @@ IOUBAL_DEVICE bool any_special(const u32* special, u32 first, u32 last) {
 }
 
 constexpr int kVectorsInFlight = 4;
+constexpr u32 kAllVectors = (1u << kVectorsInFlight) - 1;
+
+// What is special in a thread's group of vectors, as bits u * kCount + j. The values of positives are computed before
+// anything is stored, since in place a store takes the logit away, and kept in shared memory, a column a thread.
+struct Marks {
+  u32 masked = 0;    // no negative: ignored or positive
+  u32 positive = 0;  // a value is kept
+};
+constexpr u32 kKept = 8;
+IOUBAL_DEVICE float& kept_value(float* kept, u32 i) { return kept[i * kThreads + threadIdx.x]; }
+
+// Marks the entries of the vectors `any` of the group at `e0`. False where they have to be done one by one.
+template <class T, int kCount, int kGamma, Output kOutput>
+IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, u32 e0, u32 any, float* kept, Marks& marks) {
+  const u32 classes = tb.classes.divisor;
+  u32 count = 0;
+#pragma unroll 1
+  for (; any; any &= any - 1) {
+    const u32 u = __ffs(static_cast<int>(any)) - 1, e = e0 + u * kThreads * kCount;
+    u32 row = tb.classes.div(e), column = e - row * classes;
+#pragma unroll 1
+    for (u32 j = 0; j < kCount; ++row, column = 0) {  // the part of one row after that of another
+      const u32 width = classes - column < kCount - j ? classes - column : kCount - j;
+      const int64_t anchor = run.anchor(tb, row), label = tb.labels.get(run.image, anchor);
+      if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(0, 0, anchor) < 0)) return false;
+      if (label == kIgnore) {
+        marks.masked |= ((1u << width) - 1) << (u * kCount + j);
+      } else if (label >= column && label < column + width) {
+        const u32 at = j + static_cast<u32>(label) - column, bit = 1u << (u * kCount + at);
+        marks.masked |= bit;
+        if constexpr (kOutput != kNone) {
+          if (count == kKept) return false;
+          kept_value(kept, count++) = positive_value<T, kGamma, kOutput>(tb, run, load_one(run.x + e + at), anchor);
+          marks.positive |= bit;
+        }
+      }
+      j += width;
+    }
+  }
+  return true;
+}
+
+// A group of vectors of rows that have weights of their own: unfolded, one after another. Returns those that have to be
+// done entry by entry.
+template <class T, int kCount, int kGamma, Output kOutput>
+IOUBAL_DEVICE u32 weighted_rows(const DenseTable& tb, const DenseRun<T>& run, u32 e0, u32 masked, float& sum) {
+  u32 slow = 0;
+#pragma unroll 1
+  for (u32 u = 0; u < kVectorsInFlight; ++u) {
+    const u32 e = e0 + u * kThreads * kCount, row = tb.classes.div(e);
+    const float weight = static_cast<float>(tb.row_weight[run.anchor(tb, row)]);
+    const Scale scale = make_scale<false>(run.scale.value * weight);
+    Vec<T, kCount> in;
+    in.load(run.x + e);
+    float loss = 0.f;
+    if (tb.classes.div(e + kCount - 1) != row || !scale.usual ||
+        !negative_vector<T, kCount, kGamma, false, kOutput>(scale, tb.gamma, in, run.out + e,
+                                                            masked >> u * kCount & ((1u << kCount) - 1), loss)) {
+      slow |= 1u << u;
+    } else {
+      sum = fmaf(loss, weight * run.scale.root * run.scale.root, sum);
+    }
+  }
+  return slow;
+}
 
 // A tile of rows. kSpan: a vector may touch several rows, and a run may start at an address that is not a multiple of
 // 16 (then its first elements come one by one).
 template <class T, int kCount, int kGamma, Output kOutput, bool kSpan>
-IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float& sum) {
+IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float* kept, float& sum) {
   constexpr u32 kStep = kThreads * kCount;
   const u32 size = run.level.rows * tb.classes.divisor;
   const u32* special = tb.special + run.level.word0 + run.image * run.level.words;
-  const bool usual = run.scale.usual && !tb.row_weight.data;
   u32 head = 0;
   if constexpr (kSpan && kCount > 1) {
     head = static_cast<u32>((16 - reinterpret_cast<uintptr_t>(run.x) % 16) % 16 / sizeof(T));
@@ -187,19 +257,26 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
         const u32 e = e0 + u * kStep, first = tb.classes.div(e);
         any |= any_special(special, first, kSpan ? tb.classes.div(e + kCount - 1) : first) << u;
       }
+      Marks marks;
       u32 slow = 0;  // vectors to do entry by entry
-      if (usual && !any) {
+      if (!run.scale.usual || (any && !mark_rows<T, kCount, kGamma, kOutput>(tb, run, e0, any, kept, marks))) {
+        slow = kAllVectors;
+        marks.positive = 0;
+      } else if (tb.row_weight.data) {
+        slow = weighted_rows<T, kCount, kGamma, kOutput>(tb, run, e0, marks.masked, sum);
+      } else {
+        if (marks.masked) {  // rare: read again, from L2
+          const T* again = another(x);
+#pragma unroll
+          for (int u = 0; u < kVectorsInFlight; ++u) {
+            in[u].load(again + u * kStep);
+            in[u].overwrite(marks.masked >> u * kCount, off_bits(T()));
+          }
+        }
 #pragma unroll
         for (int u = 0; u < kVectorsInFlight; ++u) {
-          if (!negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], out + u * kStep, 0, sum)) slow |= 1u << u;
-        }
-      } else {
-#pragma unroll 1  // short code; what is needed is read again, from L2
-        for (int u = 0; u < kVectorsInFlight; ++u) {
-          Vec<T, kCount> again;
-          again.load(x + u * kStep);
-          if (!usual || (any >> u & 1) ||
-              !negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, out + u * kStep, 0, sum)) {
+          if (!negative_vector<T, kCount, kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, in[u],
+                                                                             out + u * kStep, 0, sum)) {
             slow |= 1u << u;
           }
         }
@@ -209,6 +286,11 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
         const u32 e1 = e0 + (__ffs(static_cast<int>(slow)) - 1) * kStep;
 #pragma unroll 1
         for (u32 e = e1; e < e1 + kCount; ++e) any_row_entry<T, kGamma, kOutput>(tb, run, e, sum);
+      }
+#pragma unroll 1
+      for (u32 i = 0; marks.positive; marks.positive &= marks.positive - 1, ++i) {
+        const u32 bit = __ffs(static_cast<int>(marks.positive)) - 1;
+        store_one(out + bit / kCount * kStep + bit % kCount, kept_value(kept, i));
       }
     } else {
 #pragma unroll 1
@@ -223,7 +305,7 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
 
 // A tile of planes: a thread owns kCount neighbouring locations of one (image, anchor) and walks a chunk of classes.
 template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u32 tile, float& loss) {
+IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u32 tile, float* kept, float& loss) {
   const u32 block = tb.chunks.div(tile), column = block * kThreads + threadIdx.x;
   if (column >= level.columns) return;
   const u32 classes = tb.classes.divisor, first_class = (tile - block * tb.chunks.divisor) * tb.class_chunk;
@@ -232,37 +314,49 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const u32 image = plane / level.anchors, a = plane - image * level.anchors;
   const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
   const int64_t anchor0 = run.anchor(tb, at * level.anchors + a);
-  const auto label = [&](int j) { return tb.labels.get(image, anchor0 + static_cast<int64_t>(j) * level.anchors); };
+  const auto anchor = [&](u32 j) { return anchor0 + static_cast<int64_t>(j) * level.anchors; };
   const u32 bits = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
-  const bool usual = run.scale.usual;
   constexpr u32 kNever = 1u << 30;
   u32 ignored = 0, next = kNever;  // ignored locations; the next class with a positive
-  if (bits) {
 #pragma unroll 1
-    for (int j = 0; j < kCount; ++j) {
-      const int64_t y = label(j);
-      if (y == kIgnore) ignored |= 1u << j;
-      if (y >= first_class && y < next) next = static_cast<u32>(y);
-    }
+  for (u32 left = bits; left; left &= left - 1) {
+    const u32 j = __ffs(static_cast<int>(left)) - 1;
+    const int64_t y = tb.labels.get(image, anchor(j));
+    if (y == kIgnore) ignored |= 1u << j;
+    if (y >= first_class && y < next) next = static_cast<u32>(y);
   }
   const u32 locations = level.locations;
   const int64_t offset = (static_cast<int64_t>(a) * classes + first_class) * locations + at;
   const T* x = run.x + offset;
   T* out = run.out + offset;
   float sum = 0.f;
-  // The vector of class k, one location after another.
-  const auto special = [&](u32 k, const T* from, T* to) {
-    const bool here = k == next;
-    if (here) next = kNever;
+  // Marks the positives of classes k to k + 3, and finds the next class after them that has one.
+  const auto mark = [&](u32 k, Marks& marks) {
+    next = kNever;
 #pragma unroll 1
-    for (int j = 0; j < kCount; ++j) {
-      int64_t y = kBackground;
-      if (here) {
-        y = label(j);
-        if (y > k && y < next) next = static_cast<u32>(y);
+    for (u32 left = bits; left; left &= left - 1) {
+      const u32 j = __ffs(static_cast<int>(left)) - 1;
+      const int64_t y = tb.labels.get(image, anchor(j));
+      if (y < k) continue;
+      const u32 u = static_cast<u32>(y) - k;
+      if (u >= kVectorsInFlight) {
+        next = u + k < next ? u + k : next;
+        continue;
       }
-      any_entry<T, kGamma, kOutput>(tb, run, from + j, to + j, ignored >> j & 1, y == k,
-                                    anchor0 + static_cast<int64_t>(j) * level.anchors, sum);
+      marks.masked |= 1u << (u * kCount + j);
+      if constexpr (kOutput != kNone) {
+        const float logit = load_one(x + u * locations + j);
+        kept_value(kept, j) = positive_value<T, kGamma, kOutput>(tb, run, logit, anchor(j));  // one class a location
+        marks.positive |= 1u << (u * kCount + j);
+      }
+    }
+  };
+  // The vector of class k, one location after another.
+  const auto one_by_one = [&](u32 k, const T* from, T* to) {
+#pragma unroll 1
+    for (u32 j = 0; j < kCount; ++j) {
+      const bool positive = (bits >> j & 1) && tb.labels.get(image, anchor(j)) == k;
+      any_entry<T, kGamma, kOutput>(tb, run, from + j, to + j, ignored >> j & 1, positive, anchor(j), sum);
     }
   };
   u32 k = first_class;
@@ -271,35 +365,43 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
     Vec<T, kCount> in[kVectorsInFlight];
 #pragma unroll
     for (int u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
+    Marks marks;
     u32 slow = 0;  // vectors to do entry by entry
-    if (usual && next - k >= kVectorsInFlight) {
+    if (run.scale.usual) {
+      if (next - k < kVectorsInFlight) {
+        mark(k, marks);
+        const T* again = another(x);
+#pragma unroll
+        for (int u = 0; u < kVectorsInFlight; ++u) {
+          in[u].load(again + u * locations);
+          in[u].overwrite(marks.masked >> u * kCount, off_bits(T()));
+        }
+      }
 #pragma unroll
       for (int u = 0; u < kVectorsInFlight; ++u) {
-        T* const to = out + u * locations;
-        if (!negative_vector<T, kCount, kGamma, kOutput>(tb, run, in[u], to, ignored, sum)) slow |= 1u << u;
-      }
-    } else {
-#pragma unroll 1
-      for (int u = 0; u < kVectorsInFlight; ++u) {
-        Vec<T, kCount> again;
-        again.load(x + u * locations);
-        T* const to = out + u * locations;
-        if (!usual || k + u >= next ||  // what follows the next positive may hold another: `next` moves below
-            !negative_vector<T, kCount, kGamma, kOutput>(tb, run, again, to, ignored, sum)) {
+        if (!negative_vector<T, kCount, kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, in[u],
+                                                                           out + u * locations, ignored, sum)) {
           slow |= 1u << u;
         }
       }
+    } else {
+      slow = kAllVectors;
     }
 #pragma unroll 1
     for (; slow; slow &= slow - 1) {
       const u32 u = __ffs(static_cast<int>(slow)) - 1;
-      special(k + u, x + u * locations, out + u * locations);
+      one_by_one(k + u, x + u * locations, out + u * locations);
+    }
+#pragma unroll 1
+    for (; marks.positive; marks.positive &= marks.positive - 1) {
+      const u32 bit = __ffs(static_cast<int>(marks.positive)) - 1, j = bit % kCount;
+      store_one(out + bit / kCount * locations + j, kept_value(kept, j));
     }
     x += kVectorsInFlight * locations;
     out += kVectorsInFlight * locations;
   }
 #pragma unroll 1
-  for (; k < last_class; ++k, x += locations, out += locations) special(k, x, out);
+  for (; k < last_class; ++k, x += locations, out += locations) one_by_one(k, x, out);
   loss = run_loss(tb, run, sum);
 }
 
@@ -307,7 +409,7 @@ enum class DenseLayout : int { kRows, kSpanningRows, kSingleRows, kPlanes };
 
 // Tile `tile` of the table, by all threads of the block.
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* scratch) {
+IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* kept, float* scratch) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   int l = 0;
   while (l + 1 < tb.levels && tile >= tb.level[l + 1].tile0) ++l;
@@ -316,20 +418,21 @@ IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* scratch) {
   float loss = 0.f;
   if constexpr (kLayout == DenseLayout::kPlanes) {
     if (level.vector == kFull) {
-      planes_tile<T, kFull, kGamma, kOutput>(tb, level, local, loss);
+      planes_tile<T, kFull, kGamma, kOutput>(tb, level, local, kept, loss);
     } else if (kFull == 8 && level.vector == 4) {
-      planes_tile<T, 4, kGamma, kOutput>(tb, level, local, loss);
+      planes_tile<T, 4, kGamma, kOutput>(tb, level, local, kept, loss);
     } else if (level.vector == 2) {
-      planes_tile<T, 2, kGamma, kOutput>(tb, level, local, loss);
+      planes_tile<T, 2, kGamma, kOutput>(tb, level, local, kept, loss);
     } else {
-      planes_tile<T, 1, kGamma, kOutput>(tb, level, local, loss);
+      planes_tile<T, 1, kGamma, kOutput>(tb, level, local, kept, loss);
     }
   } else {
     const u32 image = local / level.tiles;
     const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
     constexpr int kCount = kLayout == DenseLayout::kSingleRows ? 1 : kFull;
     float sum = 0.f;
-    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, run, local - image * level.tiles, sum);
+    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, run, local - image * level.tiles, kept,
+                                                                         sum);
     loss = run_loss(tb, run, sum);
   }
   if (tb.partial == nullptr) return;

@@ -6,7 +6,11 @@ namespace {
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 // The order of the sums follows from the sizes alone: no question to the device here.
-u32 rows_iterations(int64_t elements) { return elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1; }
+// Long tiles amortise a block's start, short ones fill the device with a small batch.
+u32 rows_iterations(int64_t elements) {
+  return elements >= (1 << 27) ? 8 : elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
+}
+u32 planes_classes(int64_t elements) { return elements >= (1 << 26) ? 40 : 16; }
 
 }  // namespace
 
@@ -39,7 +43,11 @@ DenseLayout plan_rows(DenseTable& tb, Dtype type, u32 images) {
 
 DenseLayout plan_planes(DenseTable& tb, Dtype type, u32 images) {
   const u32 size = size_of(type), classes = tb.classes.divisor;
-  const u32 chunks = divide_up(classes, 16);
+  int64_t elements = 0;
+  for (int l = 0; l < tb.levels; ++l) {
+    elements += static_cast<int64_t>(images) * tb.level[l].anchors * tb.level[l].locations * classes;
+  }
+  const u32 chunks = divide_up(classes, planes_classes(elements));
   tb.class_chunk = (divide_up(classes, chunks) + 3) / 4 * 4;
   tb.chunks = FastDiv::make(divide_up(classes, tb.class_chunk));
   tb.tiles = 0;

@@ -15,6 +15,8 @@ struct LocLevel {
   DeltaPlace place, out_place;
   u32 locations, width, anchors, first_anchor;
   u32 tile0, tiles;  // tiles per image
+  u32 word0, words;  // of `special`, as in Level
+  bool special_planes;  // how they lie: as the logits do
   bool planes;       // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
   bool vector;       // a row of the gradient is one aligned access
 };
@@ -96,11 +98,15 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
       a = row - location * level.anchors;
     }
     if (location >= level.locations) break;
-    const int64_t anchor =
-        image * tb.dense.anchors_per_image + level.first_anchor + static_cast<int64_t>(location) * level.anchors + a;
+    const u32 bit = level.special_planes ? (image * level.anchors + a) * level.words * kWarp + location
+                                         : image * level.words * kWarp + location * level.anchors + a;
     Quad<float> value = {{0.f, 0.f, 0.f, 0.f}};
-    if (labels.get(image, anchor) >= 0) {
-      value = delta_gradient(tb, level, l, image, location, a, anchor, labels.values[anchor]);
+    if (tb.dense.special[level.word0 + bit / kWarp] >> bit % kWarp & 1) {
+      const int64_t anchor =
+          image * tb.dense.anchors_per_image + level.first_anchor + static_cast<int64_t>(location) * level.anchors + a;
+      if (labels.get(image, anchor) >= 0) {
+        value = delta_gradient(tb, level, l, image, location, a, anchor, labels.values[anchor]);
+      }
     }
     store_quad(deltas, level, level.out_place.offset(image, location, level.width, a), value);
   }
@@ -112,14 +118,14 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1     ? 2
                                             : sizeof(T) == 4 ? 3
                                                              : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
-  __shared__ float scratch[kThreads / kWarp];
+  __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
   const u32 first = deltas ? 0 : tb.deltas.tiles, last = tb.deltas.tiles + (logits ? tb.dense.tiles : 0);
   for (u32 tile = first + blockIdx.x; tile < last; tile += gridDim.x) {
     if (tile < tb.deltas.tiles) {
       deltas_tile(tb, tile);
     } else {
-      dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, tile - tb.deltas.tiles, scratch);
+      dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, tile - tb.deltas.tiles, kept, scratch);
     }
   }
   finish_loss(tb.finish);

@@ -38,9 +38,9 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor&) {}
   static u32 multiprocessors() { return 2; }
-  template <class... Parameters, class... Arguments>
+  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    if (blocks > 0) simt::launch(dim3(blocks), dim3(kThreads), [&] { kernel(arguments...); });
+    if (blocks > 0) simt::launch(dim3(blocks), dim3(kBlock), [&] { kernel(arguments...); });
   }
 };
 #else
@@ -59,11 +59,11 @@ class OnDevice {
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
     return static_cast<u32>(count);
   }
-  template <class... Parameters, class... Arguments>
+  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
     if (blocks == 0) return;
     // clang-format off
-    kernel<<<blocks, kThreads, 0, stream_>>>(arguments...);  // the formatter takes it for two templates
+    kernel<<<blocks, kBlock, 0, stream_>>>(arguments...);  // the formatter takes it for two templates
     // clang-format on
     check(cudaGetLastError(), "kernel launch");
   }

@@ -50,9 +50,9 @@ struct SmoothL1Table {
 };
 
 __global__ void __launch_bounds__(kThreads, 3) smooth_l1_positives_kernel(const IOUBAL_GRID_CONSTANT SmoothL1Table tb) {
-  __shared__ double scratch[kThreads / kWarp];
+  __shared__ double scratch[kThreads / kWarp * kPartials];
   double* out = tb.positives + static_cast<int64_t>(blockIdx.x) * tb.slots * kPartials;
-  clear_terms(tb.slots, out);
+  clear_terms<kThreads>(tb.slots, out);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   PositiveTerms terms;
   if (r < tb.rows) {
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 3) smooth_l1_positives_kernel(const 
       terms.add_localization(row.loss, row.balance);
     }
   }
-  add_terms(terms, tb.slots, out, scratch);
+  add_terms<kThreads>(terms, tb.slots, out, scratch);
 }
 
 __global__ void __launch_bounds__(kThreads, 3) smooth_l1_fill_kernel(const IOUBAL_GRID_CONSTANT SmoothL1Table tb) {
