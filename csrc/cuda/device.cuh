@@ -72,10 +72,6 @@ void store_bytes(void* p, const u32* words) {
   memcpy(p, words, kBytes);
 }
 inline float load_shared_by_blocks(const float* p) { return *p; }
-template <class T>
-const T* another(const T* p) {
-  return p;
-}
 #else
 IOUBAL_DEVICE float ex2(float t) {
   float r;
@@ -156,12 +152,6 @@ IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
 }
 // What other blocks of the same launch have written lies in L2, not in this multiprocessor's L1.
 IOUBAL_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
-// The same pointer, which the compiler takes for another: what is loaded again need not stay in registers.
-template <class T>
-IOUBAL_DEVICE const T* another(const T* p) {
-  asm("" : "+l"(p));
-  return p;
-}
 #endif
 
 // kCount elements of T in registers, as they lie in memory.
@@ -171,23 +161,13 @@ struct Vec {
   u32 words[kWords];
 
   IOUBAL_DEVICE void load(const T* p) { load_bytes<kBytes>(p, words); }
-  // Puts `low`, an element's bits, wherever `which` has a bit.
-  IOUBAL_DEVICE void overwrite(u32 which, u32 low) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if constexpr (sizeof(T) == 4) {
-        words[j] = which >> j & 1 ? low : words[j];
-      } else {
-        const u32 changed = j & 1 ? (words[j / 2] & 0xffffu) | low << 16 : (words[j / 2] & 0xffff0000u) | low;
-        words[j / 2] = which >> j & 1 ? changed : words[j / 2];
-      }
-    }
-  }
+  IOUBAL_DEVICE void store(T* p) const { store_bytes<kBytes>(p, words); }
   IOUBAL_DEVICE void unpack(float (&x)[kCount]) const { unpack_as(x, T()); }
+  IOUBAL_DEVICE void set(const float (&x)[kCount]) { pack_as(words, x, T()); }
   IOUBAL_DEVICE static void store(T* p, const float (&x)[kCount]) {
-    u32 packed[kWords];
-    pack_as(packed, x, T());
-    store_bytes<kBytes>(p, packed);
+    Vec packed;
+    packed.set(x);
+    packed.store(p);
   }
 
  private:

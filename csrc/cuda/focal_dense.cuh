@@ -128,17 +128,13 @@ IOUBAL_DEVICE void any_row_entry(const DenseTable& tb, const DenseRun<T>& run, u
   any_entry<T, kGamma, kOutput>(tb, run, run.x + e, run.out + e, label == kIgnore, positive, anchor, sum);
 }
 
-// kCount negatives, but for the ignored ones of the bits `ignored`, whose vector's loss is added to `sum`. False, with
-// nothing written, where a loss is not finite: there the fast form's derivative may be NaN, and any_entry has to do it.
-// (The sum is lost either way.)
-template <class T, int kCount, int kGamma, bool kFolded, Output kOutput>
-IOUBAL_DEVICE bool negative_vector(const Scale& scale, float gamma, const Vec<T, kCount>& in, T* out, u32 ignored,
-                                   float& sum) {
-  float v[kCount];
-  in.unpack(v);
-  if (ignored) {
+// kCount negatives, but for those of the bits `off`: in the place of their logits their gradients or losses. Their sum
+// is added to `sum`; where it is not finite, the fast form's derivatives may be NaN, and any_entry has to do them all.
+template <int kGamma, bool kFolded, Output kOutput, int kCount>
+IOUBAL_DEVICE void negative_entries(const Scale& scale, float gamma, float (&v)[kCount], u32 off, float& sum) {
+  if (off) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] = ignored >> j & 1 ? kOff : v[j];
+    for (int j = 0; j < kCount; ++j) v[j] = off >> j & 1 ? kOff : v[j];
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
@@ -150,10 +146,83 @@ IOUBAL_DEVICE bool negative_vector(const Scale& scale, float gamma, const Vec<T,
     }
     sum = loss;
   }
-  if constexpr (kOutput == kNone) return true;
-  const bool good = kOutput == kLoss || sum < 1e35f;
-  if (good) Vec<T, kCount>::store(out, v);
-  return good;
+}
+template <Output kOutput>
+IOUBAL_DEVICE bool all_good(float sum) {
+  return kOutput != kGradient || sum < 1e35f;
+}
+
+// The usual path: several vectors of negatives, all loaded before the first is used. Returns how many are done: the
+// others, from the first whose loss is not finite on, are as they were. (The sum is lost either way.)
+constexpr u32 kVectorsInFlight = 4;
+template <class T, int kCount, int kGamma, Output kOutput>
+IOUBAL_DEVICE u32 negative_group(const DenseTable& tb, const DenseRun<T>& run,
+                                 const Vec<T, kCount> (&in)[kVectorsInFlight], T* out, u32 stride, u32 ignored,
+                                 float& sum) {
+#pragma unroll
+  for (u32 u = 0; u < kVectorsInFlight; ++u) {
+    float v[kCount];
+    in[u].unpack(v);
+    negative_entries<kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, v, ignored, sum);
+    if (!all_good<kOutput>(sum)) return u;
+    if constexpr (kOutput != kNone) Vec<T, kCount>::store(out + u * stride, v);
+  }
+  return kVectorsInFlight;
+}
+
+// A vector with entries that are no negatives, as bits: the values of the positive ones are computed before anything is
+// stored, since in place that takes their logits away, and kept in shared memory, a column a thread.
+constexpr u32 kKept = 9;  // the last one: where a group goes on that was left within
+struct Marks {
+  u32 off = 0, positive = 0;
+  float* kept;
+  IOUBAL_DEVICE float& value(u32 j) const { return kept[j * kThreads + threadIdx.x]; }
+
+  template <class T, int kGamma, Output kOutput>
+  IOUBAL_DEVICE void add_positive(const DenseTable& tb, const DenseRun<T>& run, const T* x, u32 j, int64_t anchor) {
+    off |= 1u << j;
+    if constexpr (kOutput != kNone) {
+      positive |= 1u << j;
+      value(j) = positive_value<T, kGamma, kOutput>(tb, run, load_one(x + j), anchor);
+    }
+  }
+};
+
+// A group left within, of those to do later: at most one of a tile, since nothing is done in groups after that.
+constexpr u32 kLeftWithin = 1u << 31;
+IOUBAL_DEVICE float& left_at(float* kept) { return kept[(kKept - 1) * kThreads + threadIdx.x]; }
+IOUBAL_DEVICE u32 take_left_at(float* kept, u32& later) {
+  const u32 at = later & kLeftWithin ? float_to_bits(left_at(kept)) : 0;
+  later &= ~kLeftWithin;
+  return at;
+}
+
+// Does such a vector; false, with nothing stored, as above. weight: the row's own, or 1.
+template <class T, int kCount, int kGamma, Output kOutput>
+IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, const T* x, T* out, const Marks& marks,
+                                 float weight, float& sum) {
+  Vec<T, kCount> in;
+  in.load(x);
+  float v[kCount];
+  in.unpack(v);
+  if (weight == 1.f) {
+    negative_entries<kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, v, marks.off, sum);
+  } else {
+    float loss = 0.f;
+    negative_entries<kGamma, false, kOutput>(make_scale<false>(run.scale.value * weight), tb.gamma, v, marks.off, loss);
+    sum = fmaf(loss, weight * run.scale.root * run.scale.root, sum);
+  }
+  if (!all_good<kOutput>(sum)) return false;
+  if constexpr (kOutput != kNone) {
+    in.set(v);
+    in.store(out);
+#pragma unroll 1
+    for (u32 left = marks.positive; left; left &= left - 1) {
+      const u32 j = __ffs(static_cast<int>(left)) - 1;
+      store_one(out + j, marks.value(j));
+    }
+  }
+  return true;
 }
 
 // Whether a row in [first, last] (at most 31 apart) is not plain background.
@@ -162,78 +231,41 @@ IOUBAL_DEVICE bool any_special(const u32* special, u32 first, u32 last) {
   return (__funnelshift_r(low, high, first % 32) & ((2u << (last - first)) - 1)) != 0;
 }
 
-constexpr int kVectorsInFlight = 4;
-constexpr u32 kAllVectors = (1u << kVectorsInFlight) - 1;
-
-// What is special in a thread's group of vectors, as bits u * kCount + j. The values of positives are computed before
-// anything is stored, since in place a store takes the logit away, and kept in shared memory, a column a thread.
-struct Marks {
-  u32 masked = 0;    // no negative: ignored or positive
-  u32 positive = 0;  // a value is kept
-};
-constexpr u32 kKept = 8;
-IOUBAL_DEVICE float& kept_value(float* kept, u32 i) { return kept[i * kThreads + threadIdx.x]; }
-
-// Marks the entries of the vectors `any` of the group at `e0`. False where they have to be done one by one.
+// Whether the vector at entry e of the run's rows could be done as one; what is not plain background is marked.
 template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, u32 e0, u32 any, float* kept, Marks& marks) {
+IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const u32* special, u32 e, Marks& marks,
+                             float& weight) {
   const u32 classes = tb.classes.divisor;
-  u32 count = 0;
+  u32 row = tb.classes.div(e), column = e - row * classes;
+  if (tb.row_weight.data) {
+    if (column + kCount > classes) return false;
+    weight = static_cast<float>(tb.row_weight[run.anchor(tb, row)]);
+    if (!(fabsf(run.scale.value * weight) < 1e30f)) return false;
+  }
 #pragma unroll 1
-  for (; any; any &= any - 1) {
-    const u32 u = __ffs(static_cast<int>(any)) - 1, e = e0 + u * kThreads * kCount;
-    u32 row = tb.classes.div(e), column = e - row * classes;
-#pragma unroll 1
-    for (u32 j = 0; j < kCount; ++row, column = 0) {  // the part of one row after that of another
-      const u32 width = classes - column < kCount - j ? classes - column : kCount - j;
+  for (u32 j = 0; j < kCount; ++row, column = 0) {  // the part of one row after that of another
+    const u32 width = classes - column < kCount - j ? classes - column : kCount - j;
+    if (special[row / 32] >> row % 32 & 1) {
       const int64_t anchor = run.anchor(tb, row), label = tb.labels.get(run.image, anchor);
       if (kOutput == kLoss && (!tb.labels.valid(anchor) || tb.scope.get(0, 0, anchor) < 0)) return false;
       if (label == kIgnore) {
-        marks.masked |= ((1u << width) - 1) << (u * kCount + j);
+        marks.off |= ((1u << width) - 1) << j;
       } else if (label >= column && label < column + width) {
-        const u32 at = j + static_cast<u32>(label) - column, bit = 1u << (u * kCount + at);
-        marks.masked |= bit;
-        if constexpr (kOutput != kNone) {
-          if (count == kKept) return false;
-          kept_value(kept, count++) = positive_value<T, kGamma, kOutput>(tb, run, load_one(run.x + e + at), anchor);
-          marks.positive |= bit;
-        }
+        const u32 at = j + static_cast<u32>(label) - column;
+        marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + e, at, anchor);
       }
-      j += width;
     }
+    j += width;
   }
   return true;
 }
 
-// A group of vectors of rows that have weights of their own: unfolded, one after another. Returns those that have to be
-// done entry by entry.
-template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE u32 weighted_rows(const DenseTable& tb, const DenseRun<T>& run, u32 e0, u32 masked, float& sum) {
-  u32 slow = 0;
-#pragma unroll 1
-  for (u32 u = 0; u < kVectorsInFlight; ++u) {
-    const u32 e = e0 + u * kThreads * kCount, row = tb.classes.div(e);
-    const float weight = static_cast<float>(tb.row_weight[run.anchor(tb, row)]);
-    const Scale scale = make_scale<false>(run.scale.value * weight);
-    Vec<T, kCount> in;
-    in.load(run.x + e);
-    float loss = 0.f;
-    if (tb.classes.div(e + kCount - 1) != row || !scale.usual ||
-        !negative_vector<T, kCount, kGamma, false, kOutput>(scale, tb.gamma, in, run.out + e,
-                                                            masked >> u * kCount & ((1u << kCount) - 1), loss)) {
-      slow |= 1u << u;
-    } else {
-      sum = fmaf(loss, weight * run.scale.root * run.scale.root, sum);
-    }
-  }
-  return slow;
-}
-
 // A tile of rows. kSpan: a vector may touch several rows, and a run may start at an address that is not a multiple of
-// 16 (then its first elements come one by one).
+// 16 (then its first elements come one by one). Groups with something special are done later: the loop of the usual
+// ones needs few registers then, and no warp waits within it.
 template <class T, int kCount, int kGamma, Output kOutput, bool kSpan>
 IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float* kept, float& sum) {
-  constexpr u32 kStep = kThreads * kCount;
+  constexpr u32 kStep = kThreads * kCount, kGroup = kVectorsInFlight * kStep;
   const u32 size = run.level.rows * tb.classes.divisor;
   const u32* special = tb.special + run.level.word0 + run.image * run.level.words;
   u32 head = 0;
@@ -242,63 +274,47 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
     head = head < size ? head : size;
     if (tile == 0 && threadIdx.x < head) any_row_entry<T, kGamma, kOutput>(tb, run, threadIdx.x, sum);
   }
-  u32 e0 = head + tile * tb.iterations * kVectorsInFlight * kStep + threadIdx.x * kCount;
+  const u32 first = head + tile * tb.iterations * kGroup + threadIdx.x * kCount;
+  const bool usual = run.scale.usual && !tb.row_weight.data;
+  u32 later = 0;  // bits of groups
 #pragma unroll 1
-  for (u32 it = 0; it < tb.iterations; ++it, e0 += kVectorsInFlight * kStep) {
-    if (e0 + (kVectorsInFlight - 1) * kStep + kCount <= size) {
+  for (u32 it = 0, e0 = first; it < tb.iterations; ++it, e0 += kGroup) {
+    u32 done = 0;
+    if (usual && e0 + (kGroup - kStep) + kCount <= size) {
       Vec<T, kCount> in[kVectorsInFlight];
       const T* x = run.x + e0;  // constant distances from one 64-bit pointer
-      T* out = run.out + e0;
 #pragma unroll
-      for (int u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * kStep);
-      u32 any = 0;  // one test for all the vectors in flight
+      for (u32 u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * kStep);
+      bool any = false;  // one test for all the vectors in flight
 #pragma unroll
-      for (int u = 0; u < kVectorsInFlight; ++u) {
-        const u32 e = e0 + u * kStep, first = tb.classes.div(e);
-        any |= any_special(special, first, kSpan ? tb.classes.div(e + kCount - 1) : first) << u;
+      for (u32 u = 0; u < kVectorsInFlight; ++u) {
+        const u32 e = e0 + u * kStep, row = tb.classes.div(e);
+        any |= any_special(special, row, kSpan ? tb.classes.div(e + kCount - 1) : row);
       }
+      if (!any) done = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, run.out + e0, kStep, 0, sum);
+    }
+    if (done < kVectorsInFlight) later |= 1u << it;
+    if (done % kVectorsInFlight != 0) {
+      later |= kLeftWithin;
+      left_at(kept) = bits_to_float(e0 + done * kStep);
+    }
+  }
+  const u32 resume = take_left_at(kept, later);
+#pragma unroll 1
+  for (; later; later &= later - 1) {
+    const u32 e0 = first + (__ffs(static_cast<int>(later)) - 1) * kGroup;
+#pragma unroll 1
+    for (u32 e = resume - e0 < kGroup ? resume : e0; e < e0 + kGroup && e < size; e += kStep) {
       Marks marks;
-      u32 slow = 0;  // vectors to do entry by entry
-      if (!run.scale.usual || (any && !mark_rows<T, kCount, kGamma, kOutput>(tb, run, e0, any, kept, marks))) {
-        slow = kAllVectors;
-        marks.positive = 0;
-      } else if (tb.row_weight.data) {
-        slow = weighted_rows<T, kCount, kGamma, kOutput>(tb, run, e0, marks.masked, sum);
-      } else {
-        if (marks.masked) {  // rare: read again, from L2
-          const T* again = another(x);
-#pragma unroll
-          for (int u = 0; u < kVectorsInFlight; ++u) {
-            in[u].load(again + u * kStep);
-            in[u].overwrite(marks.masked >> u * kCount, off_bits(T()));
-          }
-        }
-#pragma unroll
-        for (int u = 0; u < kVectorsInFlight; ++u) {
-          if (!negative_vector<T, kCount, kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, in[u],
-                                                                             out + u * kStep, 0, sum)) {
-            slow |= 1u << u;
-          }
-        }
+      marks.kept = kept;
+      float weight = 1.f;
+      if (run.scale.usual && e + kCount <= size &&
+          mark_rows<T, kCount, kGamma, kOutput>(tb, run, special, e, marks, weight) &&
+          marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + e, run.out + e, marks, weight, sum)) {
+        continue;
       }
 #pragma unroll 1
-      for (; slow; slow &= slow - 1) {
-        const u32 e1 = e0 + (__ffs(static_cast<int>(slow)) - 1) * kStep;
-#pragma unroll 1
-        for (u32 e = e1; e < e1 + kCount; ++e) any_row_entry<T, kGamma, kOutput>(tb, run, e, sum);
-      }
-#pragma unroll 1
-      for (u32 i = 0; marks.positive; marks.positive &= marks.positive - 1, ++i) {
-        const u32 bit = __ffs(static_cast<int>(marks.positive)) - 1;
-        store_one(out + bit / kCount * kStep + bit % kCount, kept_value(kept, i));
-      }
-    } else {
-#pragma unroll 1
-      for (int u = 0; u < kVectorsInFlight; ++u) {
-        const u32 e1 = e0 + u * kStep;
-#pragma unroll 1
-        for (u32 e = e1; e < e1 + kCount && e < size; ++e) any_row_entry<T, kGamma, kOutput>(tb, run, e, sum);
-      }
+      for (u32 i = e; i < e + kCount && i < size; ++i) any_row_entry<T, kGamma, kOutput>(tb, run, i, sum);
     }
   }
 }
@@ -315,93 +331,69 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
   const int64_t anchor0 = run.anchor(tb, at * level.anchors + a);
   const auto anchor = [&](u32 j) { return anchor0 + static_cast<int64_t>(j) * level.anchors; };
-  const u32 bits = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
-  constexpr u32 kNever = 1u << 30;
-  u32 ignored = 0, next = kNever;  // ignored locations; the next class with a positive
+  // Locations that are not plain background; those ignored; groups of classes that are done later, as for rows.
+  const u32 special = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
+  u32 ignored = 0, later = run.scale.usual ? 0 : ~kLeftWithin;
 #pragma unroll 1
-  for (u32 left = bits; left; left &= left - 1) {
+  for (u32 left = special; left; left &= left - 1) {
     const u32 j = __ffs(static_cast<int>(left)) - 1;
     const int64_t y = tb.labels.get(image, anchor(j));
     if (y == kIgnore) ignored |= 1u << j;
-    if (y >= first_class && y < next) next = static_cast<u32>(y);
+    if (y >= first_class && y < last_class) later |= 1u << (static_cast<u32>(y) - first_class) / kVectorsInFlight;
   }
   const u32 locations = level.locations;
   const int64_t offset = (static_cast<int64_t>(a) * classes + first_class) * locations + at;
+  float sum = 0.f;
   const T* x = run.x + offset;
   T* out = run.out + offset;
-  float sum = 0.f;
-  // Marks the positives of classes k to k + 3, and finds the next class after them that has one.
-  const auto mark = [&](u32 k, Marks& marks) {
-    next = kNever;
+  u32 bit = 1;
 #pragma unroll 1
-    for (u32 left = bits; left; left &= left - 1) {
-      const u32 j = __ffs(static_cast<int>(left)) - 1;
-      const int64_t y = tb.labels.get(image, anchor(j));
-      if (y < k) continue;
-      const u32 u = static_cast<u32>(y) - k;
-      if (u >= kVectorsInFlight) {
-        next = u + k < next ? u + k : next;
-        continue;
-      }
-      marks.masked |= 1u << (u * kCount + j);
-      if constexpr (kOutput != kNone) {
-        const float logit = load_one(x + u * locations + j);
-        kept_value(kept, j) = positive_value<T, kGamma, kOutput>(tb, run, logit, anchor(j));  // one class a location
-        marks.positive |= 1u << (u * kCount + j);
-      }
-    }
-  };
-  // The vector of class k, one location after another.
-  const auto one_by_one = [&](u32 k, const T* from, T* to) {
-#pragma unroll 1
-    for (u32 j = 0; j < kCount; ++j) {
-      const bool positive = (bits >> j & 1) && tb.labels.get(image, anchor(j)) == k;
-      any_entry<T, kGamma, kOutput>(tb, run, from + j, to + j, ignored >> j & 1, positive, anchor(j), sum);
-    }
-  };
-  u32 k = first_class;
-#pragma unroll 1
-  for (; k + kVectorsInFlight <= last_class; k += kVectorsInFlight) {
-    Vec<T, kCount> in[kVectorsInFlight];
+  for (u32 k = first_class; k < last_class; k += kVectorsInFlight, bit <<= 1) {
+    if (k + kVectorsInFlight <= last_class && !(later & bit)) {
+      Vec<T, kCount> in[kVectorsInFlight];
 #pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
-    Marks marks;
-    u32 slow = 0;  // vectors to do entry by entry
-    if (run.scale.usual) {
-      if (next - k < kVectorsInFlight) {
-        mark(k, marks);
-        const T* again = another(x);
-#pragma unroll
-        for (int u = 0; u < kVectorsInFlight; ++u) {
-          in[u].load(again + u * locations);
-          in[u].overwrite(marks.masked >> u * kCount, off_bits(T()));
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kVectorsInFlight; ++u) {
-        if (!negative_vector<T, kCount, kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, in[u],
-                                                                           out + u * locations, ignored, sum)) {
-          slow |= 1u << u;
-        }
+      for (u32 u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
+      const u32 done = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, out, locations, ignored, sum);
+      if (done < kVectorsInFlight) later |= bit;
+      if (done % kVectorsInFlight != 0) {
+        later |= kLeftWithin;
+        left_at(kept) = bits_to_float(k + done);
       }
     } else {
-      slow = kAllVectors;
-    }
-#pragma unroll 1
-    for (; slow; slow &= slow - 1) {
-      const u32 u = __ffs(static_cast<int>(slow)) - 1;
-      one_by_one(k + u, x + u * locations, out + u * locations);
-    }
-#pragma unroll 1
-    for (; marks.positive; marks.positive &= marks.positive - 1) {
-      const u32 bit = __ffs(static_cast<int>(marks.positive)) - 1, j = bit % kCount;
-      store_one(out + bit / kCount * locations + j, kept_value(kept, j));
+      later |= bit;
     }
     x += kVectorsInFlight * locations;
     out += kVectorsInFlight * locations;
   }
+  const u32 resume = take_left_at(kept, later);
 #pragma unroll 1
-  for (; k < last_class; ++k, x += locations, out += locations) one_by_one(k, x, out);
+  for (later &= bit - 1; later; later &= later - 1) {
+    const u32 k0 = first_class + (__ffs(static_cast<int>(later)) - 1) * kVectorsInFlight;
+#pragma unroll 1
+    for (u32 k = resume - k0 < kVectorsInFlight ? resume : k0; k < k0 + kVectorsInFlight && k < last_class; ++k) {
+      const int64_t from = offset + static_cast<int64_t>(k - first_class) * locations;
+      Marks marks;
+      marks.kept = kept;
+      marks.off = ignored;
+#pragma unroll 1
+      for (u32 left = special & ~ignored; left && run.scale.usual; left &= left - 1) {
+        const u32 j = __ffs(static_cast<int>(left)) - 1;
+        if (tb.labels.get(image, anchor(j)) == k) {
+          marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + from, j, anchor(j));
+        }
+      }
+      if (run.scale.usual &&
+          marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + from, run.out + from, marks, 1.f, sum)) {
+        continue;
+      }
+#pragma unroll 1
+      for (u32 j = 0; j < kCount; ++j) {
+        const bool positive = (special >> j & 1) && tb.labels.get(image, anchor(j)) == k;
+        any_entry<T, kGamma, kOutput>(tb, run, run.x + from + j, run.out + from + j, ignored >> j & 1, positive,
+                                      anchor(j), sum);
+      }
+    }
+  }
   loss = run_loss(tb, run, sum);
 }
 

@@ -14,11 +14,11 @@ struct LocLevel {
   void* out;
   DeltaPlace place, out_place;
   u32 locations, width, anchors, first_anchor;
-  u32 tile0, tiles;  // tiles per image
-  u32 word0, words;  // of `special`, as in Level
+  u32 tile0, tiles;     // tiles per image
+  u32 word0, words;     // of `special`, as in Level
   bool special_planes;  // how they lie: as the logits do
-  bool planes;       // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
-  bool vector;       // a row of the gradient is one aligned access
+  bool planes;          // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
+  bool vector;          // a row of the gradient is one aligned access
 };
 
 constexpr u32 kLocRepeat = 4;  // anchors of a thread, rows
@@ -114,9 +114,7 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
 
 // The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1     ? 2
-                                            : sizeof(T) == 4 ? 3
-                                                             : 4)
+__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 2 : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();

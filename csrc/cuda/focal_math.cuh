@@ -9,11 +9,6 @@ namespace ioubal::cuda {
 // positive entries are computed with it, so that NaN logits of ignored anchors vanish too.
 constexpr float kOff = -1e4f;
 
-// kOff as the bits of an element (bfloat16 rounds it to -9984).
-IOUBAL_DEVICE u32 off_bits(float) { return 0xc61c4000u; }
-IOUBAL_DEVICE u32 off_bits(BFloat16) { return 0xc61cu; }
-IOUBAL_DEVICE u32 off_bits(Float16) { return 0xf0e2u; }
-
 // log1p(e) / e on [0, 1]; exactly 1 at 0: most entries have a small e, and a bias there would be the bias of the sum.
 // Degree 6 is off by 1.5e-6 at most; kPrecise, degree 7, by 3.2e-7: a large gamma multiplies the error.
 template <bool kPrecise>

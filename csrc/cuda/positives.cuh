@@ -174,7 +174,8 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
     const u32 item = first + threadIdx.x;
     PositiveTerms terms;
     if (item < count) {
-      const Place place = place_of(tb, l, image, UnitPlace(first_unit + list[item] / kWarp, groups), list[item] % kWarp);
+      const Place place =
+          place_of(tb, l, image, UnitPlace(first_unit + list[item] / kWarp, groups), list[item] % kWarp);
       terms = problem.terms(tb, place, problem.value(place.anchor));
     }
     add_terms<kPositiveThreads>(terms, tb.slots, out, scratch);
