@@ -52,12 +52,14 @@ struct Row {
       for (int64_t k = lane; k < columns; k += kWarp) f(k, load_one(x + k));
     }
   }
-  IOUBAL_DEVICE void read(const T* row, int64_t count, int64_t target) {
+  IOUBAL_DEVICE void load(const T* row, int64_t count) {
     x = row;
     columns = count;
     const u32 lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kCached; ++i) cached[i] = lane + i * kWarp < count ? load_one(x + lane + i * kWarp) : 0.f;
+  }
+  IOUBAL_DEVICE void prepare(int64_t target) {
     float largest = -INFINITY, total = 0.f;
     each([&](int64_t, float x_k) { largest = fmaxf(largest, x_k); });
 #pragma unroll
@@ -65,7 +67,14 @@ struct Row {
     top = largest;
     each([&](int64_t k, float x_k) { total += k == target ? 0.f : exponential(x_k); });
     others = warp_sum(total);
-    logit = load_one(x + target);
+    if constexpr (kCached > 0) {
+      float own = cached[0];
+#pragma unroll
+      for (int i = 1; i < kCached; ++i) own = static_cast<u32>(target) / kWarp == i ? cached[i] : own;
+      logit = __shfl_sync(~0u, own, static_cast<int>(static_cast<u32>(target) % kWarp));
+    } else {
+      logit = load_one(x + target);
+    }
     at_target = exponential(logit);
   }
   // logsumexp(x) - x[target], without cancellation where the target has nearly all; not finite where a logit is not.
@@ -83,11 +92,10 @@ IOUBAL_DEVICE float limit_row(const T* x, T* out, int64_t columns, int64_t targe
                               });
 }
 
-// The loss of the row, in every lane, and its gradient if `out` is there.
+// The loss of a loaded row, in every lane, and its gradient if `out` is there.
 template <class T, int kCached>
-IOUBAL_DEVICE float row_loss(const T* x, T* out, int64_t columns, int64_t target, float factor) {
-  Row<T, kCached> row;
-  row.read(x, columns, target);
+IOUBAL_DEVICE float row_loss(Row<T, kCached>& row, T* out, int64_t target, float factor) {
+  row.prepare(target);
   const float loss = row.loss();
   const bool finite = loss - loss == 0;
   if (out && finite) {
@@ -98,8 +106,27 @@ IOUBAL_DEVICE float row_loss(const T* x, T* out, int64_t columns, int64_t target
   }
   if (finite) return loss;
   float limit = 0;
-  if (threadIdx.x % kWarp == 0) limit = limit_row(x, out, columns, target, factor);
+  if (threadIdx.x % kWarp == 0) limit = limit_row(row.x, out, row.columns, target, factor);
   return __shfl_sync(~0u, limit, 0);
+}
+
+// f(i, row) for the rows `which` of the warp's 32, from x on, in turn; the next one is loaded before f.
+template <class T, int kCached, class F>
+IOUBAL_DEVICE void each_row(u32 which, const T* x, int64_t columns, const F& f) {
+  if (!which) return;
+  u32 i = __ffs(static_cast<int>(which)) - 1;
+  Row<T, kCached> row;
+  row.load(x + i * columns, columns);
+#pragma unroll 1
+  while (which) {
+    which &= which - 1;
+    const u32 next = which ? __ffs(static_cast<int>(which)) - 1 : i;
+    Row<T, kCached> after;
+    after.load(x + next * columns, columns);
+    f(i, row);
+    row = after;
+    i = next;
+  }
 }
 
 // Sums of the positives of a tile: rows of a class other than the background.
@@ -124,15 +151,14 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (positive) terms.slot = scope;
   }
   const T* logits = static_cast<const T*>(tb.logits);
-  for (u32 left = __ballot_sync(~0u, positive); left; left &= left - 1) {
-    const int owner = __ffs(static_cast<int>(left)) - 1;
-    const int64_t target = __shfl_sync(~0u, label, owner);
-    const float loss =
-        row_loss<T, kCached>(logits + (row0 + owner) * tb.columns, static_cast<T*>(nullptr), tb.columns, target, 1.f);
-    if (static_cast<int>(lane) == owner) {
-      terms.add_classification(tb.weight.get(row, 1.0) * loss, iou_power(tb.iou[row], tb.eta));
-    }
-  }
+  float loss = 0;
+  each_row<T, kCached>(__ballot_sync(~0u, positive), logits + row0 * tb.columns, tb.columns,
+                       [&](u32 i, Row<T, kCached>& each) {
+                         const int64_t target = __shfl_sync(~0u, label, static_cast<int>(i));
+                         const float found = row_loss<T, kCached>(each, nullptr, target, 1.f);
+                         loss = lane == i ? found : loss;
+                       });
+  if (positive) terms.add_classification(tb.weight.get(row, 1.0) * loss, iou_power(tb.iou[row], tb.eta));
   // The count is the whole batch's, not a scope's: it goes to the first slot.
   PositiveTerms counts;
   counts.part[kPartCount] = terms.part[kPartCount];
@@ -151,33 +177,39 @@ __global__ void __launch_bounds__(kThreads, 4)
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const double scale = tb.scale.get();
   for (u32 tile = blockIdx.x; !skip && tile < tb.tiles; tile += gridDim.x) {
-    double sum = 0;
-    const int64_t first = static_cast<int64_t>(tile) * kRowsPerTile + warp * kWarp;
-    for (int64_t row = first; row < first + kWarp && row < tb.rows; ++row) {
-      const T* x = static_cast<const T*>(tb.logits) + row * tb.columns;
-      T* out = tb.out ? static_cast<T*>(tb.out) + row * tb.columns : nullptr;
-      const int64_t label = tb.labels[row], scope = tb.scope.get(0, 0, row);
-      double loss = 0;
-      if (label < 0 || label >= tb.columns || scope < 0) {
-        if (out) {
-          for (int64_t k = lane; k < tb.columns; k += kWarp) store_one(out + k, 0.f);
-        }
-        if (label >= tb.columns || scope < 0) loss = NAN;
-      } else {
-        const bool positive = label != tb.background;
-        const double balance = positive ? tb.coefficients.cls_norm[scope] * iou_power(tb.iou[row], tb.eta) : 1.0;
-        const double sample = tb.weight.get(row, 1.0);
-        const double factor =
-            sample * balance * (tb.grad_rows.data ? tb.grad_rows[row] : scale * tb.coefficients.negative[0]);
-        loss = weighted_loss(balance,
-                             sample * row_loss<T, kCached>(x, out, tb.columns, label, static_cast<float>(factor)));
-      }
-      if (tb.each.data && lane == 0) tb.each.set(row, static_cast<float>(loss));
-      sum += loss;
+    // A lane knows of one row: what it counts, and in the end its loss.
+    const int64_t first = static_cast<int64_t>(tile) * kRowsPerTile + warp * kWarp, row = first + lane;
+    const bool here = row < tb.rows;
+    const int64_t label = here ? tb.labels[row] : -1, scope = here ? tb.scope.get(0, 0, row) : 0;
+    const bool bad = label >= tb.columns || scope < 0, counts = label >= 0 && !bad;
+    double balance = 1.0, sample = 1.0;
+    float factor = 0;
+    if (counts) {
+      if (label != tb.background) balance = tb.coefficients.cls_norm[scope] * iou_power(tb.iou[row], tb.eta);
+      sample = tb.weight.get(row, 1.0);
+      factor = static_cast<float>(sample * balance *
+                                  (tb.grad_rows.data ? tb.grad_rows[row] : scale * tb.coefficients.negative[0]));
     }
+    const T* x = static_cast<const T*>(tb.logits) + first * tb.columns;
+    T* const out = tb.out ? static_cast<T*>(tb.out) + first * tb.columns : nullptr;
+    const u32 counting = __ballot_sync(~0u, counts);
+    for (u32 others = out ? __ballot_sync(~0u, here) & ~counting : 0; others; others &= others - 1) {
+      T* const to = out + (__ffs(static_cast<int>(others)) - 1) * tb.columns;
+      for (int64_t k = lane; k < tb.columns; k += kWarp) store_one(to + k, 0.f);
+    }
+    float found = 0;
+    each_row<T, kCached>(counting, x, tb.columns, [&](u32 i, Row<T, kCached>& each) {
+      const int64_t target = __shfl_sync(~0u, label, static_cast<int>(i));
+      const float mine = __shfl_sync(~0u, factor, static_cast<int>(i));
+      const float loss = row_loss<T, kCached>(each, out ? out + i * tb.columns : nullptr, target, mine);
+      found = lane == i ? loss : found;
+    });
+    const double loss = counts ? weighted_loss(balance, sample * found) : bad ? NAN : 0.0;
+    if (tb.each.data && here) tb.each.set(row, static_cast<float>(loss));
+    double sum = loss;
     if (tb.partial) {
       __syncthreads();
-      sum = block_sum(lane == 0 ? sum * tb.coefficients.negative[0] : 0.0, scratch);
+      sum = block_sum(sum * tb.coefficients.negative[0], scratch);
       if (threadIdx.x == 0) tb.partial[tile] = static_cast<float>(sum);
     }
   }

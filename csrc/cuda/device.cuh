@@ -116,21 +116,24 @@ IOUBAL_DEVICE u32 pack(float low, float high, Float16) {
   return r;
 }
 #endif
-// Each logit is read once: do not let it push the labels out of L1. Not volatile, so that the scheduler may hoist
-// loads; a thread never reads what it has already overwritten (in place, gradient over logits).
+// Each logit is read once: do not let it push the labels out of L1. Volatile and relaxed.gpu, of which neither nvcc nor
+// ptxas changes the place: a plain load moves down to its first use, behind branches and the arithmetic of other
+// loads, and a thread waits for one vector after another instead of for all at once.
 template <int kBytes>
 IOUBAL_DEVICE void load_bytes(const void* p, u32* words) {
   if constexpr (kBytes == 16) {
-    asm("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-        : "l"(p));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(p));
   } else if constexpr (kBytes == 8) {
-    asm("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(p));
   } else if constexpr (kBytes == 4) {
-    asm("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
   } else {
     uint16_t half;
-    asm("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(p));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(p));
     words[0] = half;
   }
 }
