@@ -152,27 +152,29 @@ IOUBAL_DEVICE bool all_good(float sum) {
   return kOutput != kGradient || sum < 1e35f;
 }
 
-// The usual path: several vectors of negatives, all loaded before the first is used. Returns how many are done: the
-// others, from the first whose loss is not finite on, are as they were. (The sum is lost either way.)
-constexpr u32 kVectorsInFlight = 4;
+// The usual path: several vectors of negatives, all loaded before the first is used. Returns the bits of those left as
+// they were: the ones of `skip`, and from the first whose loss is not finite on all. (The sum is lost in that case.)
+constexpr u32 kVectorsInFlight = 4, kAllVectors = (1u << kVectorsInFlight) - 1;
 template <class T, int kCount, int kGamma, Output kOutput>
 IOUBAL_DEVICE u32 negative_group(const DenseTable& tb, const DenseRun<T>& run,
-                                 const Vec<T, kCount> (&in)[kVectorsInFlight], T* out, u32 stride, u32 ignored,
-                                 float& sum) {
+                                 const Vec<T, kCount> (&in)[kVectorsInFlight], T* out, u32 stride, u32 skip,
+                                 u32 ignored, float& sum) {
 #pragma unroll
   for (u32 u = 0; u < kVectorsInFlight; ++u) {
-    float v[kCount];
+    float v[kCount], total = sum;
     in[u].unpack(v);
-    negative_entries<kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, v, ignored, sum);
-    if (!all_good<kOutput>(sum)) return u;
+    negative_entries<kGamma, kFold<T, kGamma>, kOutput>(run.scale, tb.gamma, v, ignored, total);
+    if (skip >> u & 1) continue;
+    sum = total;
+    if (!all_good<kOutput>(sum)) return skip | (kAllVectors & ~((1u << u) - 1));
     if constexpr (kOutput != kNone) Vec<T, kCount>::store(out + u * stride, v);
   }
-  return kVectorsInFlight;
+  return skip;
 }
 
 // A vector with entries that are no negatives, as bits: the values of the positive ones are computed before anything is
 // stored, since in place that takes their logits away, and kept in shared memory, a column a thread.
-constexpr u32 kKept = 9;  // the last one: where a group goes on that was left within
+constexpr u32 kKept = 8;
 struct Marks {
   u32 off = 0, positive = 0;
   float* kept;
@@ -187,15 +189,6 @@ struct Marks {
     }
   }
 };
-
-// A group left within, of those to do later: at most one of a tile, since nothing is done in groups after that.
-constexpr u32 kLeftWithin = 1u << 31;
-IOUBAL_DEVICE float& left_at(float* kept) { return kept[(kKept - 1) * kThreads + threadIdx.x]; }
-IOUBAL_DEVICE u32 take_left_at(float* kept, u32& later) {
-  const u32 at = later & kLeftWithin ? float_to_bits(left_at(kept)) : 0;
-  later &= ~kLeftWithin;
-  return at;
-}
 
 // Does such a vector; false, with nothing stored, as above. weight: the row's own, or 1.
 template <class T, int kCount, int kGamma, Output kOutput>
@@ -261,8 +254,9 @@ IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const
 }
 
 // A tile of rows. kSpan: a vector may touch several rows, and a run may start at an address that is not a multiple of
-// 16 (then its first elements come one by one). Groups with something special are done later: the loop of the usual
+// 16 (then its first elements come one by one). Vectors with something special are done later: the loop of the usual
 // ones needs few registers then, and no warp waits within it.
+constexpr u32 kMostIterations = 32 / kVectorsInFlight;  // a bit each for the vectors done later
 template <class T, int kCount, int kGamma, Output kOutput, bool kSpan>
 IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float* kept, float& sum) {
   constexpr u32 kStep = kThreads * kCount, kGroup = kVectorsInFlight * kStep;
@@ -275,47 +269,41 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
     if (tile == 0 && threadIdx.x < head) any_row_entry<T, kGamma, kOutput>(tb, run, threadIdx.x, sum);
   }
   const u32 first = head + tile * tb.iterations * kGroup + threadIdx.x * kCount;
-  const bool usual = run.scale.usual && !tb.row_weight.data;
-  u32 later = 0;  // bits of groups
+  const u32 usual_size = run.scale.usual && !tb.row_weight.data ? size : 0;
+  u32 later = 0;
 #pragma unroll 1
-  for (u32 it = 0, e0 = first; it < tb.iterations; ++it, e0 += kGroup) {
-    u32 done = 0;
-    if (usual && e0 + (kGroup - kStep) + kCount <= size) {
+  for (u32 e0 = first; e0 - first < tb.iterations * kGroup; e0 += kGroup) {
+    u32 left = kAllVectors;
+    if (e0 + (kGroup - kStep) + kCount <= usual_size) {
       Vec<T, kCount> in[kVectorsInFlight];
       const T* x = run.x + e0;  // constant distances from one 64-bit pointer
 #pragma unroll
       for (u32 u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * kStep);
-      bool any = false;  // one test for all the vectors in flight
+      left = 0;
 #pragma unroll
       for (u32 u = 0; u < kVectorsInFlight; ++u) {
         const u32 e = e0 + u * kStep, row = tb.classes.div(e);
-        any |= any_special(special, row, kSpan ? tb.classes.div(e + kCount - 1) : row);
+        left |= any_special(special, row, kSpan ? tb.classes.div(e + kCount - 1) : row) << u;
       }
-      if (!any) done = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, run.out + e0, kStep, 0, sum);
+      left = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, run.out + e0, kStep, left, 0, sum);
     }
-    if (done < kVectorsInFlight) later |= 1u << it;
-    if (done % kVectorsInFlight != 0) {
-      later |= kLeftWithin;
-      left_at(kept) = bits_to_float(e0 + done * kStep);
-    }
+    later = later >> kVectorsInFlight | left << (32 - kVectorsInFlight);
   }
-  const u32 resume = take_left_at(kept, later);
+  later >>= (kMostIterations - tb.iterations) * kVectorsInFlight;
 #pragma unroll 1
   for (; later; later &= later - 1) {
-    const u32 e0 = first + (__ffs(static_cast<int>(later)) - 1) * kGroup;
-#pragma unroll 1
-    for (u32 e = resume - e0 < kGroup ? resume : e0; e < e0 + kGroup && e < size; e += kStep) {
-      Marks marks;
-      marks.kept = kept;
-      float weight = 1.f;
-      if (run.scale.usual && e + kCount <= size &&
-          mark_rows<T, kCount, kGamma, kOutput>(tb, run, special, e, marks, weight) &&
-          marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + e, run.out + e, marks, weight, sum)) {
-        continue;
-      }
-#pragma unroll 1
-      for (u32 i = e; i < e + kCount && i < size; ++i) any_row_entry<T, kGamma, kOutput>(tb, run, i, sum);
+    const u32 e = first + (__ffs(static_cast<int>(later)) - 1) * kStep;
+    if (e >= size) return;
+    Marks marks;
+    marks.kept = kept;
+    float weight = 1.f;
+    if (run.scale.usual && e + kCount <= size &&
+        mark_rows<T, kCount, kGamma, kOutput>(tb, run, special, e, marks, weight) &&
+        marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + e, run.out + e, marks, weight, sum)) {
+      continue;
     }
+#pragma unroll 1
+    for (u32 i = e; i < e + kCount && i < size; ++i) any_row_entry<T, kGamma, kOutput>(tb, run, i, sum);
   }
 }
 
@@ -331,67 +319,59 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
   const int64_t anchor0 = run.anchor(tb, at * level.anchors + a);
   const auto anchor = [&](u32 j) { return anchor0 + static_cast<int64_t>(j) * level.anchors; };
-  // Locations that are not plain background; those ignored; groups of classes that are done later, as for rows.
+  // Locations that are not plain background; those ignored; classes that are done later, as for rows.
   const u32 special = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
-  u32 ignored = 0, later = run.scale.usual ? 0 : ~kLeftWithin;
+  u32 ignored = 0, later = run.scale.usual ? 0 : ~0u;
 #pragma unroll 1
   for (u32 left = special; left; left &= left - 1) {
     const u32 j = __ffs(static_cast<int>(left)) - 1;
     const int64_t y = tb.labels.get(image, anchor(j));
     if (y == kIgnore) ignored |= 1u << j;
-    if (y >= first_class && y < last_class) later |= 1u << (static_cast<u32>(y) - first_class) / kVectorsInFlight;
+    if (y >= first_class && y < last_class) later |= 1u << (static_cast<u32>(y) - first_class);
   }
   const u32 locations = level.locations;
   const int64_t offset = (static_cast<int64_t>(a) * classes + first_class) * locations + at;
-  float sum = 0.f;
   const T* x = run.x + offset;
   T* out = run.out + offset;
-  u32 bit = 1;
+  const u32 count = last_class - first_class;
+  float sum = 0.f;
+  u32 k = 0;
 #pragma unroll 1
-  for (u32 k = first_class; k < last_class; k += kVectorsInFlight, bit <<= 1) {
-    if (k + kVectorsInFlight <= last_class && !(later & bit)) {
+  for (; k + kVectorsInFlight <= count; k += kVectorsInFlight) {
+    const u32 skip = later >> k & kAllVectors;
+    if (skip != kAllVectors) {
       Vec<T, kCount> in[kVectorsInFlight];
 #pragma unroll
       for (u32 u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
-      const u32 done = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, out, locations, ignored, sum);
-      if (done < kVectorsInFlight) later |= bit;
-      if (done % kVectorsInFlight != 0) {
-        later |= kLeftWithin;
-        left_at(kept) = bits_to_float(k + done);
-      }
-    } else {
-      later |= bit;
+      later |= negative_group<T, kCount, kGamma, kOutput>(tb, run, in, out, locations, skip, ignored, sum) << k;
     }
     x += kVectorsInFlight * locations;
     out += kVectorsInFlight * locations;
   }
-  const u32 resume = take_left_at(kept, later);
+  if (count < 32) later = (later | ~0u << k) & ((1u << count) - 1);  // what is left of the classes comes later, too
 #pragma unroll 1
-  for (later &= bit - 1; later; later &= later - 1) {
-    const u32 k0 = first_class + (__ffs(static_cast<int>(later)) - 1) * kVectorsInFlight;
+  for (; later; later &= later - 1) {
+    k = __ffs(static_cast<int>(later)) - 1;
+    const int64_t from = offset + static_cast<int64_t>(k) * locations;
+    Marks marks;
+    marks.kept = kept;
+    marks.off = ignored;
 #pragma unroll 1
-    for (u32 k = resume - k0 < kVectorsInFlight ? resume : k0; k < k0 + kVectorsInFlight && k < last_class; ++k) {
-      const int64_t from = offset + static_cast<int64_t>(k - first_class) * locations;
-      Marks marks;
-      marks.kept = kept;
-      marks.off = ignored;
-#pragma unroll 1
-      for (u32 left = special & ~ignored; left && run.scale.usual; left &= left - 1) {
-        const u32 j = __ffs(static_cast<int>(left)) - 1;
-        if (tb.labels.get(image, anchor(j)) == k) {
-          marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + from, j, anchor(j));
-        }
+    for (u32 left = special & ~ignored; left && run.scale.usual; left &= left - 1) {
+      const u32 j = __ffs(static_cast<int>(left)) - 1;
+      if (tb.labels.get(image, anchor(j)) == first_class + k) {
+        marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + from, j, anchor(j));
       }
-      if (run.scale.usual &&
-          marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + from, run.out + from, marks, 1.f, sum)) {
-        continue;
-      }
+    }
+    if (run.scale.usual &&
+        marked_vector<T, kCount, kGamma, kOutput>(tb, run, run.x + from, run.out + from, marks, 1.f, sum)) {
+      continue;
+    }
 #pragma unroll 1
-      for (u32 j = 0; j < kCount; ++j) {
-        const bool positive = (special >> j & 1) && tb.labels.get(image, anchor(j)) == k;
-        any_entry<T, kGamma, kOutput>(tb, run, run.x + from + j, run.out + from + j, ignored >> j & 1, positive,
-                                      anchor(j), sum);
-      }
+    for (u32 j = 0; j < kCount; ++j) {
+      const bool positive = (special >> j & 1) && tb.labels.get(image, anchor(j)) == first_class + k;
+      any_entry<T, kGamma, kOutput>(tb, run, run.x + from + j, run.out + from + j, ignored >> j & 1, positive,
+                                    anchor(j), sum);
     }
   }
   loss = run_loss(tb, run, sum);

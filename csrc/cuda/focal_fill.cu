@@ -8,9 +8,10 @@ uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 // The order of the sums follows from the sizes alone: no question to the device here.
 // Long tiles amortise a block's start, short ones fill the device with a small batch.
 u32 rows_iterations(int64_t elements) {
-  return elements >= (1 << 27) ? 8 : elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
+  return elements >= (1 << 27) ? kMostIterations : elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
 }
-u32 planes_classes(int64_t elements) { return elements >= (1 << 26) ? 40 : 16; }
+// At most 32, a bit each.
+u32 planes_classes(int64_t elements) { return elements >= (1 << 26) ? 32 : 16; }
 
 }  // namespace
 

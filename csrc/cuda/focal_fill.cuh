@@ -114,7 +114,9 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
 
 // The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kGamma == -1                    ? 2
+                                            : kGamma == 1 && sizeof(T) == 2 ? 3
+                                                                            : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
