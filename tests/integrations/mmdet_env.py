@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
@@ -18,7 +19,11 @@ import torchvision
 
 
 class _Operators(types.ModuleType):
-    """Stands in for mmcv._ext."""
+    """Stands in for mmcv._ext; without a loader, by which mmengine tells that there are no operators."""
+
+    def __init__(self) -> None:
+        super().__init__("mmcv._ext")
+        self.__spec__ = ModuleSpec("mmcv._ext", None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -45,7 +50,7 @@ def load() -> types.ModuleType:
         try:
             importlib.import_module("mmcv._ext")
         except ImportError:
-            sys.modules["mmcv._ext"] = _Operators("mmcv._ext")
+            sys.modules["mmcv._ext"] = _Operators()
         mmdet = importlib.import_module("mmdet")
         importlib.import_module("mmdet.models")
     except ImportError as error:

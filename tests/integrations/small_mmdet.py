@@ -64,6 +64,16 @@ def assigner(high: float = 0.5, low: float = 0.4, smallest: float = 0.0) -> dict
     }
 
 
+def sampler(count: int, with_gt: bool) -> dict:
+    return {
+        "type": "RandomSampler",
+        "num": count,
+        "pos_fraction": 0.5,
+        "neg_pos_ub": -1,
+        "add_gt_as_proposals": with_gt,
+    }
+
+
 def fpn() -> dict:
     return {
         "backbone": {
@@ -165,6 +175,7 @@ def config(family: str, balanced: bool, exponents: tuple[float, float] = (1.5, 1
             "test_cfg": nms,
         }
     assert family == "faster_rcnn"
+    proposals = {"nms_pre": 100, "max_per_img": 60, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0}
     rpn_train = {
         "assigner": assigner(0.6, 0.3, 0.3),
         "sampler": {
@@ -223,21 +234,11 @@ def config(family: str, balanced: bool, exponents: tuple[float, float] = (1.5, 1
         },
         "train_cfg": {
             "rpn": rpn_train,
-            "rpn_proposal": {
-                "nms_pre": 100,
-                "max_per_img": 60,
-                "nms": {"type": "nms", "iou_threshold": 0.7},
-                "min_bbox_size": 0,
-            },
+            "rpn_proposal": proposals,
             "rcnn": rcnn_train,
         },
         "test_cfg": {
-            "rpn": {
-                "nms_pre": 100,
-                "max_per_img": 60,
-                "nms": {"type": "nms", "iou_threshold": 0.7},
-                "min_bbox_size": 0,
-            },
+            "rpn": proposals,
             "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 5},
         },
     }

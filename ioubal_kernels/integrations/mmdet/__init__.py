@@ -7,33 +7,28 @@
             loss_cls=dict(type='IoUBalancedFocalLoss', use_sigmoid=True, eta=1.5),
             loss_bbox=dict(type='IoUBalancedSmoothL1Loss', beta=0.11, lambda_=1.5, loss_weight=3.049)))
 
-The sums of Eq. 4 and 7 run over what one call of a loss sees, as in the authors' code: a pyramid level (RetinaNet, RPN),
-an image (SSD), the batch of one process (FoveaBox, R-CNN).
+The sums of Eq. 4 and 7 run over what one call of a loss sees, as in the authors' code: a pyramid level (RetinaNet,
+RPN), an image (SSD), the batch of one process (FoveaBox, R-CNN).
 """
 
 from __future__ import annotations
 
-TESTED = "mmdet 3.3.0, mmcv 2.1.0, mmengine 0.10.7"
-
 try:
-    import mmdet.models
+    from .dense_heads import (
+        IoUBalancedAnchorHeadMixin,
+        IoUBalancedFoveaHead,
+        IoUBalancedRetinaHead,
+        IoUBalancedRPNHead,
+        IoUBalancedSSDHead,
+    )
+    from .losses import IoUBalancedCrossEntropyLoss, IoUBalancedFocalLoss, IoUBalancedSmoothL1Loss
+    from .roi_heads import IoUBalancedBBoxHeadMixin, IoUBalancedShared2FCBBoxHead
 except ImportError as error:
     raise ImportError(
-        "ioubal_kernels.integrations.mmdet: needs MMDetection 3 with its mmcv and mmengine"
-        f" (tested with {TESTED}), and importing mmdet.models failed: {error}."
-        " Install them as https://mmdetection.readthedocs.io says: pip install openmim, then"
-        " mim install mmengine==0.10.7 mmcv==2.1.0 mmdet==3.3.0"
+        "ioubal_kernels.integrations.mmdet: needs MMDetection 3 with its mmcv and mmengine (tested with mmdet 3.3.0,"
+        f" mmcv 2.1.0, mmengine 0.10.7), whose import failed: {error}. Install them with: pip install openmim && mim"
+        " install mmengine==0.10.7 mmcv==2.1.0 mmdet==3.3.0 (https://mmdetection.readthedocs.io says more)"
     ) from error
-
-from .dense_heads import (
-    IoUBalancedAnchorHeadMixin,
-    IoUBalancedFoveaHead,
-    IoUBalancedRetinaHead,
-    IoUBalancedRPNHead,
-    IoUBalancedSSDHead,
-)
-from .losses import IoUBalancedCrossEntropyLoss, IoUBalancedFocalLoss, IoUBalancedSmoothL1Loss
-from .roi_heads import IoUBalancedBBoxHeadMixin, IoUBalancedShared2FCBBoxHead
 
 __all__ = [
     "IoUBalancedAnchorHeadMixin",
