@@ -34,6 +34,9 @@ class CfgNode(dict):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
+    def merge_from_file(self, name: str) -> None:
+        """Nothing: the stand-in's config is RetinaNet's from the start, and there are no files."""
+
     def merge_from_list(self, pairs: list[Any]) -> None:
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             *path, last = key.split(".")
@@ -240,6 +243,10 @@ def get_cfg() -> CfgNode:
     return CfgNode({"MODEL": {**model, "RETINANET": own}})
 
 
+def get_config_file(name: str) -> str:
+    return name
+
+
 def build_model(cfg: CfgNode) -> nn.Module:
     return META_ARCH_REGISTRY[cfg.MODEL.META_ARCHITECTURE](cfg)
 
@@ -249,6 +256,7 @@ def install() -> None:
     homes = {
         "": (),
         ".config": (CfgNode, configurable, get_cfg),
+        ".model_zoo": (get_config_file,),
         ".modeling": (build_model,),
         ".modeling.box_regression": (Box2BoxTransform, Box2BoxTransformLinear),
         ".modeling.matcher": (Matcher,),
@@ -263,5 +271,8 @@ def install() -> None:
         for member in members:
             setattr(module, member.__name__, member)
         sys.modules[module.__name__] = module
+        parent, _, own = module.__name__.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], own, module)
     sys.modules["detectron2"].__version__ = VERSION
     sys.modules["detectron2.modeling.meta_arch"].META_ARCH_REGISTRY = META_ARCH_REGISTRY

@@ -377,6 +377,7 @@ def test_any_coder_has_an_iou():
     assert all(torch.isfinite(g).all() for g in gradients((got["loss_cls"], got["loss_bbox"]), [*scores, *preds]))
 
 
+@pytest.mark.slow
 def test_custom_imports_in_a_config_file(tmp_path):
     """What a user writes: the config file registers everything by itself, in a fresh interpreter."""
     path = tmp_path / "config.py"

@@ -25,7 +25,7 @@ def same(got, want) -> None:
     """float32 on both sides: a few roundings an element, and cancellation (sigmoid(x) - 1) in mmdet's gradients, which
     is relative to the largest one.
     """
-    assert_close(got, want, rtol=2e-5, atol=2e-6 * float(want.abs().max()) if want.numel() else 0.0)
+    assert_close(got, want, rtol=2e-5, atol=2e-6 * float(want.detach().abs().max()) if want.numel() else 0.0)
 
 
 def sample(seed: int = 0, *, columns: int = CLASSES, positives: bool = True):
