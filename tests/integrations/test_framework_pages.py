@@ -58,7 +58,7 @@ def test_mmdetection_configs_build(name, tmp_path):
     from mmdet.registry import MODELS
     from mmengine.config import Config
 
-    (code,) = [code for _, code in blocks("mmdetection.md") if f"_base_ = 'mmdet::{name}/" in code]
+    (code,) = [code for _, code in blocks("mmdetection.md") if f'_base_ = "mmdet::{name}/' in code]
     path = tmp_path / "config.py"
     path.write_text(code)
     cfg = Config.fromfile(path)
