@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["torchvision"]
+__all__ = ["detectron2", "mmdet", "torchvision"]
 
 
 def __getattr__(name: str) -> Any:
