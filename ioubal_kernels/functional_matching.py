@@ -21,8 +21,8 @@ MATCHING_RULES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "ssd": MappingProxyType({"high": 0.5, "low": 0.5, "allow_low_quality": False, "force_best": True}),
     }
 )
-"""Keyword arguments of ``match_anchors`` that make it the matcher of torchvision's model of that name: "retinanet", "rpn",
-"roi_heads", "ssd". Read-only.
+"""Keyword arguments of ``match_anchors`` that make it the matcher of torchvision's model of that name: "retinanet",
+"rpn", "roi_heads", "ssd". Read-only.
 """
 FOVEA_STRIDES = (8, 16, 32, 64, 128)
 FOVEA_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
