@@ -1,4 +1,6 @@
-"""The helpers of tests/simt (CUDA kernels, used in tests/ops too), tests/triton and others: test folders are no packages."""
+"""The helpers of tests/simt (CUDA kernels, used in tests/ops too), tests/triton and others: test folders are no
+packages.
+"""
 
 import sys
 from pathlib import Path
