@@ -9,11 +9,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from chromium import OPTIONS, browser_program
 from doc_pages import DOCS, ROOT
 
 import ioubal_kernels as ik
@@ -120,7 +124,7 @@ def test_arguments_are_listed(site: Path) -> None:
     for section in ("Parameters:", "Returns:", "Raises:"):
         assert section in entry
     for argument in ("cls_logits", "normalizer_scope", "grad_scale"):
-        assert re.search(rf"<li [^>]*>\s*<b><code>{argument}</code></b>", entry), argument
+        assert re.search(rf"<li [^>]*>\s*<b><code>[^<]*\b{argument}\b", entry), argument
 
 
 def test_the_pages_show_the_stored_results() -> None:
@@ -142,3 +146,41 @@ def test_figure_2_is_the_drawn_one() -> None:
     stored, drawn = (DOCS / "figure_2.svg").read_text(encoding="utf-8"), plot_gradient_norms(None).svg
     assert len(curves(stored)) >= 10
     assert curves(stored) == curves(drawn)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_site_in_a_browser(site: Path, width: int) -> None:
+    """Nothing is asked of another server, nothing fails, no page is wider than the window, and the search finds."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = browser_program()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_address[1]}/"
+    problems: list[str] = []
+    requested: list[str] = []
+    overflow: dict[str, int] = {}
+    try:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=program, args=OPTIONS)
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("request", lambda request: requested.append(request.url))
+            for source in sorted(DOCS.glob("*.md")):
+                page.goto(home + source.with_suffix(".html").name)
+                overflow[source.stem] = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            page.goto(home + "index.html?q=match_fovea")
+            page.locator(".md-search-result__link").first.wait_for(state="attached", timeout=20_000)
+            browser.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert problems == []
+    assert [url for url in requested if not url.startswith((home, "data:", "blob:"))] == []
+    assert {name: pixels for name, pixels in overflow.items() if pixels > 0} == {}
