@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow build lint format bench-cpu cuda-code gpu-check gpu-bench gpu-sanitize clean
+.PHONY: help demo test test-slow build lint format bench-cpu cuda-code gpu-check gpu-bench gpu-sanitize docs clean
 
 JOBS ?= 2
 RUN ?= runs/demo
@@ -61,6 +61,9 @@ format: $(READY)  ## ruff, clang-format: rewrite
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
+docs: $(READY)  ## build the documentation site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench-cpu: build  ## time and memory of the losses on one CPU thread; SAVE=1 stores the rows; ARGS="--only TEXT"
 	$(PY) -m ioubal_kernels.bench.run --device cpu $(if $(SAVE),,--no-save) $(ARGS)
 
@@ -85,7 +88,7 @@ gpu-sanitize: $(READY)  ## compute-sanitizer's four tools over small cases
 	$(ON_GPU).gpu.sanitize $$budget $(ARGS)
 
 clean:  ## remove what was built; .venv and runs stay
-	rm -rf build dist *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*
+	rm -rf build dist site *.egg-info ioubal_kernels/*.so ioubal_kernels/_build_info.json .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The package in place (-e). Again only when its packaging changes. pip would compile without a word: `build` above does it.
@@ -99,7 +102,7 @@ $(STATE)/.installed-$(PACKAGING): | $(READY)
 $(VENV)/.dependencies-$(DEPENDENCIES): $(VENV)/bin/python
 	@rm -f $(VENV)/.dependencies-* $(VENV)/.installed-*
 	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel
-	IOUBAL_BUILD_CPU=0 IOUBAL_BUILD_CUDA=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,test,lint]'
+	IOUBAL_BUILD_CPU=0 IOUBAL_BUILD_CUDA=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,test,lint,docs]'
 	@touch $@
 
 $(VENV)/bin/python:
@@ -113,7 +116,7 @@ $(VENV)/bin/python:
 
 # An existing environment must have what the goals at hand use.
 EXTRAS := $(if $(filter demo test test-slow,$(MAKECMDGOALS)),train) $(if $(filter test test-slow,$(MAKECMDGOALS)),test) \
-          $(if $(filter lint format,$(MAKECMDGOALS)),lint)
+          $(if $(filter lint format,$(MAKECMDGOALS)),lint) $(if $(filter docs,$(MAKECMDGOALS)),docs)
 .PHONY: check-env
 check-env:
 	@$(PY) tools/check_env.py $(EXTRAS)

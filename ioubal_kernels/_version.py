@@ -1,1 +1,2 @@
 __version__ = "0.1.0"
+"""str: the version of this package, as in its metadata."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 BACKGROUND = -1
+"""int: the label, or matched index, of an anchor that matches no box. Its entries are negatives."""
 IGNORE = -2
+"""int: the label, or matched index, of an anchor that takes no part: no loss, no gradient, whatever its values."""
 BOX_CODERS = ("delta", "fovea")
 UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 

@@ -30,8 +30,15 @@ EXTRAS = {
     "train": ("torchvision", "pycocotools", "typer", "rich", "matplotlib", "yaml", "PIL", "scipy"),
     "test": ("pytest", "xdist", "hypothesis"),
     "lint": ("ruff", "clang_format"),
+    "docs": ("material", "mkdocstrings"),
 }
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "xdist": "pytest-xdist", "clang_format": "clang-format"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "xdist": "pytest-xdist",
+    "clang_format": "clang-format",
+    "material": "mkdocs-material",
+}
 # By default glibc returns big blocks to the system on free, and every step pays for fresh zeroed pages again.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 

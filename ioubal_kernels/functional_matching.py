@@ -13,7 +13,6 @@ from . import backends, validation
 from .boxes import result_dtype
 from .validation import FLOAT_DTYPES, INDEX_DTYPES, fail_type, fail_value
 
-#: Keyword arguments of ``match_anchors`` that make it the matcher of torchvision's model of that name.
 MATCHING_RULES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "retinanet": MappingProxyType({"high": 0.5, "low": 0.4, "allow_low_quality": True, "force_best": False}),
@@ -22,6 +21,9 @@ MATCHING_RULES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "ssd": MappingProxyType({"high": 0.5, "low": 0.5, "allow_low_quality": False, "force_best": True}),
     }
 )
+"""Keyword arguments of ``match_anchors`` that make it the matcher of torchvision's model of that name: "retinanet",
+"rpn", "roi_heads", "ssd". Read-only.
+"""
 FOVEA_STRIDES = (8, 16, 32, 64, 128)
 FOVEA_SCALE_RANGES = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
 

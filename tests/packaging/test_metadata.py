@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["demo", "test", "test-slow", "build", "lint", "format", "bench-cpu", "cuda-code", "clean", "help"]
+TARGETS = ["demo", "test", "test-slow", "build", "lint", "format", "bench-cpu", "cuda-code", "docs", "clean", "help"]
 
 
 def read(name: str) -> str:
@@ -58,7 +58,7 @@ def test_dependencies(project: dict) -> None:
     assert project["project"]["requires-python"] == ">=3.10"
     assert not [name for name in project["build-system"]["requires"] if name.startswith("torch")]
     extras = project["project"]["optional-dependencies"]
-    assert set(extras) == {"train", "test", "lint"}
+    assert set(extras) == {"train", "test", "lint", "docs"}
     assert not [name for name in extras["train"] if "<" in name or "==" in name]
     assert all("==" in name for name in extras["lint"])
     assert project["project"]["scripts"] == {"ioubal": "ioubal_kernels.cli:main"}
