@@ -19,7 +19,7 @@ from .timing import Row
 from .work import COPY, INFERENCE
 
 PROGRAM = "ioubal bench report"
-FILES = ("README.md", "bench/README.md")
+FILES = ("README.md", "bench/README.md", "docs/performance.md")
 NOT_MEASURED = "Not measured yet."
 HEADS = "retinanet/b1"
 ALONE = "(plain, classification alone)"
@@ -40,6 +40,11 @@ def caption(stored: Stored, rows: Sequence[Row], what: str) -> str:
     return f"{where}, torch {first['torch']}, commit {commits}, {days}; {what}."
 
 
+def small(value: float) -> str:
+    """Two decimals, or two digits of what is smaller than 0.1."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def table(stored: Stored, lines: Sequence[Line], ours: Row | None, what: str, entries: str = "logit") -> str:
     """A Markdown table of the lines that have a row. `ours` is what the last column holds the others against."""
     found = [(name, row) for name, row in lines if row is not None]
@@ -50,7 +55,7 @@ def table(stored: Stored, lines: Sequence[Line], ours: Row | None, what: str, en
     for name, row in found:
         extra = f"{row['extra_memory_x_logits']:.2f}x" if "extra_memory_x_logits" in row else ""
         out.append(
-            f"| {name} | {milliseconds(row['median_ms'])} | {row[f'ns_per_{entries}']:.2f} | {row['x_copy']:.2f}"
+            f"| {name} | {milliseconds(row['median_ms'])} | {small(row[f'ns_per_{entries}'])} | {row['x_copy']:.2f}"
             f" | {row['median_ms'] / ours['median_ms']:.2f} | {extra} |"
         )
     return "\n".join(out)
@@ -64,14 +69,24 @@ def heads_table(stored: Stored) -> str:
         partial(stored.find, f"{name}/{each}")
         for each in ("flat/float32", "nchw/float32", "channels_last/float32", "flat/bfloat16")
     )
+    mine = {"backend": "cuda"} if stored.gpu else {}
+    ours = flat("fused", **mine)
     lines: list[Line] = [
         ("copy of the logits, float32", flat(COPY)),
-        ("**fused, flat**", flat("fused")),
-        ("**fused, NCHW, five levels**", nchw("fused")),
-        ("**fused, channels_last**", last("fused")),
-        ("**fused, flat, `inplace=True`**", flat("fused, in place")),
-        ("fused, flat, gamma 1.5", flat("fused, gamma 1.5")),
-        ("fused, flat, forward without gradients", flat("fused", INFERENCE)),
+        ("**fused, flat**", ours),
+        ("**fused, NCHW, five levels**", nchw("fused", **mine)),
+        ("**fused, channels_last**", last("fused", **mine)),
+        ("**fused, flat, `inplace=True`**", flat("fused, in place", **mine)),
+        ("fused, flat, gamma 1.5", flat("fused, gamma 1.5", **mine)),
+        ("fused, flat, forward without gradients", flat("fused", INFERENCE, **mine)),
+    ]
+    if stored.gpu:
+        lines += [
+            ("fused, flat, Triton", flat("fused", backend="triton")),
+            ("fused, NCHW, Triton", nchw("fused", backend="triton")),
+            ('eager PyTorch, `backend="reference"`', flat("reference backend")),
+        ]
+    lines += [
         ("torch.compile, the best form found", flat("torch.compile, static form")),
         (f"torchvision `sigmoid_focal_loss` {ALONE}", flat("torchvision sigmoid_focal_loss")),
         ("torchvision heads (plain losses)", flat("torchvision heads")),
@@ -81,11 +96,13 @@ def heads_table(stored: Stored) -> str:
         (f"apex `focal_loss` {ALONE}", flat("apex focal_loss")),
         (f"mmcv `sigmoid_focal_loss` {ALONE}", flat("mmcv sigmoid_focal_loss")),
         ("copy of the logits, bfloat16", half(COPY)),
-        ("**fused, flat, bfloat16**", half("fused")),
+        ("**fused, flat, bfloat16**", half("fused", **mine)),
     ]
+    if stored.gpu:
+        lines += [("fused, flat, Triton, bfloat16", half("fused", backend="triton"))]
     images = "one image" if batch == 1 else f"{batch} images"
     what = f"RetinaNet at 800 x 1333, {images}: 200,700 anchors x 80 classes each, forward + backward, medians"
-    return table(stored, lines, flat("fused"), what)
+    return table(stored, lines, ours, what)
 
 
 def stage_table(stored: Stored) -> str:
@@ -169,11 +186,11 @@ def step_table(stored: Stored) -> str:
 
 def batch_table(stored: Stored) -> str:
     """The fused loss by batch, layout and dtype: copies of the logits of the same dtype."""
-    rows = []
+    rows, mine = [], {"backend": "cuda"} if stored.gpu else {}
     for batch in (1, 2, 4, 8, 16):
         for layout in ("flat", "nchw", "channels_last"):
             case = f"retinanet/b{batch}/{layout}"
-            found = [stored.find(f"{case}/{dtype}", "fused") for dtype in ("float32", "bfloat16", "float16")]
+            found = [stored.find(f"{case}/{dtype}", "fused", **mine) for dtype in ("float32", "bfloat16", "float16")]
             if any(found):
                 cells = [f"{r['x_copy']:.2f} ({milliseconds(r['median_ms'])})" if r else "" for r in found]
                 rows.append(f"| {batch} | {layout} | {' | '.join(cells)} |")
