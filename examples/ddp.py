@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py --steps 5
 
-Each rank sees its part of the batch. DDP averages the ranks' gradients; with process_group="world" the loss is such that
-this average is the gradient of the whole batch, however unevenly the boxes lie on the ranks. At the end the ranks compare
-their weights, and rank 0 a gradient with that of one process that has the whole batch.
+Each rank sees its part of the batch. DDP averages the ranks' gradients; with process_group="world" the loss is such
+that this average is the gradient of the whole batch, however unevenly the boxes lie on the ranks. At the end the ranks
+compare their weights, and rank 0 a gradient with that of one process that has the whole batch.
 """
 
 from __future__ import annotations

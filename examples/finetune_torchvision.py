@@ -3,8 +3,8 @@
     python examples/finetune_torchvision.py --steps 10
     python examples/finetune_torchvision.py --data path/to/coco --model resnet50 --min-size 640 --steps 1000
 
-Two lines make the difference to plain torchvision: `calibrate_w_loc` and `convert`. Without --data it makes the built-in
-synthetic set. Needs the extra `train` (torchvision, pycocotools).
+Two lines make the difference to plain torchvision: `calibrate_w_loc` and `convert`. Without --data it makes the
+built-in synthetic set. Needs the extra `train` (torchvision, pycocotools).
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class Matrix:
 
     def install_torch(self, wanted: str) -> None:
         """torch itself, then what it requires."""
-        index = ["--index-url", self.index] if self.index else []
+        index = ["-i", self.index] if self.index else []
         done = self.pip("--no-deps", *index, "torch" if wanted == "newest" else f"torch=={wanted}.*")
         if done.returncode != 0:
             none = any(text in (done.stdout + done.stderr).lower() for text in NO_BUILD)

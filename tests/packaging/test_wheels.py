@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -141,8 +142,6 @@ def test_smoke_test_refuses_a_checkout() -> None:
 @pytest.mark.slow
 def test_make_wheel(building: ModuleType, sources: Path, tmp_path: Path) -> None:
     """One wheel whose manylinux tag is auditwheel's, of our libraries alone, and an sdist that gives the same wheel."""
-    import shutil
-
     for objects in (building.ROOT / "build").glob("cpu-*"):
         shutil.copytree(objects, sources / "build" / objects.name)
     shown = building.run(["make", f"PYTHON={sys.executable}", "wheel"], sources, MAKEFLAGS="").stdout
@@ -151,16 +150,16 @@ def test_make_wheel(building: ModuleType, sources: Path, tmp_path: Path) -> None
     assert wheel.name in shown and archive.name in shown
     policy = re.fullmatch(r"ioubal_kernels-[\d.]+-py3-none-(manylinux_\d+_\d+_\w+)\.whl", wheel.name)[1]
     with zipfile.ZipFile(wheel) as opened:
-        names = set(opened.namelist())
+        names = {name for name in opened.namelist() if not name.endswith("/")}
         (metadata,) = [name for name in names if name.endswith(".dist-info/WHEEL")]
         assert f"Tag: py3-none-{policy}\n" in opened.read(metadata).decode().replace("\r", "")
         opened.extract("ioubal_kernels/_ioubal_cpu.so", tmp_path)
     assert [name for name in names if ".so" in name] == ["ioubal_kernels/_ioubal_cpu.so"]  # nothing copied in
     audit = [sys.executable, "-m", "auditwheel", "show", wheel]
     seen = building.run(audit, tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}").stdout
-    constrains = re.search(r'constrains the platform tag to\s+"([^"]+)"', " ".join(seen.split()))
-    assert constrains is None or constrains[1] == policy
-    assert re.search(rf'following\s+platform\s+tag:\s+"{policy}"', seen)
+    # By the symbols taken from the system; libtorch, which comes from outside, it counts against any policy.
+    constrains = re.search(r'constrains the platform tag to "([^"]+)"', " ".join(seen.split()))
+    assert constrains[1] == policy, seen
 
     # torch's libraries are the installed torch's: no path of the machine that built them is kept.
     needed = building.run(["readelf", "-d", tmp_path / "ioubal_kernels" / "_ioubal_cpu.so"], tmp_path).stdout
