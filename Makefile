@@ -68,7 +68,7 @@ bench-cpu: build  ## time and memory of the losses on one CPU thread; SAVE=1 sto
 cuda-code: build  ## check the GPU machine code against its budget: registers, spills, wide loads; no GPU needed
 	$(PY) tools/cuda_code.py
 
-wheel: build  ## the wheel, its tag checked by auditwheel, and the source distribution, into dist/
+wheel: $(READY)  ## the wheel, its tag checked by auditwheel, and the source distribution, into dist/
 	$(PY) tools/build_wheel.py
 
 wheel-matrix: wheel  ## install that wheel under Python 3.10 to 3.13 and several torch versions, smoke-test each; ARGS=--strict

@@ -145,6 +145,7 @@ def test_make_wheel(building: ModuleType, sources: Path, tmp_path: Path) -> None
     for objects in (building.ROOT / "build").glob("cpu-*"):
         shutil.copytree(objects, sources / "build" / objects.name)
     shown = building.run(["make", f"PYTHON={sys.executable}", "wheel"], sources, MAKEFLAGS="").stdout
+    assert not list((sources / "build").glob("env-*"))  # nothing was installed into the environment that it used
     (wheel,) = (sources / "dist").glob("*.whl")
     (archive,) = (sources / "dist").glob("*.tar.gz")
     assert wheel.name in shown and archive.name in shown
