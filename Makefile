@@ -4,7 +4,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow build lint format bench-cpu cuda-code gpu-check gpu-bench gpu-sanitize docs clean
+.PHONY: help demo test test-slow build lint format bench-cpu cuda-code wheel wheel-matrix \
+    gpu-check gpu-bench gpu-sanitize docs clean
 
 JOBS ?= 2
 RUN ?= runs/demo
@@ -70,6 +71,12 @@ bench-cpu: build  ## time and memory of the losses on one CPU thread; SAVE=1 sto
 cuda-code: build  ## check the GPU machine code against its budget: registers, spills, wide loads; no GPU needed
 	$(PY) tools/cuda_code.py
 
+wheel: $(READY)  ## the wheel, its tag checked by auditwheel, and the source distribution, into dist/
+	$(PY) tools/build_wheel.py
+
+wheel-matrix: wheel  ## install that wheel under Python 3.10 to 3.13 and several torch versions, smoke-test each; ARGS=--strict
+	$(PY) tools/wheel_matrix.py $(ARGS)
+
 # On a GPU, for the one architecture that is there; without a usable GPU one line and an error, before anything is built.
 # What the build took is taken off the program's time.
 ON_GPU = @began=$$(date +%s) && arch=$$($(PY) bench/gpu/arch.py $@) && \
@@ -115,7 +122,8 @@ $(VENV)/bin/python:
 	echo "      apt install python3 python3-venv), or name an existing environment: make PYTHON=/path/to/python ..." >&2; exit 1
 
 # An existing environment must have what the goals at hand use.
-EXTRAS := $(if $(filter demo test test-slow,$(MAKECMDGOALS)),train) $(if $(filter test test-slow,$(MAKECMDGOALS)),test) \
+EXTRAS := $(if $(filter demo test test-slow,$(MAKECMDGOALS)),train) \
+          $(if $(filter test test-slow wheel wheel-matrix,$(MAKECMDGOALS)),test) \
           $(if $(filter lint format,$(MAKECMDGOALS)),lint) $(if $(filter docs,$(MAKECMDGOALS)),docs)
 .PHONY: check-env
 check-env:

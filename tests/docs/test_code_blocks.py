@@ -25,6 +25,9 @@ MOST_NOT_RUN = 2  # blocks with a marker, over all pages that are not written fo
 ELSEWHERE = {
     "README.md": ("tests/packaging/test_readme.py", r"\Aimport torch\n"),
     "detectors.md": ("tests/detection/test_export.py", r"\Aimport json\n"),
+    # With mmcv's compiled part and Detectron2 stood in for.
+    "mmdetection.md": ("tests/integrations/test_framework_pages.py", r""),
+    "detectron2.md": ("tests/integrations/test_framework_pages.py", r""),
 }
 
 

@@ -30,6 +30,18 @@ def cuda_code() -> ModuleType:
     return load("cuda_code", Path(__file__).parents[2] / "tools" / "cuda_code.py")
 
 
+@pytest.fixture(scope="session")
+def wheel_matrix() -> ModuleType:
+    """tools/wheel_matrix.py."""
+    return load("wheel_matrix", Path(__file__).parents[2] / "tools" / "wheel_matrix.py")
+
+
+@pytest.fixture(scope="session")
+def build_wheel() -> ModuleType:
+    """tools/build_wheel.py."""
+    return load("build_wheel", Path(__file__).parents[2] / "tools" / "build_wheel.py")
+
+
 @pytest.fixture(scope="module")
 def sources(building: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources in a folder whose name has a space."""

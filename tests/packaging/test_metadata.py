@@ -18,6 +18,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["demo", "test", "test-slow", "build", "lint", "format", "bench-cpu", "cuda-code", "docs", "clean", "help"]
+TARGETS += ["wheel", "wheel-matrix"]
 
 
 def read(name: str) -> str:
