@@ -19,6 +19,10 @@ from .library import op
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
+_NO_EXPORT = (
+    "torch.export keeps no gradient of the fused kernels; export the network without its loss, export under"
+    " torch.no_grad(), or use backend='reference'"
+)
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
 # Private in torch, so allowed to disappear: torch's own error takes over then.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -45,12 +49,20 @@ def guard_double_backward(name: str, grads: list[Tensor | None], inputs: Sequenc
     return [None if g is None else _RefuseDoubleBackward.apply(name, g, x) for g, x in zip(grads, inputs, strict=True)]
 
 
+def _refuse_export(name: str, inputs: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise NotImplementedError(f"{name}: {_NO_EXPORT}")
+
+
 def refuse_transforms(name: str, *inputs: Tensor) -> None:
-    """Raises NotImplementedError for an input that carries a tangent or belongs to a torch.func transform.
+    """Raises NotImplementedError for an input that carries a tangent or belongs to a torch.func transform, and for one
+    to be differentiated while torch.export traces: the exported program would silently leave its gradient out.
 
     (A ``jvp`` on the Function would do for the first, but Dynamo refuses to trace one.)
     """
     if torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+            _refuse_export(name, inputs)
         return
     if _in_functorch is not None and any(map(_in_functorch, inputs)):
         raise NotImplementedError(f"{name}: {_NO_TRANSFORM}")

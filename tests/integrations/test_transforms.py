@@ -112,18 +112,25 @@ class Exported(nn.Module):
         return self.case.loss(*tensors)
 
 
-@row("torch.export", "forward only")
+@row("torch.export", "raises NotImplementedError")
 @each_loss
 def test_export(name: str) -> None:
-    """The program has the op and its value; a backward through it is torch's error, not a wrong gradient."""
+    """A program that silently leaves a gradient out is refused when it is made."""
+    case = make(name)
+    with pytest.raises(NotImplementedError, match="iou_balanced_.*: torch.export keeps no gradient"):
+        torch.export.export(Exported(case), (*case.fresh(), *case.rest))
+
+
+@row("torch.export under torch.no_grad()", "works")
+@each_loss
+def test_export_of_the_value(name: str) -> None:
+    """The program has the op and its value."""
     case = make(name)
     leaves = case.fresh()
-    program = torch.export.export(Exported(case), (*leaves, *case.rest))
+    with torch.no_grad():
+        program = torch.export.export(Exported(case), (*leaves, *case.rest))
     assert any("ioubal" in str(node.target) for node in program.graph.nodes)
-    value = program.module()(*leaves, *case.rest)
-    torch.testing.assert_close(value, case.eager()[0], rtol=5e-7, atol=0.0)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        value.backward()
+    torch.testing.assert_close(program.module()(*leaves, *case.rest), case.eager()[0], rtol=5e-7, atol=0.0)
 
 
 @row('torch.export, backend="reference"', "works")
