@@ -60,21 +60,17 @@ struct Row {
     for (int i = 0; i < kCached; ++i) cached[i] = lane + i * kWarp < count ? load_one(x + lane + i * kWarp) : 0.f;
   }
   IOUBAL_DEVICE void prepare(int64_t target) {
-    float largest = -INFINITY, total = 0.f;
+    float largest = -INFINITY, total = 0.f, own = 0.f;
     each([&](int64_t, float x_k) { largest = fmaxf(largest, x_k); });
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
     top = largest;
-    each([&](int64_t k, float x_k) { total += k == target ? 0.f : exponential(x_k); });
+    each([&](int64_t k, float x_k) {
+      own = k == target ? x_k : own;
+      total += k == target ? 0.f : exponential(x_k);
+    });
     others = warp_sum(total);
-    if constexpr (kCached > 0) {
-      float own = cached[0];
-#pragma unroll
-      for (int i = 1; i < kCached; ++i) own = static_cast<u32>(target) / kWarp == i ? cached[i] : own;
-      logit = __shfl_sync(~0u, own, static_cast<int>(static_cast<u32>(target) % kWarp));
-    } else {
-      logit = load_one(x + target);
-    }
+    logit = __shfl_sync(~0u, own, static_cast<int>(static_cast<u32>(target) % kWarp));
     at_target = exponential(logit);
   }
   // logsumexp(x) - x[target], without cancellation where the target has nearly all; not finite where a logit is not.
@@ -169,8 +165,13 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // Every row: loss and gradient.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define IOUBAL_ROWS_BLOCKS 3  // 64 registers would not do there
+#else
+#define IOUBAL_ROWS_BLOCKS 4
+#endif
 template <class T, int kCached>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, IOUBAL_ROWS_BLOCKS)
     cross_entropy_fill_kernel(const IOUBAL_GRID_CONSTANT CrossEntropyTable tb) {
   __shared__ double scratch[kThreads / kWarp];
   const bool skip = tb.skip_expected && tb.scale.get() == tb.expected.get();

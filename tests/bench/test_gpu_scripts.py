@@ -139,6 +139,21 @@ def test_a_section_that_dies_or_hangs_does_not_take_the_others_along():
     assert found["passes"]["result"] == "passed"
 
 
+def test_sections_side_by_side():
+    """As many lists as jobs, about as long as each other; a process that dies costs its own section only."""
+    sections = [
+        gpu_sections.Section("long", section_passes, limit=90.0),
+        gpu_sections.Section("dies", section_dies, limit=50.0),
+        gpu_sections.Section("short", section_passes, limit=30.0),
+    ]
+    lists = gpu_sections.shared_out(sections, 2)
+    assert [[section.name for section in each] for each in lists] == [["long"], ["dies", "short"]]
+    assert gpu_sections.shared_out(sections, 1) == [sections] and len(gpu_sections.shared_out(sections, 8)) == 3
+    told = []
+    gpu_sections.run_all(sections, plan(), lambda name, entry: told.append((name, entry["result"])), jobs=2)
+    assert sorted(told) == [("dies", "failed"), ("long", "passed"), ("short", "passed")]
+
+
 def test_the_parity_matrix_is_large_and_its_names_tell_the_cases_apart():
     cases = gpu_cases.parity_cases()
     assert len(cases) >= 400 and len({case.name for case in cases}) == len(cases)
