@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // Every row: loss and gradient.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-#define IOUBAL_ROWS_BLOCKS 3  // 64 registers would not do there
+#define IOUBAL_ROWS_BLOCKS 2  // it takes 84 registers there
 #else
 #define IOUBAL_ROWS_BLOCKS 4
 #endif
