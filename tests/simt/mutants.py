@@ -165,7 +165,11 @@ _DENSE = (
     ("if («skip >> u & 1») continue;", "false", "vectors with something special done as negatives"),
     ("return skip | «(kAllVectors & ~((1u << u) - 1))»;", "0", "vectors whose loss is not finite left as they were"),
     ("marks.off |= «((1u << width) - 1) << j»;", "1u << j", "the first entry of an ignored row alone"),
-    ("at = j + static_cast<u32>(label) «- column»;", "+ 0", "a positive's place in a vector within its row"),
+    (
+        "at = «j + static_cast<u32>(label) - column»;",
+        "j + static_cast<u32>(label)",
+        "a positive's place in a vector within its row",
+    ),
     (
         "later >>= «(kMostIterations - tb.iterations) * kVectorsInFlight»;",
         "0",
