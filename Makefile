@@ -45,7 +45,7 @@ test: build  ## the quick tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: build  ## the slow tests: packaging, trainings
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n $(JOBS) --dist loadfile || { status=$$?; test $$status -eq 5 && echo "no slow tests here"; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder || { status=$$?; test $$status -eq 5 && echo "no slow tests here"; }
 
 build: $(READY) $(STATE)/.installed-$(PACKAGING)  ## install the package in place, compile what changed
 	@$(PY) setup.py -q build_ext --inplace

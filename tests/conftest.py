@@ -6,3 +6,14 @@ import sys
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parent / folder) for folder in ("simt", "triton", "integrations", "docs")]
+
+# Files are handed to the test processes whole: the longest first, or one process works on alone in the end.
+LONGEST = ("triton/test_mutants.py", "simt/test_mutants.py", "detection/test_full_size.py", "simt/test_sanitized.py")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = Path(item.fspath).as_posix()
+        return next((i for i, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
+
+    items.sort(key=place)  # stable: within a file, and among the others, the order stays
