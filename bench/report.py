@@ -69,16 +69,15 @@ def heads_table(stored: Stored) -> str:
         partial(stored.find, f"{name}/{each}")
         for each in ("flat/float32", "nchw/float32", "channels_last/float32", "flat/bfloat16")
     )
-    mine = {"backend": "cuda"} if stored.gpu else {}
-    ours = flat("fused", **mine)
+    ours = flat("fused")
     lines: list[Line] = [
         ("copy of the logits, float32", flat(COPY)),
         ("**fused, flat**", ours),
-        ("**fused, NCHW, five levels**", nchw("fused", **mine)),
-        ("**fused, channels_last**", last("fused", **mine)),
-        ("**fused, flat, `inplace=True`**", flat("fused, in place", **mine)),
-        ("fused, flat, gamma 1.5", flat("fused, gamma 1.5", **mine)),
-        ("fused, flat, forward without gradients", flat("fused", INFERENCE, **mine)),
+        ("**fused, NCHW, five levels**", nchw("fused")),
+        ("**fused, channels_last**", last("fused")),
+        ("**fused, flat, `inplace=True`**", flat("fused, in place")),
+        ("fused, flat, gamma 1.5", flat("fused, gamma 1.5")),
+        ("fused, flat, forward without gradients", flat("fused", INFERENCE)),
     ]
     if stored.gpu:
         lines += [
@@ -96,7 +95,7 @@ def heads_table(stored: Stored) -> str:
         (f"apex `focal_loss` {ALONE}", flat("apex focal_loss")),
         (f"mmcv `sigmoid_focal_loss` {ALONE}", flat("mmcv sigmoid_focal_loss")),
         ("copy of the logits, bfloat16", half(COPY)),
-        ("**fused, flat, bfloat16**", half("fused", **mine)),
+        ("**fused, flat, bfloat16**", half("fused")),
     ]
     if stored.gpu:
         lines += [("fused, flat, Triton, bfloat16", half("fused", backend="triton"))]
@@ -186,11 +185,11 @@ def step_table(stored: Stored) -> str:
 
 def batch_table(stored: Stored) -> str:
     """The fused loss by batch, layout and dtype: copies of the logits of the same dtype."""
-    rows, mine = [], {"backend": "cuda"} if stored.gpu else {}
+    rows = []
     for batch in (1, 2, 4, 8, 16):
         for layout in ("flat", "nchw", "channels_last"):
             case = f"retinanet/b{batch}/{layout}"
-            found = [stored.find(f"{case}/{dtype}", "fused", **mine) for dtype in ("float32", "bfloat16", "float16")]
+            found = [stored.find(f"{case}/{dtype}", "fused") for dtype in ("float32", "bfloat16", "float16")]
             if any(found):
                 cells = [f"{r['x_copy']:.2f} ({milliseconds(r['median_ms'])})" if r else "" for r in found]
                 rows.append(f"| {batch} | {layout} | {' | '.join(cells)} |")
@@ -274,8 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file would change")
     options = made.parse_args(arguments)
     try:
-        rows = results.load(options.results)
-        stored = {gpu: Stored(rows, next(iter(results.devices(rows, gpu)), "")) for gpu in (False, True)}
+        stored = results.by_device(options.results)
         texts = {path: path.read_text(encoding="utf-8") for path in (options.root / f for f in FILES) if path.exists()}
         new = {path: filled(text, stored) for path, text in texts.items()}
     except ValueError as error:

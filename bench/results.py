@@ -40,7 +40,9 @@ class Stored:
         self.gpu = any("capability" in row for row in self.rows)
 
     def find(self, name: str, path: str, phase: str = "forward + backward", **wanted: Any) -> Row | None:
-        """The row of a case's path; on a CPU that of one thread, a warm heap and the best instruction set."""
+        """The row of a case's path: on a CPU that of one thread, a warm heap and the best instruction set; of ours on a
+        GPU that of the CUDA kernels before Triton's. The newest of several.
+        """
         usual: Row = {} if self.gpu else {"threads": 1, "heap": "warm"}
         wanted = {**usual, **wanted}
         found = [
@@ -49,10 +51,16 @@ class Stored:
             if (row["name"], row["path"], row["phase"]) == (name, path, phase)
             and all(row.get(field) == value for field, value in wanted.items())
         ]
-        return max(found, key=lambda row: row["run"], default=None)
+        return max(found, key=lambda row: (row.get("backend") != "triton", row["run"]), default=None)
 
 
 def devices(rows: Iterable[Row], gpu: bool) -> list[str]:
     """Devices with measured rows, the one measured last first."""
     found = [row for row in newest(rows).values() if ("capability" in row) == gpu]
     return list(dict.fromkeys(row["device"] for row in sorted(found, key=lambda row: row["run"], reverse=True)))
+
+
+def by_device(folder: Path | None = None) -> dict[bool, Stored]:
+    """Of a folder's rows those of the GPU (True) and of the processor (False) that was measured last."""
+    rows = load(folder)
+    return {gpu: Stored(rows, next(iter(devices(rows, gpu)), "")) for gpu in (False, True)}

@@ -65,6 +65,16 @@ def libraries_of(wheel: Path) -> dict[str, dict]:
     return built
 
 
+def put(made: Path, out: Path, ending: str) -> Path:
+    """What was made, in `out`, in the place of older ones of its kind."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob(f"ioubal_kernels-*{ending}"):
+        old.unlink()
+    target = out / made.name
+    target.write_bytes(made.read_bytes())
+    return target
+
+
 def build_wheel(out: Path) -> Path:
     """The wheel, renamed to the policy that auditwheel finds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,24 +93,13 @@ def build_wheel(out: Path) -> Path:
         if POLICY.search(audited.name) is None:
             raise Failed(f"auditwheel gave {audited.name}, whose tag is no manylinux or musllinux policy")
         libraries_of(audited)  # nothing was copied in beside ours
-        out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("ioubal_kernels-*.whl"):
-            old.unlink()
-        target = out / audited.name
-        target.write_bytes(audited.read_bytes())
-        return target
+        return put(audited, out, ".whl")
 
 
 def build_sdist(out: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         run([sys.executable, "setup.py", "-q", "sdist", "-d", folder], "building the source distribution")
-        made = only(Path(folder), "*.tar.gz")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("ioubal_kernels-*.tar.gz"):
-            old.unlink()
-        target = out / made.name
-        target.write_bytes(made.read_bytes())
-        return target
+        return put(only(Path(folder), "*.tar.gz"), out, ".tar.gz")
 
 
 def main(arguments: list[str] | None = None) -> int:

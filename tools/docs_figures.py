@@ -59,10 +59,8 @@ def signed(value: float) -> str:
 BLOCKS: dict[str, Callable[[Stored], str]] = {"headline": headline, "table 2": table_2}
 
 
-def filled(text: str) -> str:
+def filled(text: str, stored: dict[bool, Stored]) -> str:
     """The text with every block of stored results written anew. Raises ValueError for an unknown or open block."""
-    rows = results.load(RESULTS)
-    stored = {gpu: Stored(rows, next(iter(results.devices(rows, gpu)), "")) for gpu in (False, True)}
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
@@ -87,10 +85,10 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__.split(": ", 1)[0])
     made.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page would change")
     check = made.parse_args().check
-    stale = []
+    stale, stored = [], results.by_device(RESULTS)
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        new = filled(text)
+        new = filled(text, stored)
         if new != text:
             stale.append(page)
             if not check:

@@ -15,7 +15,7 @@ from torch import Tensor
 import ioubal_kernels as ik
 
 from .losses import IoUBalancedCrossEntropyLoss
-from .positives import check_losses, decoded_iou, loss_configs, positive_rows, spread
+from .positives import check_losses, decoded, decoded_iou, loss_configs, positive_rows, spread
 
 # A label that the softmax loss leaves out.
 _LEFT_OUT = -100
@@ -66,13 +66,8 @@ class IoUBalancedAnchorHeadMixin:
         iou = spread(decoded_iou(self, anchors[rows], bbox_pred[rows], bbox_targets[rows]), rows, labels.numel())
         loss_cls = self.loss_cls(cls_score, (labels, iou), label_weights.reshape(-1), avg_factor=avg_factor)
         if self.reg_decoded_bbox:
-            bbox_pred = _decoded(self, anchors, bbox_pred)
+            bbox_pred = decoded(self, anchors, bbox_pred)
         return loss_cls, self.loss_bbox(bbox_pred, bbox_targets, bbox_weights, avg_factor=avg_factor)
-
-
-def _decoded(head: Any, anchors: Any, bbox_pred: Tensor) -> Tensor:
-    boxes = head.bbox_coder.decode(anchors, bbox_pred)
-    return getattr(boxes, "tensor", boxes)
 
 
 @MODELS.register_module()
@@ -138,7 +133,7 @@ class IoUBalancedSSDHead(SSDHead):
             cls_score, (torch.where(kept, labels, _LEFT_OUT), iou), label_weights, avg_factor=avg_factor
         )
         if self.reg_decoded_bbox:
-            bbox_pred = _decoded(self, anchor, bbox_pred)
+            bbox_pred = decoded(self, anchor, bbox_pred)
         return loss_cls[None], self.loss_bbox(bbox_pred, bbox_targets, bbox_weights, avg_factor=avg_factor)
 
     @torch.no_grad()

@@ -77,6 +77,11 @@ def spread(iou: Tensor, rows: Tensor, count: int) -> Tensor:
     return iou.new_zeros(count).index_copy(0, rows, iou)
 
 
+def decoded(head: nn.Module, priors: Any, deltas: Tensor) -> Tensor:
+    """Boxes (M, 4) of `deltas` (M, 4) on priors (M, 4), a tensor or mmdet's boxes, by the head's box coder."""
+    return get_box_tensor(head.bbox_coder.decode(priors, deltas))
+
+
 @torch.no_grad()
 def decoded_iou(head: nn.Module, priors: Any, bbox_pred: Tensor, bbox_targets: Tensor) -> Tensor:
     """IoU (P,) of the positives' decoded predictions with their target boxes, float32. No gradient.
@@ -87,9 +92,7 @@ def decoded_iou(head: nn.Module, priors: Any, bbox_pred: Tensor, bbox_targets: T
         bbox_pred: (P, 4) as the head gives them, encoded.
         bbox_targets: (P, 4), boxes if the head has reg_decoded_bbox, else encoded.
     """
-
-    def decode(deltas: Tensor) -> Tensor:
-        return get_box_tensor(head.bbox_coder.decode(priors, deltas.float()))
-
-    targets = bbox_targets.float() if head.reg_decoded_bbox else decode(bbox_targets)
-    return ik.paired_box_iou(decode(bbox_pred), targets)
+    targets = bbox_targets.float()
+    if not head.reg_decoded_bbox:
+        targets = decoded(head, priors, targets)
+    return ik.paired_box_iou(decoded(head, priors, bbox_pred.float()), targets)
