@@ -1,8 +1,9 @@
-// Value checks that Python turns into errors, and the choice of the instruction set.
+// Value checks that Python turns into errors, and the choice of the kernels.
 #include "cpu/checks.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/focal_table.h"
 #include "cpu/isa.h"
 #include "cpu/scan.h"
 
@@ -51,6 +52,8 @@ int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t nu
 
 namespace {
 int64_t cpu_isa(int64_t limit) { return set_isa_limit(static_cast<int>(limit)); }
+
+int64_t cpu_table(int64_t entries) { return set_table_threshold(entries); }
 }  // namespace
 
 }  // namespace ioubal
@@ -60,4 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
   m.impl("check_matched_idxs.cpp", TORCH_BOX(&ioubal::check_matched_idxs));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ioubal, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&ioubal::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(ioubal, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&ioubal::cpu_isa));
+  m.impl("cpu_table", TORCH_BOX(&ioubal::cpu_table));
+}

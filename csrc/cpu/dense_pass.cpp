@@ -4,12 +4,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace ioubal {
 namespace {
 
 // Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
 constexpr int64_t kManySkips = 128;
+
+int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace
 
@@ -52,12 +55,40 @@ void DensePass::prepare() {
   }
 }
 
-double DensePass::block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma,
-                        Output output) const {
+void DensePass::make_tables(int dtype, double gamma, Output output) {
+  // Only runs that matter: with sample weights there may be one for each row.
+  constexpr int64_t kSmallRun = 4096;
+  const int64_t threshold = table_threshold();
+  const auto scale_of = [&](const Run& run) { return output == Output::kNone ? 0.0 : run.out_scale; };
+  const auto counts = [&](const Run& run) { return run.count >= std::min(kSmallRun, threshold); };
+  struct Group {
+    int64_t entries = 0;
+    const FocalTable* table = nullptr;
+  };
+  std::map<double, Group> groups;
+  for (const Run& run : runs) {
+    if (counts(run)) groups[scale_of(run)].entries += run.count;
+  }
+  for (Run& run : runs) {
+    if (!counts(run)) continue;
+    Group& group = groups[scale_of(run)];
+    if (group.entries < threshold) continue;
+    if (!group.table) {
+      tables_.push_back(std::make_unique<FocalTable>(dtype, scale_of(run), gamma, output));
+      group.table = tables_.back().get();
+    }
+    run.table = group.table;
+  }
+}
+
+double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output) const {
+  const int64_t size = size_of(dtype);
   const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
   const auto apply = [&](int64_t from, int64_t to, const PeriodicMask& keep) {
-    return kernel(run.x + from * size, run.out ? run.out + from * size : nullptr, to - from, run.out_scale, gamma, keep,
-                  output);
+    const char* x = run.x + from * size;
+    char* out = run.out ? run.out + from * size : nullptr;
+    if (run.table) return (*run.table)(x, out, to - from, keep);
+    return kernels().focal[dtype](x, out, to - from, run.out_scale, gamma, keep, output);
   };
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
@@ -94,8 +125,9 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, FocalDense 
   return sum;
 }
 
-double DensePass::operator()(FocalDense kernel, int64_t element_size, double gamma, Output output) {
+double DensePass::operator()(int dtype, double gamma, Output output) {
   prepare();
+  if (size_of(dtype) == 2) make_tables(dtype, gamma, output);
   struct Block {
     int64_t run, first, last;
   };
@@ -110,7 +142,7 @@ double DensePass::operator()(FocalDense kernel, int64_t element_size, double gam
     FlushDenormals flush;
     for (int64_t b = begin; b < end; ++b) {
       const Run& run = runs[blocks[b].run];
-      sums[b] = block(run, blocks[b].first, blocks[b].last, kernel, element_size, gamma, output);
+      sums[b] = block(run, blocks[b].first, blocks[b].last, dtype, gamma, output);
     }
   });
   double total = 0;

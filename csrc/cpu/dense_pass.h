@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "cpu/focal_table.h"
 #include "cpu/isa.h"
 
 namespace ioubal {
@@ -24,6 +26,7 @@ struct Run {
   double loss_scale = 0;  // of the run's sum in the total
   int64_t first_skip = 0, last_skip = 0;
   int64_t mask_offset = -1, mask_period = 0;
+  const FocalTable* table = nullptr;
 };
 
 class DensePass {
@@ -35,8 +38,9 @@ class DensePass {
   void skip(int64_t run, int64_t first, int64_t count) { added_.push_back({run, {first, count}}); }
   void mask_anchor(int64_t run, int64_t location, int64_t locations);
 
-  // Runs the kernel; returns the sum of loss_scale * plain negative losses. The same result for any number of threads.
-  double operator()(FocalDense kernel, int64_t element_size, double gamma, Output output);
+  // Returns the sum of loss_scale * plain negative losses of logits of this DtypeIndex. The same result for any number
+  // of threads.
+  double operator()(int dtype, double gamma, Output output);
 
  private:
   struct Added {
@@ -44,12 +48,13 @@ class DensePass {
     Skip skip;
   };
   void prepare();
-  double block(const Run& run, int64_t first, int64_t last, FocalDense kernel, int64_t size, double gamma,
-               Output output) const;
+  void make_tables(int dtype, double gamma, Output output);
+  double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output) const;
 
   std::vector<Added> added_;
   std::vector<Skip> skips_;
   std::vector<uint8_t> masks_;
+  std::vector<std::unique_ptr<FocalTable>> tables_;
 };
 
 }  // namespace ioubal

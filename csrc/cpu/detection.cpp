@@ -194,7 +194,7 @@ class DetectionLoss {
     }
     const Tensor& first = *levels_[0].logits;
     const Output output = grads.empty() ? Output::kNone : Output::kGradient;
-    double total = pass(kernels().focal[dtype_index(first)], first.element_size(), focal_.gamma, output);
+    double total = pass(dtype_index(first), focal_.gamma, output);
     std::vector<FloatWriter> writers(grads.begin(), grads.end());
     for (const DetectionPositive& p : positives_) {
       const double w = factor(p.cls.image) * sums.cls_normalizer(p.cls.scope, focal_.eps) * p.cls.balance;

@@ -91,7 +91,7 @@ struct FlatFocal {
   double run(const Tensor& sums_tensor, const Tensor* out, double loss_scale, double out_scale, Output output) const {
     const Sums sums = sums_of(sums_tensor);
     DensePass pass = dense(out, loss_scale, out_scale);
-    double total = pass(kernels().focal[dtype_index(logits)], logits.element_size(), focal.gamma, output);
+    double total = pass(dtype_index(logits), focal.gamma, output);
     std::optional<FloatWriter> writer;
     if (out) writer.emplace(*out);
     for (const PositiveEntry& p : positives) {

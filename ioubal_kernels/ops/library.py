@@ -8,6 +8,7 @@ Without a library the schemas still exist, so that imports and fake tensors work
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _define() -> None:
         _library.define(schema.replace("OVERLOAD", "cpp"))
     # Instruction set in use: 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16; a limit >= 0 caps the choice.
     _library.define("cpu_isa(int limit) -> int")
+    # Logits of one scale from which on 16-bit ones are looked up in a table; negative: the default. Returns the number.
+    _library.define("cpu_table(int entries) -> int")
 
 
 def build_info() -> dict[str, Any]:
@@ -172,3 +175,20 @@ def isa_levels() -> list[int]:
     """The instruction sets that this CPU has, the plainest first. Leaves the best one selected."""
     best = limit_isa(5)
     return [level for level in (0, 2, 4, 5) if level <= best]
+
+
+def limit_table(entries: int) -> int:
+    """How many 16-bit logits the CPU's focal loss looks up rather than computes; negative: the default. For tests."""
+    return torch.ops.ioubal.cpu_table(entries)
+
+
+def cpu_variants(dtype: torch.dtype) -> Iterator[str]:
+    """Selects each way in which this CPU can compute in this dtype, and names it. For tests."""
+    for level in isa_levels():
+        limit_isa(level)
+        limit_table(-1)
+        yield f"isa {level}"
+        if dtype.itemsize == 2:
+            limit_table(64)
+            yield f"isa {level}, table"
+    limit_table(-1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ioubal_kernels import ops
-from ioubal_kernels.ops.library import limit_isa
+from ioubal_kernels.ops.library import limit_isa, limit_table
 
 NEEDED = ops.load_error("cpu")
 EMULATED = "cuda (emulated)"
@@ -47,3 +47,4 @@ def best_isa():
     yield
     if not NEEDED:
         limit_isa(5)
+        limit_table(-1)

@@ -46,18 +46,18 @@ def compare(flat, layout, *, padded=False, grad_scale=1.0, **options):
     tested = flat.padded() if padded else flat
     if layout != "flat":
         options.pop("anchors_per_level", None)
-    for isa in library.isa_levels():
-        library.limit_isa(isa)
+    for variant in library.cpu_variants(dtype):
         got, used = run(tested.in_layout(layout), "cpu", grad_scale=grad_scale, **options)
         for name in ("classification", "localization", "mean_iou"):
             kind_budget = torch.float32 if name == "mean_iou" else budget
-            what = f"{layout}, isa {isa}: {name}"
+            what = f"{layout}, {variant}: {name}"
             testing.assert_close_budget(getattr(got, name), getattr(want, name), kind_budget, "loss", what=what)
         assert got.num_positives.dtype == torch.int64 and got.num_positives == want.num_positives
         assert got.classification.dtype == budget and got.mean_iou.dtype == torch.float32
         for name, value, expected in zip(("logits", "deltas"), grads(used), want_grads, strict=True):
             floor = testing.FLOOR
-            testing.assert_close_budget(value, expected, dtype, "gradient", floor, what=f"{layout}, isa {isa}: {name}")
+            what = f"{layout}, {variant}: {name}"
+            testing.assert_close_budget(value, expected, dtype, "gradient", floor, what=what)
 
 
 @pytest.mark.parametrize("normalize_loc", (False, True), ids=("eq6", "eq7"))
@@ -89,7 +89,8 @@ def test_detection(dtype, layout, gamma, scope, box_coder, padded, normalize_loc
 @pytest.mark.parametrize("ignored", (0.0, 0.02, 0.4))
 @pytest.mark.parametrize("classes, per_location", ((1, 1), (1, 9), (3, 1), (7, 2), (80, 9), (91, 3)))
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_shapes_and_densities(layout, classes, per_location, ignored, share):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=ids)
+def test_shapes_and_densities(dtype, layout, classes, per_location, ignored, share):
     """Class counts and anchors per location that leave vector tails everywhere, from no exceptional anchor to all."""
     flat = testing.detection_inputs(
         seed=3,
@@ -99,6 +100,7 @@ def test_shapes_and_densities(layout, classes, per_location, ignored, share):
         levels=((13, 17), (5, 3), (1, 1)),
         positive_share=share,
         ignored_share=ignored,
+        dtype=dtype,
     )
     compare(flat, layout, padded=True)
 

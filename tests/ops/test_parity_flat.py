@@ -42,14 +42,13 @@ def run(function, x, *rest, backend, grad_output=None, **options):
 
 def compare(function, x, *rest, what, floor=testing.FLOOR, loss_floor=testing.FLOOR, **options):
     want_loss, want_grad = run(function, x.double(), *rest, backend="reference", **options)
-    for isa in library.isa_levels():
-        library.limit_isa(isa)
+    for variant in library.cpu_variants(x.dtype):
         loss, grad = run(function, x, *rest, backend="cpu", **options)
         assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32) and grad.dtype == x.dtype
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         kind = "gradient" if loss.ndim else "loss"  # single losses have the elements' budget
-        testing.assert_close_budget(loss, want_loss, wide, kind, loss_floor, what=f"{what}, isa {isa}: loss")
-        testing.assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what}, isa {isa}: gradient")
+        testing.assert_close_budget(loss, want_loss, wide, kind, loss_floor, what=f"{what}, {variant}: loss")
+        testing.assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what}, {variant}: gradient")
 
 
 @pytest.mark.parametrize("options", OPTIONS)
