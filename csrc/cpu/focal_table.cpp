@@ -77,8 +77,9 @@ struct MaskCursor {
     Eight logits[2];
     std::memcpy(&m, mask, 16);
     std::memcpy(logits, x, 32);
-    const Eight keep[2] = {(Eight)__builtin_shufflevector(m, m, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                           (Eight)__builtin_shufflevector(m, m, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
+    const Eight keep[2] = {
+        (Eight)__builtin_shufflevector(m, m, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+        (Eight)__builtin_shufflevector(m, m, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
     for (int i = 0; i < 2; ++i) logits[i] = (logits[i] & keep[i]) | (~keep[i] & nothing);
     std::memcpy(to, logits, 32);
   }
@@ -178,6 +179,7 @@ FocalTable::FocalTable(int dtype, double scale, double gamma, Output output)
   } else {
     build<c10::Half>(entries_.get(), dtype, scale, gamma, output);
   }
+  entries_[minus_infinity_] = make_entry(0, 0);  // exactly, where the kernels end at exp(-87)
 }
 
 double FocalTable::operator()(const void* x_, void* out_, int64_t n, const PeriodicMask& mask) const {

@@ -12,7 +12,7 @@ namespace ioubal {
 class FocalTable {
  public:
   // dtype: kBFloat16 or kFloat16. The entries are what the kernels of the instruction set in use give for every
-  // value: what is written is the same, to the last bit.
+  // value: what is written is the same, to the last bit, but for 0 at minus infinity.
   FocalTable(int dtype, double scale, double gamma, Output output);
 
   // As FocalDense, with the scale, gamma and output of the table.

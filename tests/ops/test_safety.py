@@ -10,7 +10,7 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import isa_levels, limit_isa
+from ioubal_kernels.ops.library import cpu_variants
 
 
 def everything(layout):
@@ -28,8 +28,9 @@ def everything(layout):
     (out.classification + out.localization).backward()
     results = [*(t.detach() for t in out), *(t.grad for t in inputs.heads())]
     rows = testing.classification_inputs(rows=5000, classes=33, softmax=True)
-    for loss in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
-        x = rows.logits.clone().requires_grad_()
+    focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
+    for loss, dtype in ((focal, torch.float32), (focal, torch.bfloat16), (softmax, torch.float32)):
+        x = rows.logits.clone().to(dtype).requires_grad_()
         value = loss(x, rows.labels, rows.iou, weight=rows.weight)
         value.backward()
         results += [value.detach(), x.grad]
@@ -48,8 +49,7 @@ def same(a, b):
 def test_bitwise_the_same_for_any_number_of_threads_and_again(layout):
     before = torch.get_num_threads()
     try:
-        for isa in isa_levels():
-            limit_isa(isa)
+        for _ in cpu_variants(torch.bfloat16):
             torch.set_num_threads(1)
             one = everything(layout)
             for threads in (2, 3, 7):
@@ -89,8 +89,7 @@ def test_uninitialised_memory_is_never_read():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_any_memory_any_alignment(dtype):
     inputs = testing.classification_inputs(rows=(3, 70), classes=13, dtype=dtype)
-    for isa in isa_levels():
-        limit_isa(isa)
+    for variant in cpu_variants(dtype):
         base = inputs.logits.clone().requires_grad_()
         want = ik.iou_balanced_sigmoid_focal_loss(base, inputs.labels, inputs.iou)
         want.backward()
@@ -98,7 +97,7 @@ def test_any_memory_any_alignment(dtype):
             x = other.detach().requires_grad_()
             got = ik.iou_balanced_sigmoid_focal_loss(x, inputs.labels, inputs.iou)
             got.backward()
-            assert torch.equal(x.grad, base.grad), name
+            assert torch.equal(x.grad, base.grad), (name, variant)
             # The float sums are grouped by the output's alignment, which the allocator decides.
             torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
@@ -113,7 +112,7 @@ GUARDED = """
 import ctypes, mmap, sys, torch
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import isa_levels, limit_isa
+from ioubal_kernels.ops.library import cpu_variants
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -170,8 +169,7 @@ if sys.argv[1] == "probe":  # the guard itself: one element past the end must cr
     t = guarded(torch.ones(8), True)
     ctypes.cast(t.data_ptr() + 32, ctypes.POINTER(ctypes.c_float))[0]
 else:
-    for level in isa_levels():
-        limit_isa(level)
+    for _ in cpu_variants(torch.bfloat16):
         op_everywhere(at_end=sys.argv[1] == "end")
     print("no access out of bounds")
 """

@@ -1,0 +1,130 @@
+"""16-bit logits looked up in a table of all their values: what is written is what the kernel computes, to the bit."""
+
+import pytest
+import torch
+
+import ioubal_kernels as ik
+from ioubal_kernels import testing
+from ioubal_kernels.ops.library import isa_levels, limit_isa, limit_table
+
+ALWAYS, NEVER = 64, 2**62
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def every_value(dtype):
+    """All 65,536 values, those near zero among them, in rows of 16."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 16)
+
+
+def focal(logits, labels, *, grad_output=1.0, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    loss = ik.iou_balanced_sigmoid_focal_loss(leaf, labels, torch.full(labels.shape, 0.6), backend="cpu", **options)
+    loss.backward(torch.full_like(loss, grad_output))
+    return loss.detach(), leaf.grad
+
+
+def bits(t):
+    """What tells every NaN from every number, but not one NaN from another, nor the zeros' signs."""
+    return torch.where(t.isnan(), 0.0, t).float(), t.isnan()
+
+
+def both(function):
+    """(looked up, computed) on each instruction set."""
+    for level in isa_levels():
+        limit_isa(level)
+        limit_table(ALWAYS)
+        table = function()
+        limit_table(NEVER)
+        yield table, function()
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("gamma", (2.0, 1.5, 1.0, 0.0))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_value(dtype, gamma, reduction):
+    logits = every_value(dtype)
+    labels = torch.full((len(logits),), -1)
+    labels[5::7] = -2  # ignored
+    lowest = logits == -float("inf")
+    for scale in (1.0, -0.37, 0.0):
+        for table, computed in both(
+            lambda s=scale: focal(logits, labels, grad_output=s, gamma=gamma, reduction=reduction)
+        ):
+            for (value, nan), (want, want_nan) in zip(map(bits, table), map(bits, computed), strict=True):
+                if value.ndim:  # there the kernels end at exp(-87)
+                    assert bool((want[lowest].abs() < 1e-35).all())
+                    value[lowest] = want[lowest]
+                assert torch.equal(value, want) and torch.equal(nan, want_nan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_of_every_finite_loss(dtype):
+    logits = every_value(dtype)
+    logits = torch.where(logits.float().abs() < 60, logits, 0.0)
+    labels = torch.full((len(logits),), -1)
+    want, _ = focal(logits.double(), labels, reduction="sum")
+    for (table, _), _ in both(lambda: focal(logits, labels, reduction="sum")):
+        assert float(table) == pytest.approx(float(want), rel=2e-7)
+
+
+@pytest.mark.parametrize(
+    "value, want", ((float("inf"), float("inf")), (float("nan"), float("nan")), (-float("inf"), 0.0))
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_finite_loss(dtype, value, want):
+    logits = torch.full((40, 16), -float("inf"), dtype=dtype)
+    logits[17, 3] = value
+    labels = torch.full((40,), -1)
+    for (loss, grad), (_, computed) in both(lambda: focal(logits, labels, reduction="sum")):
+        assert loss.isnan() if want != want else float(loss) == want
+        assert torch.equal(grad.nan_to_num(9.0), computed.nan_to_num(9.0))
+    labels[17] = -2  # ignored: what stands there does not matter
+    for (loss, grad), _ in both(lambda: focal(logits, labels, reduction="sum")):
+        assert float(loss) == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("levels", (((16, 16), (3, 5)), ((40, 13), (1, 1)), ((1, 7), (7, 1))))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_anchors_of_every_layout(dtype, layout, levels):
+    """Masks of any period, whole lines and parts of them; logits of ignored anchors may be anything."""
+    inputs = testing.detection_inputs(
+        images=2, classes=17, per_location=2, levels=levels, ignored_share=0.1, layout="flat", dtype=dtype
+    )
+    inputs.cls_logits.data[inputs.matched_idxs == -2] = float("nan")
+    inputs = inputs.in_layout(layout)
+
+    def run():
+        heads = [t.detach().clone().requires_grad_() for t in inputs.heads()]
+        half = len(heads) // 2
+        cls_logits, bbox_deltas = (heads[0], heads[1]) if layout == "flat" else (heads[:half], heads[half:])
+        out = ik.iou_balanced_detection_loss(cls_logits, bbox_deltas, *inputs.arguments()[2:], backend="cpu")
+        (out.classification + out.localization).backward()
+        return out.classification.detach(), [t.grad for t in heads]
+
+    for (loss, grads), (want, want_grads) in both(run):
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(grads, want_grads, strict=True))
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_inputs_with_the_default(dtype, threads):
+    """Above the threshold, sample weights of two values: two tables; a third value stays below."""
+    before = torch.get_num_threads()
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(30000, 80, generator=g) * 1.5 - 4.6).to(dtype)
+    labels = torch.where(torch.rand(30000, generator=g) < 0.002, torch.randint(0, 80, (30000,), generator=g), -1)
+    weight = torch.ones(30000)
+    weight[14000:29000], weight[29000:] = 0.5, 0.25
+    try:
+        torch.set_num_threads(threads)
+        limit = limit_table(-1)
+        assert limit == (2**20 if limit_isa(5) <= 2 else 2**63 - 1)
+        got = focal(logits, labels, weight=weight)
+        limit_table(NEVER)
+        want = focal(logits, labels, weight=weight)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
