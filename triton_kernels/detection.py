@@ -109,9 +109,7 @@ class _Detection:
         self.memory = Workspace(workspace)
         segments = len(self.levels) * self.images
         self.scratch = take_scratch(self.memory, self.all_tiles, 1, segments, self.images, self.scopes)
-        self.marks = positives.take_marks(
-            self.memory, self.images * self.per_image, self.all_tiles, loss=False, location=True
-        )
+        self.marks = positives.take_marks(self.memory, self.images * self.per_image, self.classes, 0, flat=False)
         self.table = self._table(self.tile0, self.tiles)
 
     @property
@@ -268,6 +266,7 @@ class _Detection:
             tiles,
             scale[1],
             expected[1],
+            self.lambda_,
             self.beta,
             *self.weights,
             DELTA_T=TYPES[grads[0].dtype],
@@ -281,6 +280,7 @@ class _Detection:
             MAY_SKIP=may_skip,
             SCALE_GIVEN=scale[0] is not None,
             EXPECTED_GIVEN=expected[0] is not None,
+            CLASSES=self.classes,
             BLOCK=LOC_BLOCK,
             num_warps=4,
             maxnreg=MAX_REGISTERS,

@@ -19,7 +19,7 @@ from ._math import (
     weighted_loss,
 )
 from .coefficients import IMAGE, LEVEL, clear_tickets
-from .positives import IGNORED, PLAIN, POSITIVE, collect, listed_at, store_sums
+from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, load_marks, marks_at, store_marks, store_sums
 
 ROWS, PLANES, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a gradient of deltas lies
 
@@ -147,10 +147,13 @@ def detection_positives_kernel(
     positive = inside & (value != -1) & (value != -2)
     location = position // per_location
     place = tl.where(planes != 0, (position - location * per_location) * locations + location, position)
-    code = tl.where(positive, POSITIVE, tl.where(value == -2, IGNORED, PLAIN))
-    tl.store(pointer(marks.code, tl.int8) + anchor0 + place, code.to(tl.int8), mask=inside)
+    mark = marks_at(marks, anchor0, CLASSES)
+    store_marks(mark, place, tl.where(value == -2, IGNORED, PLAIN), inside & (positive == 0))  # the others' below
 
-    count = collect(marks, positive, TILE)
+    # The list lies where the slopes will: 2 bytes an entry against 4, so that its last entries can go first and what is
+    # still listed lies before what is written.
+    tile_list = (pointer(marks.slope, tl.float32) + (anchor0 + first)).to(tl.pointer_type(tl.int16))
+    count = collect(tile_list, positive, TILE)
     boxes_here = pick(gt.counts, 0)
     labels = pointer_at(gt.labels, 0, LABEL_T)
     if PADDED:
@@ -167,16 +170,18 @@ def detection_positives_kernel(
     loc_plain = tl.zeros((LANES,), tl.float64)
     loc_weighted = tl.zeros((LANES,), tl.float64)
     loc_loss = tl.zeros((LANES,), tl.float64)
-    done = tl.zeros((), tl.int32)
-    while done < count:
-        listed, mask = listed_at(marks, done, count, TILE, LANES)
+    left = count
+    while left > 0:
+        left = (left - 1) // LANES * LANES
+        listed, mask = listed_at(tile_list, left, count, LANES)
+        tl.debug_barrier()  # read, before other threads write there
         row = first + listed
         anchor = anchor0 + row
         match = tl.load(matched_idxs + anchor, mask=mask, other=-1).to(tl.int64)
         known = mask & (match >= 0) & (match < boxes_here)
         label = tl.load(labels + match, mask=known, other=-1).to(tl.int64)
         good = known & (label >= 0) & (label < CLASSES)
-        label = tl.where(good, label, -1).to(tl.int32)
+        label = tl.where(good, label, INVALID).to(tl.int32)
         cell = row // per_location
         a = row - cell * per_location
         entry = tl.where(
@@ -214,11 +219,8 @@ def detection_positives_kernel(
         loc_plain += tl.where(good, loc, 0.0)
         loc_weighted += tl.where(good, loc_share, 0.0)
         loc_loss += tl.where(good, weighted_loss(loc_balance, localisation), 0.0)
-        loc_weight = tl.where(good & (degenerate == 0), loc_balance, 0.0)
-        tl.store(pointer(marks.label, tl.int32) + anchor, label, mask=mask)
+        store_marks(mark, tl.where(planes != 0, a * locations + cell, row), label, mask)
         tl.store(pointer(marks.slope, tl.float32) + anchor, (balance * slope).to(tl.float32), mask=good)
-        tl.store(pointer(marks.loc_weight, tl.float32) + anchor, loc_weight.to(tl.float32), mask=mask)
-        done += LANES
     store_sums(
         sc, 0, 1, all_tiles, number_of, ious, bad, cls_plain, cls_weighted, cls_loss, loc_plain, loc_weighted, loc_loss
     )
@@ -240,6 +242,7 @@ def deltas_kernel(
     tiles,
     scale: tl.float64,
     expected: tl.float64,
+    lambda_: tl.float64,
     beta: tl.float64,
     w0: tl.float64,
     w1: tl.float64,
@@ -256,6 +259,7 @@ def deltas_kernel(
     MAY_SKIP: tl.constexpr,
     SCALE_GIVEN: tl.constexpr,
     EXPECTED_GIVEN: tl.constexpr,
+    CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gradient of the deltas: zeros, but for the positives."""
@@ -286,22 +290,23 @@ def deltas_kernel(
             location = position // per_location
             a = position - location * per_location
         place = tl.where(pick(lv.planes, level) != 0, a * locations + location, position)
-        seen = tl.load(pointer(marks.code, tl.int8) + anchor0 + place, mask=inside, other=0).to(tl.int32)
-        found = seen == POSITIVE
+        found = load_marks(marks_at(marks, anchor0, CLASSES), place, inside) >= 0
         g0 = tl.zeros((BLOCK,), tl.float32)
         g1 = tl.zeros((BLOCK,), tl.float32)
         g2 = tl.zeros((BLOCK,), tl.float32)
         g3 = tl.zeros((BLOCK,), tl.float32)
         if tl.max(found.to(tl.int32), 0) > 0:
             anchor = anchor0 + position
-            weight = tl.load(pointer(marks.loc_weight, tl.float32) + anchor, mask=found, other=0.0)
-            found = found & (weight != 0.0)
             value = tl.load(matched_idxs + anchor, mask=found, other=0)
             t0, t1, t2, t3, degenerate = load_target(
                 lv, gt, anchors, level, image, position, value, found, anchors_per_image, w0, w1, w2, w3, BOX_T,
                 PADDED, OWN_ANCHORS, FOVEA,
             )  # fmt: skip
+            found = found & (degenerate == 0)
             p0, p1, p2, p3 = load_deltas(lv, level, image, position, found, DELTA_T)
+            weight = iou_power(delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA), lambda_)
+            found = found & (weight != 0.0)
+            weight = weight.to(tl.float32)
             norm = pointer(sc.loc_norm, tl.float32) + (image if SCOPE == IMAGE else (level if SCOPE == LEVEL else 0))
             factor = tl.load(pointer(sc.location, tl.float32) + image) * tl.load(norm) * wanted.to(tl.float32)
             l0, s0 = smooth_l1(p0 - t0, beta)

@@ -14,7 +14,7 @@ from ._launch import MAX_REGISTERS, Workspace, cdiv, on_device, pointer
 from ._math import balance_share, focal_positive, iou_power, weighted_loss
 from .coefficients import BATCH, BY_ID, Coefficients, clear_tickets, take_scratch
 from .focal_dense import GRADIENT, LOSS, NOTHING, DenseLevel, DensePass
-from .positives import IGNORED, INVALID, PLAIN, POSITIVE, collect, listed_at, store_sums
+from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, marks_at, store_marks, store_sums
 
 RUN = 1 << 30  # logits of a level of the dense pass: it counts in 32 bits
 
@@ -50,11 +50,12 @@ def focal_positives_kernel(
         scope = tl.load(scope_ids + row, mask=inside, other=0).to(tl.int64)
         invalid = invalid | (scope < 0) | (scope >= scopes)
     positive = inside & (label >= 0) & (invalid == 0)
-    code = tl.where(invalid, INVALID, tl.where(label >= 0, POSITIVE, tl.where(label == -2, IGNORED, PLAIN)))
-    tl.store(pointer(marks.code, tl.int8) + row, code.to(tl.int8), mask=inside)
+    mark = tl.where(invalid, INVALID, tl.where(label >= 0, label, tl.where(label == -2, IGNORED, PLAIN)))
+    store_marks(marks_at(marks, row0, CLASSES), tl.arange(0, TILE), mark, inside)
     bad = tl.where(inside & invalid, 1.0, 0.0).to(tl.float64)
 
-    count = collect(marks, positive, TILE)
+    tile_list = pointer(marks.listed, tl.int16) + row0
+    count = collect(tile_list, positive, TILE)
     nothing = tl.zeros((LANES,), tl.float64)
     slot = tl.zeros((), tl.int32)
     while slot < scopes:
@@ -64,7 +65,7 @@ def focal_positives_kernel(
         loss_sum = tl.zeros((LANES,), tl.float64)
         done = tl.zeros((), tl.int32)
         while done < count:
-            listed, mask = listed_at(marks, done, count, TILE, LANES)
+            listed, mask = listed_at(tile_list, done, count, LANES)
             at = row0 + listed
             if BY_SCOPE:
                 mask = mask & (tl.load(scope_ids + at, mask=mask, other=-1).to(tl.int64) == slot)
@@ -83,7 +84,6 @@ def focal_positives_kernel(
                 plain_sum += tl.where(mask, plain, 0.0)
                 weighted_sum += tl.where(mask, weighted, 0.0)
                 loss_sum += tl.where(mask, positive_factor * own, 0.0)
-                tl.store(pointer(marks.label, tl.int32) + at, y.to(tl.int32), mask=mask)
                 tl.store(pointer(marks.slope, tl.float32) + at, (balance * slope).to(tl.float32), mask=mask)
                 tl.store(pointer(marks.loss, tl.float32) + at, own.to(tl.float32), mask=mask)
             done += LANES
@@ -117,7 +117,7 @@ class _FlatFocal:
         self.tiles = cdiv(self.rows, positives.TILE)
         self.memory = Workspace(workspace)
         self.scratch = take_scratch(self.memory, self.tiles, num_scopes, num_scopes, 1, num_scopes)
-        self.marks = positives.take_marks(self.memory, self.rows, self.tiles, loss=True, location=False)
+        self.marks = positives.take_marks(self.memory, self.rows, self.classes, self.tiles, flat=True)
 
     def coefficients(self, sums: Tensor, compute_sums: bool, **options: Any) -> None:
         """Both kernels before the pass over the logits."""

@@ -31,7 +31,7 @@ from ._launch import (
 )
 from ._math import OFF, focal_negative, weighted_loss
 from .coefficients import BATCH, IMAGE, LEVEL, Scratch, finish_loss
-from .positives import IGNORED, INVALID, POSITIVE, Marks
+from .positives import IGNORED, INVALID, PLAIN, Marks, load_marks, marks_at
 
 NOTHING, GRADIENT, LOSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what the pass writes per entry
 SUM_BLOCK = 2048
@@ -109,15 +109,16 @@ def rows_tile(
     x_ptr = pointer_at(lv.x, level, T) + offset
     out_ptr = pointer_at(lv.out, level, T) + offset
     anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level) + row0
-    code = pointer(marks.code, tl.int8) + anchor0
+    mark = marks_at(marks, anchor0, K)
     negative = tl.load(pointer(sc.negative, tl.float32) + image)
     positive = tl.load(pointer(sc.positive, tl.float32) + image)
     factor = negative * scale
     scope_level = pick(lv.scope_level, level)
 
     rows = tl.arange(0, SPAN)
-    marked = tl.load(code + rows, mask=rows * K < col0 + left, other=0).to(tl.int32)
-    special = tl.max(marked, 0) > 0  # one branch per tile: comparisons of single entries live behind it
+    marked = load_marks(mark, rows, rows * K < col0 + left)
+    # One branch per tile: comparisons of single entries live behind it.
+    special = tl.max((marked != PLAIN).to(tl.int32), 0) > 0
     j = tl.arange(0, BLOCK // GROUP) * GROUP
     within = tl.arange(0, GROUP)
     acc = tl.zeros((BLOCK // GROUP,), tl.float32)
@@ -137,11 +138,9 @@ def rows_tile(
         z = tl.load(x_at, mask=mask[:, None], other=OFF).to(tl.float32)
         row = (col0 + at) // K
         if special:
-            seen = tl.load(code + row, mask=mask, other=0).to(tl.int32)
-            found = seen == POSITIVE
-            label = tl.load(pointer(marks.label, tl.int32) + anchor0 + row, mask=found, other=-1)
+            seen = load_marks(mark, row, mask)
             column = (col0 + at - row * K)[:, None] + within[None, :]
-            off = (label[:, None] == column) | (seen == IGNORED)[:, None]
+            off = (seen[:, None] == column) | (seen == IGNORED)[:, None]
             z = tl.where(off, OFF, z)
         loss, slope = focal_negative(z, gamma, GAMMA)
         if WEIGHTED:
@@ -153,13 +152,11 @@ def rows_tile(
         if OUTPUT != NOTHING:
             value = (loss if OUTPUT == LOSS else slope) * factor
             if special:
-                seen = tl.load(code + row, mask=mask, other=0).to(tl.int32)
-                found = seen == POSITIVE
-                label = tl.load(pointer(marks.label, tl.int32) + anchor0 + row, mask=found, other=-1)
+                seen = load_marks(mark, row, mask)
                 column = (col0 + at - row * K)[:, None] + within[None, :]
-                norm = scope_norm(sc, nu, scope_level, image, anchor0 + row, found, scopes, SCOPE)
-                own = positive_value(marks, positive, norm, scale, anchor0 + row, label >= 0, OUTPUT)
-                value = tl.where(label[:, None] == column, own[:, None], value)
+                norm = scope_norm(sc, nu, scope_level, image, anchor0 + row, seen >= 0, scopes, SCOPE)
+                own = positive_value(marks, positive, norm, scale, anchor0 + row, seen >= 0, OUTPUT)
+                value = tl.where(seen[:, None] == column, own[:, None], value)
                 value = tl.where((seen == IGNORED)[:, None], 0.0, value)  # also for a factor of inf
                 if OUTPUT == LOSS:
                     value = tl.where((seen == INVALID)[:, None], float("nan"), value)
@@ -189,20 +186,16 @@ def planes_tile(
     i = (strip - plane * per_plane) * BLOCK + tl.arange(0, BLOCK)
     inside = i < locations // VECTOR * VECTOR  # VECTOR divides it: as the mask's constancy
     anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
-    code = pointer(marks.code, tl.int8) + anchor0 + a * locations
-    seen = tl.load(code + i, mask=inside, other=0).to(tl.int32)
-    special = tl.max(seen, 0) > 0
+    seen = load_marks(marks_at(marks, anchor0 + a * locations, K), i, inside)
+    special = tl.max((seen != PLAIN).to(tl.int32), 0) > 0
     negative = tl.load(pointer(sc.negative, tl.float32) + image)
     positive = tl.load(pointer(sc.positive, tl.float32) + image)
     factor = negative * scale
-    label = tl.full((BLOCK,), -1, tl.int32)
     own = tl.zeros((BLOCK,), tl.float32)
     if special:
         anchor = anchor0 + i * anchors + a
-        found = seen == POSITIVE
-        label = tl.load(pointer(marks.label, tl.int32) + anchor, mask=found, other=-1)
-        norm = scope_norm(sc, nu, pick(lv.scope_level, level), image, anchor, found, scopes, SCOPE)
-        own = positive_value(marks, positive, norm, scale, anchor, label >= 0, OUTPUT)
+        norm = scope_norm(sc, nu, pick(lv.scope_level, level), image, anchor, seen >= 0, scopes, SCOPE)
+        own = positive_value(marks, positive, norm, scale, anchor, seen >= 0, OUTPUT)
     base = tl.cast(image, tl.int64) * pick(lv.image_stride, level)
     base += (tl.cast(a, tl.int64) * K + first_class) * locations
     x_ptr = pointer_at(lv.x, level, T) + base
@@ -219,7 +212,7 @@ def planes_tile(
             out_at = tl.multiple_of(out_at, (1, VECTOR * (T.primitive_bitwidth // 8)))
         z = tl.load(x_at, mask=mask, other=OFF).to(tl.float32)
         if special:
-            hit = label[None, :] == (first_class + k)[:, None]
+            hit = seen[None, :] == (first_class + k)[:, None]
             z = tl.where(hit | (seen == IGNORED)[None, :], OFF, z)
         loss, slope = focal_negative(z, gamma, GAMMA)
         if WANT_LOSS:
@@ -227,7 +220,7 @@ def planes_tile(
         if OUTPUT != NOTHING:
             value = slope * factor
             if special:
-                value = tl.where(label[None, :] == (first_class + k)[:, None], own[None, :], value)
+                value = tl.where(seen[None, :] == (first_class + k)[:, None], own[None, :], value)
                 value = tl.where((seen == IGNORED)[None, :], 0.0, value)  # also for a factor of inf
             tl.store(out_at, value.to(T), mask=mask)
     if WANT_LOSS:

@@ -1,8 +1,8 @@
 """The first kernel of every focal loss: finds the positives and computes, in float64, what all else is weighted by.
 
 A program looks through a tile of anchors, collects its positives, which cluster, and works on them side by side. It
-leaves, per anchor, a code (int8: what the dense pass must know) and, at positives only, the class and the slope of the
-weighted loss, so that the dense pass needs neither boxes nor a second evaluation.
+leaves, per anchor, a mark (a positive's class, or that it is none) and, at positives only, the slope of the weighted
+loss, so that the dense pass needs neither boxes nor a second evaluation.
 """
 
 from __future__ import annotations
@@ -16,29 +16,54 @@ from ._launch import Workspace, pack, pointer
 
 TILE = 1024  # anchors of a program
 LANES = 128  # positives computed at once
-PLAIN, IGNORED, POSITIVE, INVALID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # codes
+MOST_8, MOST_16 = tl.constexpr(128), tl.constexpr(32768)  # classes that marks of as many bits can tell apart
+PLAIN, IGNORED, INVALID = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)  # marks of what has no class
 
 
 class Marks(NamedTuple):
-    """Packed addresses of what is kept per anchor, in the order of matched_idxs; `code` of NCHW levels by planes."""
+    """Packed addresses of what is kept per anchor, in the order of matched_idxs; `mark` of NCHW levels by planes."""
 
-    code: int  # int8
-    label: int  # int32, at positives: class, or -1 where it is not one
+    mark: int  # a positive's class, or one of the marks above
     slope: int  # float32, at positives: derivative of the loss times its IoU weight
     loss: int  # float32, at positives: the weighted loss; flat losses only
-    loc_weight: int  # float32, at positives: iou^lambda, 0 without localisation loss; detection only
-    listed: int  # int16: positives of a tile, by their place in it
+    listed: int  # int16: positives of a tile, by their place in it; flat losses only
 
 
-def take_marks(memory: Workspace, anchors: int, tiles: int, *, loss: bool, location: bool) -> Marks:
-    sizes = (anchors, 1), (anchors, 4), (anchors, 4), (anchors * loss, 4), (anchors * location, 4), (tiles * TILE, 2)
+def mark_size(classes: int) -> int:
+    """Bytes of a mark."""
+    return 1 if classes <= MOST_8.value else 2 if classes <= MOST_16.value else 4
+
+
+def take_marks(memory: Workspace, anchors: int, classes: int, tiles: int, *, flat: bool) -> Marks:
+    """tiles: of a flat loss, which passes through its lists more than once."""
+    sizes = (anchors, mark_size(classes)), (anchors, 4), (anchors * flat, 4), (tiles * TILE * flat, 2)
     return Marks(*pack(*(memory.take(count, size) for count, size in sizes)))
 
 
 @triton.jit
-def collect(marks, positive, TILE: tl.constexpr):
-    """Lists the positives of this program's tile, in their order; returns how many there are."""
-    listed = pointer(marks.listed, tl.int16) + tl.program_id(0).to(tl.int64) * TILE
+def marks_at(marks, anchor, CLASSES: tl.constexpr):
+    """Pointer to the marks from an anchor on."""
+    if CLASSES <= MOST_8:
+        return pointer(marks.mark, tl.int8) + anchor
+    elif CLASSES <= MOST_16:
+        return pointer(marks.mark, tl.int16) + anchor
+    else:
+        return pointer(marks.mark, tl.int32) + anchor
+
+
+@triton.jit
+def load_marks(start, at, mask):
+    return tl.load(start + at, mask=mask, other=PLAIN).to(tl.int32)
+
+
+@triton.jit
+def store_marks(start, at, value, mask):
+    tl.store(start + at, value.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def collect(listed, positive, TILE: tl.constexpr):
+    """Lists the positives of this program's tile, in their order; returns how many there are. listed: the tile's."""
     order = tl.cumsum(positive.to(tl.int32), 0) - 1
     tl.store(listed + order, tl.arange(0, TILE).to(tl.int16), mask=positive)
     tl.debug_barrier()  # read by other threads
@@ -46,11 +71,10 @@ def collect(marks, positive, TILE: tl.constexpr):
 
 
 @triton.jit
-def listed_at(marks, first, count, TILE: tl.constexpr, LANES: tl.constexpr):
+def listed_at(listed, first, count, LANES: tl.constexpr):
     """Places in the tile of the positives from `first` on, and which of the lanes hold one."""
     item = first + tl.arange(0, LANES)
     mask = item < count
-    listed = pointer(marks.listed, tl.int16) + tl.program_id(0).to(tl.int64) * TILE
     return tl.load(listed + item, mask=mask, other=0).to(tl.int32), mask
 
 

@@ -7,9 +7,9 @@ parity matrix and, without the oracle, the sanitizers.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -403,6 +403,18 @@ def parity_cases() -> list[Case]:
     cases = [case for generator in generators for case in generator()]
     random.Random(0).shuffle(cases)
     return cases
+
+
+def pairwise(cases: Iterable[Case]) -> list[Case]:
+    """Cases in which every two options occur together that do so in all cases, the most telling first; an option is a
+    word of a case's name. For a backend that compiles a kernel for each combination."""
+    pairs = {case: set(combinations(sorted({case.op, *case.name.split()}), 2)) for case in cases}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        best = max(pairs, key=lambda case: len(pairs[case] & left))
+        left -= pairs.pop(best)
+        chosen.append(best)
+    return chosen
 
 
 def small_cases(count: int) -> list[Case]:

@@ -8,6 +8,8 @@ something did, 2 without a usable GPU. ``--device cpu`` is a dry run of the prog
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import os
 import sys
 import time
@@ -28,6 +30,10 @@ from .sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan, Section, Tally, run
 
 PROGRAM = "gpu-check"
 FEWEST_CASES = 400
+# Triton compiles a kernel for every combination of options, a few seconds each: fewer cases, cut into parts that run
+# side by side, and more time.
+TRITON_PARTS = 4
+TRITON_TIME = 2.0
 DRY_SHARE = 40  # a dry run takes every 40th parity case
 
 
@@ -37,11 +43,14 @@ def device_facts(tally: Tally) -> None:
     tally.facts["facts"] = found
 
 
-def parity(tally: Tally) -> None:
-    """Every case against the float64 oracle on the same device, loss and gradients element by element."""
+def parity(tally: Tally, part: int = 0, parts: int = 1) -> None:
+    """Every case against the float64 oracle on the same device, loss and gradients element by element. parts: every
+    two options together instead, and of those cases a part."""
     plan = tally.plan
     cases = gpu_cases.parity_cases()
     assert len(cases) >= FEWEST_CASES, f"only {len(cases)} cases"
+    if parts > 1:
+        cases = gpu_cases.pairwise(cases)[part::parts]
     cases = cases[:: plan.few(1, DRY_SHARE)]
     done: dict[str, int] = {}
 
@@ -75,6 +84,20 @@ SECTIONS = [
 ]
 
 
+def sections_of(backend: str) -> list[Section]:
+    if backend != "triton":
+        return SECTIONS
+    found = []
+    for section in SECTIONS:
+        if section.run is parity:
+            for part in range(TRITON_PARTS):
+                run = functools.partial(parity, part=part, parts=TRITON_PARTS)
+                found.append(Section(f"parity {part + 1}/{TRITON_PARTS}", run, TRITON_TIME * section.limit))
+        else:
+            found.append(dataclasses.replace(section, limit=TRITON_TIME * section.limit))
+    return found
+
+
 def verdict(entries: dict[str, dict[str, Any]]) -> str:
     """Of the whole: passed only if every section is."""
     results = {entry["result"] for entry in entries.values()}
@@ -91,27 +114,30 @@ def show(name: str, entry: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def default_jobs() -> int:
+def default_jobs(backend: str) -> int:
     """Most of a check is waiting for Python, compilers and oracles: a few sections share a GPU well."""
-    return max(1, min(4, (os.cpu_count() or 1) // 4))
+    cores = os.cpu_count() or 1
+    return max(1, min(12, cores * 3 // 4) if backend == "triton" else min(4, cores // 4))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0])
-    names = [section.name for section in SECTIONS]
+    known = {backend: [s.name for s in sections_of(backend)] for backend in gpu_device.BACKENDS}
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default 480)")
-    parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(names)}")
+    parser.add_argument("--sections", help=f"comma-separated; default: all of {', '.join(known['cuda'])}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small")
     parser.add_argument("--backend", choices=gpu_device.BACKENDS, default="cuda", help="default cuda")
-    parser.add_argument("--jobs", type=int, default=default_jobs(), help="sections side by side (default %(default)s)")
+    parser.add_argument("--jobs", type=int, help="sections side by side (default: by backend and cores)")
     parser.add_argument("--no-child", action="store_true", help="run the sections in this process, for debugging")
     parser.add_argument("--output", type=Path, help="default bench/results/gpu_check[-triton]-<device>.json")
     options = parser.parse_args(arguments)
+    sections, names = sections_of(options.backend), known[options.backend]
+    jobs = default_jobs(options.backend) if options.jobs is None else options.jobs
     wanted = options.sections.split(",") if options.sections else names
     if unknown := set(wanted) - set(names):
         parser.error(f"--sections: no section {sorted(unknown)}; there are {', '.join(names)}")
-    if options.budget <= 0 or options.jobs < 1:
-        parser.error(f"--budget and --jobs must be positive, got {options.budget}, {options.jobs}")
+    if options.budget <= 0 or jobs < 1:
+        parser.error(f"--budget and --jobs must be positive, got {options.budget}, {jobs}")
     dry = options.device == "cpu"
     if dry and (reason := backends.unavailable_reason("cpu")):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
@@ -144,12 +170,12 @@ def main(arguments: list[str] | None = None) -> int:
         save()  # what is done survives whatever ends the program
 
     print(f"{PROGRAM}: {facts['device']}, torch {facts['torch']}, commit {facts['commit']}", flush=True)
-    chosen = [section for section in SECTIONS if section.name in wanted]
+    chosen = [section for section in sections if section.name in wanted]
     if options.no_child:
         for section in chosen:
             on_entry(section.name, run_section(section.run, plan)[0])
     else:
-        run_all(chosen, plan, on_entry, jobs=options.jobs)
+        run_all(chosen, plan, on_entry, jobs=jobs)
     save()
     results = [entry["result"] for entry in entries.values()]
     parts = ", ".join(f"{results.count(r)} {r}" for r in (PASSED, FAILED, PARTLY, NOT_RUN) if r in results)

@@ -22,16 +22,22 @@ def _tensor(doubles: int, floats: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(doubles + floats // 2 + _PIECES, dtype=torch.float64, device=device)]
 
 
+def _mark_size(classes: int) -> int:
+    return 1 if classes <= 128 else 2 if classes <= 32768 else 4  # triton_kernels/positives.py
+
+
 def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
     """For the loss `name` over rows (R, K); empty for the CPU kernels, which need none."""
     if backend == "cpu":
         return []
     if backend == "triton":
-        # Rows per tile of sums; kept per row: 13 bytes and a list of 2 (focal), 4 (cross entropy).
+        # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 4 (cross entropy).
         wide = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1
         tile = {"focal": 1024, "cross_entropy": wide, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
-        kept = 4 * rows + 512 * tiles + rows * columns // 4096 + rows // 4096 if name == "focal" else rows + tiles
+        kept = rows + tiles
+        if name == "focal":
+            kept = rows * (8 + _mark_size(columns)) // 4 + 512 * tiles + rows * columns // 4096 + rows // 4096
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     dense_tiles = rows * columns // (4 * _ROWS) + rows // _ROWS + _PIECES
@@ -59,8 +65,7 @@ def detection_workspace(
         # Rows: a tile is at least 4,096 entries, or a level. Planes: 512 locations, or all, and 16 classes, or all.
         dense_tiles = images * (anchors * classes // 4096 + 2 * levels)
         dense_tiles += images * (anchors // 512 + groups) * (classes // 16 + 1)
-        # 13 bytes kept per anchor, and the lists of the tiles' positives, 2 bytes per anchor.
-        floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * 13 // 4 + 512 * tiles
+        floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * (4 + _mark_size(classes)) // 4
         return _tensor(_PARTIALS * (tiles + images * levels), floats, device)
     words = images * (anchors // _WORD + groups)
     segments = images * levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -161,6 +162,25 @@ def test_the_parity_matrix_is_large_and_its_names_tell_the_cases_apart():
     assert {case.op for case in cases} == ops
     for word in ("float32", "bfloat16", "float16", "nchw", "channels_last", "padded", "listed", "fovea", "image"):
         assert any(word in case.name for case in cases), word
+
+
+def test_triton_checks_every_two_options_together_in_parts():
+    cases = gpu_cases.parity_cases()
+    chosen = gpu_cases.pairwise(cases)
+
+    def pairs(of):
+        return {pair for c in of for pair in itertools.combinations(sorted({c.op, *c.name.split()}), 2)}
+
+    assert len(set(chosen)) == len(chosen) < len(cases) / 4 and pairs(chosen) == pairs(cases)
+    sections = gpu_check.sections_of("triton")
+    parts = [section for section in sections if section.name.startswith("parity")]
+    assert len(parts) == gpu_check.TRITON_PARTS and len(sections) == len(gpu_check.SECTIONS) - 1 + len(parts)
+    done = []
+    for section in parts:
+        tally = gpu_sections.Tally(gpu_sections.Plan("cpu", "cpu", False, time.monotonic() + 60.0))
+        tally.each = lambda checks: done.extend(name for name, _ in checks)
+        section.run(tally)
+    assert sorted(done) == sorted(case.name for case in chosen)
 
 
 def test_training_curves_are_held_to_the_spread_of_the_reference():

@@ -100,14 +100,20 @@ positives.py
     order = tl.cumsum(positive.to(tl.int32), 0) - 1
     order = tl.cumsum(positive.to(tl.int32), 0)
 detection_kernels.py
-    code = tl.where(positive, POSITIVE, tl.where(value == -2
-    code = tl.where(positive, POSITIVE, tl.where(value == -3
+    tl.where(value == -2, IGNORED, PLAIN)
+    tl.where(value == -3, IGNORED, PLAIN)
+    tl.where(planes != 0, a * locations + cell, row)
+    row
+    left = (left - 1) // LANES * LANES
+    left = left - LANES
     (a * CLASSES + label).to(tl.int64) * locations + cell
     (a * CLASSES + label).to(tl.int64) * locations
     iou = tl.where(degenerate, 0.0, iou)
     iou = tl.where(degenerate, 0.5, iou)
-    loc_weight = tl.where(good & (degenerate == 0), loc_balance, 0.0)
-    loc_weight = tl.where(good, loc_balance, 0.0)
+    found = found & (degenerate == 0)
+    found = found & True
+    w0, w1, w2, w3, FOVEA), lambda_)
+    w0, w1, w2, w3, FOVEA), 1.0)
     g3 = tl.where(found, s3
     g3 = tl.where(found, s2
     inside = location < locations
@@ -119,9 +125,9 @@ detection_kernels.py
 focal_dense.py
     left = tl.minimum(size - first, BLOCK * LOOP)
     left = size * 0 + BLOCK * LOOP
-    off = (label[:, None] == column) | (seen == IGNORED)[:, None]
-    off = label[:, None] == column
-    value = tl.where(label[:, None] == column, own[:, None], value)
+    off = (seen[:, None] == column) | (seen == IGNORED)[:, None]
+    off = seen[:, None] == column
+    value = tl.where(seen[:, None] == column, own[:, None], value)
     value = value
     inside = i < locations // VECTOR * VECTOR
     inside = i < locations // VECTOR * VECTOR + 1
