@@ -184,6 +184,7 @@ def detection_positives_kernel(
         label = tl.where(good, label, INVALID).to(tl.int32)
         cell = row // per_location
         a = row - cell * per_location
+        store_marks(mark, tl.where(planes != 0, a * locations + cell, row), label, mask)
         entry = tl.where(
             planes != 0,
             (a * CLASSES + label).to(tl.int64) * locations + cell,
@@ -219,7 +220,6 @@ def detection_positives_kernel(
         loc_plain += tl.where(good, loc, 0.0)
         loc_weighted += tl.where(good, loc_share, 0.0)
         loc_loss += tl.where(good, weighted_loss(loc_balance, localisation), 0.0)
-        store_marks(mark, tl.where(planes != 0, a * locations + cell, row), label, mask)
         tl.store(pointer(marks.slope, tl.float32) + anchor, (balance * slope).to(tl.float32), mask=good)
     store_sums(
         sc, 0, 1, all_tiles, number_of, ious, bad, cls_plain, cls_weighted, cls_loss, loc_plain, loc_weighted, loc_loss

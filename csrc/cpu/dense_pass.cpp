@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 
@@ -56,11 +57,13 @@ void DensePass::prepare() {
 }
 
 void DensePass::make_tables(int dtype, double gamma, Output output) {
-  // Only runs that matter: with sample weights there may be one for each row.
+  // Only runs that matter: with sample weights there may be one for each row. NaN cannot be looked for among scales.
   constexpr int64_t kSmallRun = 4096;
   const int64_t threshold = table_threshold();
   const auto scale_of = [&](const Run& run) { return output == Output::kNone ? 0.0 : run.out_scale; };
-  const auto counts = [&](const Run& run) { return run.count >= std::min(kSmallRun, threshold); };
+  const auto counts = [&](const Run& run) {
+    return run.count >= std::min(kSmallRun, threshold) && !std::isnan(scale_of(run));
+  };
   struct Group {
     int64_t entries = 0;
     const FocalTable* table = nullptr;

@@ -165,7 +165,7 @@ double look_up(const double* table, const uint16_t* x, uint16_t* out, int64_t n,
   return total >= kInfinite / 2 ? std::numeric_limits<double>::infinity() : total;
 }
 
-constexpr int64_t kWorthATable = int64_t{1} << 20;  // 0.1 ms are spent on it, 0.35 ns a logit are saved
+constexpr int64_t kWorthATable = int64_t{1} << 20;  // 0.15 ms are spent on it, 0.3 ns a logit are saved
 std::atomic<int64_t> chosen_threshold{-1};
 
 }  // namespace

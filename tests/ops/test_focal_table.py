@@ -107,6 +107,24 @@ def test_ignored_anchors_of_every_layout(dtype, layout, levels):
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(grads, want_grads, strict=True))
 
 
+def test_every_image_has_its_scale(monkeypatch):
+    """A table for each; a divisor that is not a number has none and spoils its image only."""
+    monkeypatch.setenv("IOUBAL_CHECK", "0")
+    inputs = testing.detection_inputs(images=4, classes=16, levels=((9, 13), (4, 7)), dtype=torch.bfloat16)
+    divisors = torch.tensor([3.0, float("nan"), 5.0, 0.25])
+
+    def run():
+        logits = inputs.cls_logits.detach().clone().requires_grad_()
+        arguments = (logits, *inputs.arguments()[1:])
+        out = ik.iou_balanced_detection_loss(*arguments, avg_factor=divisors, backend="cpu")
+        out.classification.backward()
+        return logits.grad
+
+    for grad, want in both(run):
+        assert grad[1].isnan().any() and torch.equal(grad.isnan(), want.isnan())
+        assert torch.equal(grad.nan_to_num(7.0), want.nan_to_num(7.0)) and grad[[0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_inputs_with_the_default(dtype, threads):
