@@ -44,12 +44,18 @@ def unpack(value):
 
 
 @triton.jit
-def pick(values, i):
-    """Entry i (a scalar of the program) of a packed tuple."""
+def entry_of(values, i):
+    """Entry i (a scalar of the program) of a packed tuple, still packed."""
     out = values[0]
     for k in tl.static_range(1, len(values)):
         out = tl.where(i >= k, values[k], out)
-    return out >> 4
+    return out
+
+
+@triton.jit
+def pick(values, i):
+    """Entry i of a packed tuple."""
+    return entry_of(values, i) >> 4
 
 
 @triton.jit
@@ -62,15 +68,22 @@ def level_of(tile0, tile):
 
 
 @triton.jit
+def int64(value):
+    """The sum changes nothing, and no compiled kernel has it. It is for Triton's interpreter: an integer argument from
+    2^31 to 2^32 claims to have 64 bits there and has 32."""
+    return tl.cast(value, tl.int64) + tl.zeros((), tl.int64)
+
+
+@triton.jit
 def pointer(address, T: tl.constexpr):
     """A packed address as a pointer to T."""
-    return (tl.cast(address, tl.int64) >> 4).to(tl.pointer_type(T))
+    return (int64(address) >> 4).to(tl.pointer_type(T))
 
 
 @triton.jit
 def pointer_at(addresses, i, T: tl.constexpr):
     """Entry i of packed addresses as a pointer to T; that of an empty tensor may be 0, a 32-bit integer."""
-    return tl.cast(pick(addresses, i), tl.int64).to(tl.pointer_type(T))
+    return pointer(entry_of(addresses, i), T)
 
 
 @triton.jit

@@ -1,9 +1,13 @@
 """Bad values, extreme logits, autograd, compilation and process groups in the interpreter."""
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from checks import DTYPES, check_detection, check_flat, ids
 from guarded import guarded, guarded_inputs
 
@@ -11,8 +15,31 @@ import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops.library import SCHEMAS, op
 from ioubal_kernels.ops.workspace import detection_workspace, matching_workspace, rows_workspace
+from ioubal_kernels.triton_kernels._launch import pack, pointer, pointer_at
 
 focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
+
+
+@triton.jit
+def copy_kernel(addresses, out, second):
+    tl.store(out, tl.load(pointer(addresses[0], tl.float32)))
+    tl.store(out + 1, tl.load(pointer_at(addresses, second, tl.float32)))
+
+
+def test_addresses_whose_packed_form_has_32_bits():
+    """Where the heap of a Python at a fixed address lies, its numbers are between 2^31 and 2^32 once packed."""
+    libc, protection = ctypes.CDLL(None), mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # and over no other memory
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    for place in range(0x8000000, 0x10000000, 0x100000):
+        if (start := libc.mmap(place, mmap.PAGESIZE, protection, flags, -1, 0)) == place:
+            break
+    assert 2**31 <= pack(start)[0] < 2**32
+    ctypes.cast(start, ctypes.POINTER(ctypes.c_float))[0] = 2.5
+    out = torch.zeros(2)
+    copy_kernel[(1,)](pack(start, start), out, 1)
+    assert out.tolist() == [2.5, 2.5]
 
 
 @pytest.mark.parametrize("label", (-1, 0))
