@@ -39,11 +39,6 @@ def pack(*values: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def unpack(value):
-    return value >> 4
-
-
-@triton.jit
 def entry_of(values, i):
     """Entry i (a scalar of the program) of a packed tuple, still packed."""
     out = values[0]
@@ -70,14 +65,20 @@ def level_of(tile0, tile):
 @triton.jit
 def int64(value):
     """The sum changes nothing, and no compiled kernel has it. It is for Triton's interpreter: an integer argument from
-    2^31 to 2^32 claims to have 64 bits there and has 32."""
+    2^31 to 2^32 claims to have 64 bits there and has 32, and a shift to the right makes it negative for good."""
     return tl.cast(value, tl.int64) + tl.zeros((), tl.int64)
+
+
+@triton.jit
+def unpack(address):
+    """A packed address as a number."""
+    return int64(address) >> 4
 
 
 @triton.jit
 def pointer(address, T: tl.constexpr):
     """A packed address as a pointer to T."""
-    return (int64(address) >> 4).to(tl.pointer_type(T))
+    return unpack(address).to(tl.pointer_type(T))
 
 
 @triton.jit

@@ -15,13 +15,14 @@ import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops.library import SCHEMAS, op
 from ioubal_kernels.ops.workspace import detection_workspace, matching_workspace, rows_workspace
-from ioubal_kernels.triton_kernels._launch import pack, pointer, pointer_at
+from ioubal_kernels.triton_kernels._launch import pack, pointer, pointer_at, unpack
 
 focal, softmax = ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy
 
 
 @triton.jit
 def copy_kernel(addresses, out, second):
+    tl.store(out + 2, unpack(addresses[0]) != 0)
     tl.store(out, tl.load(pointer(addresses[0], tl.float32)))
     tl.store(out + 1, tl.load(pointer_at(addresses, second, tl.float32)))
 
@@ -37,9 +38,9 @@ def test_addresses_whose_packed_form_has_32_bits():
             break
     assert 2**31 <= pack(start)[0] < 2**32
     ctypes.cast(start, ctypes.POINTER(ctypes.c_float))[0] = 2.5
-    out = torch.zeros(2)
+    out = torch.zeros(3)
     copy_kernel[(1,)](pack(start, start), out, 1)
-    assert out.tolist() == [2.5, 2.5]
+    assert out.tolist() == [2.5, 2.5, 1.0]
 
 
 @pytest.mark.parametrize("label", (-1, 0))
