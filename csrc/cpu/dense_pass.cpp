@@ -86,12 +86,13 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
 
 double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output) const {
   const int64_t size = size_of(dtype);
+  const FocalDense compute = kernels().focal[dtype];
   const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
   const auto apply = [&](int64_t from, int64_t to, const PeriodicMask& keep) {
     const char* x = run.x + from * size;
     char* out = run.out ? run.out + from * size : nullptr;
     if (run.table) return (*run.table)(x, out, to - from, keep);
-    return kernels().focal[dtype](x, out, to - from, run.out_scale, gamma, keep, output);
+    return compute(x, out, to - from, run.out_scale, gamma, keep, output);
   };
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };

@@ -178,7 +178,7 @@ def isa_levels() -> list[int]:
 
 
 def limit_table(entries: int) -> int:
-    """How many 16-bit logits the CPU's focal loss looks up rather than computes; negative: the default. For tests."""
+    """From how many 16-bit logits of a scale on the CPU looks up their focal loss; negative: the default. For tests."""
     return torch.ops.ioubal.cpu_table(entries)
 
 
