@@ -162,8 +162,9 @@ struct LossSum {
   float* loss;  // nullptr: not wanted
 };
 
+template <u32 kBlock = kThreads>
 IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
-  __shared__ double scratch[kThreads / kWarp];
+  __shared__ double scratch[kBlock / kWarp];
   __shared__ bool last;
   if (tb.loss == nullptr) return;
   __syncthreads();
@@ -176,8 +177,8 @@ IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   __threadfence();
   double sum = 0;
 #pragma unroll 8
-  for (u32 i = threadIdx.x; i < tb.tiles; i += kThreads) sum += load_shared_by_blocks(tb.partial + i);
-  sum = block_sum(sum, scratch);
+  for (u32 i = threadIdx.x; i < tb.tiles; i += kBlock) sum += load_shared_by_blocks(tb.partial + i);
+  sum = block_sum<kBlock>(sum, scratch);
   if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
 }
 

@@ -119,7 +119,10 @@ class Detection {
     return tb;
   }
 
-  void find_coefficients(const CoefficientsTable& tb) { launch_coefficients(device_, tb); }
+  void find_coefficients(const CoefficientsTable& tb) {
+    same_scale_ = !tb.cls_divisor.per_image;
+    launch_coefficients(device_, tb);
+  }
 
   // The pass over logits and deltas. Empty lists: no gradient. loss: where the classification loss goes, or nullptr.
   void fill(const TensorList& grad_logits, const TensorList& grad_deltas, const NumberRef& cls_scale,
@@ -146,7 +149,8 @@ class Detection {
 
     const bool want_logits = loss != nullptr || !grad_logits.empty();
     const Dtype type = a_.logits.empty() ? Dtype::kFloat32 : dtype_of(a_.logits[0]);
-    FillVariant variant = {type, a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, DenseLayout::kRows, may_skip};
+    const Output output = grad_logits.empty() ? kNone : kGradient;
+    FillVariant variant = {type, a_.focal.gamma, output, DenseLayout::kRows, may_skip, same_scale_, false, 0};
     LossSum finish = {nullptr, 0, coefficients_->ticket, coefficients_->positives_loss, loss};
     bool any_planes = false, any_rows = false;
     for (const LevelSource& source : levels_) (source.level.planes ? any_planes : any_rows) = true;
@@ -158,7 +162,7 @@ class Detection {
       if (wanted) {
         add_dense_levels(tb.dense, planes, grad_logits);
         const u32 images = static_cast<u32>(a_.images());
-        variant.layout = planes ? plan_planes(tb.dense, type, images) : plan_rows(tb.dense, type, images);
+        planes ? plan_planes(device_, tb.dense, variant, images) : plan_rows(device_, tb.dense, variant, images);
         if (loss) {
           tb.dense.partial = memory_.take<float>(tb.dense.tiles);
           if (!finish.partial) finish.partial = tb.dense.partial;
@@ -294,6 +298,7 @@ class Detection {
   float *weight_ = nullptr, *loc_weight_ = nullptr;
   Labels labels_{};
   AnchorRef anchors_{};
+  bool same_scale_ = false;
 };
 
 FocalNumbers focal_numbers(double eta, double alpha, double gamma) { return {eta, alpha, gamma}; }

@@ -72,6 +72,12 @@ void store_bytes(void* p, const u32* words) {
   memcpy(p, words, kBytes);
 }
 inline float load_shared_by_blocks(const float* p) { return *p; }
+// Memory of a block whose size the launch says.
+constexpr u32 kMostShared = 163 * 1024;
+inline char* dynamic_shared() {
+  alignas(16) __shared__ char memory[kMostShared];
+  return memory;
+}
 #else
 IOUBAL_DEVICE float ex2(float t) {
   float r;
@@ -155,6 +161,11 @@ IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
 }
 // What other blocks of the same launch have written lies in L2, not in this multiprocessor's L1.
 IOUBAL_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+// Memory of a block whose size the launch says.
+IOUBAL_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
 #endif
 
 // kCount elements of T in registers, as they lie in memory.

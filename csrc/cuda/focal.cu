@@ -85,8 +85,8 @@ class FlatFocal {
       dense.word0 = level.word0;
       dense.words = level.words;
     }
-    FillVariant variant = {dtype_of(logits_), focal_.gamma, output, DenseLayout::kRows, may_skip};
-    variant.layout = plan_rows(tb.dense, variant.type, 1);
+    FillVariant variant = {dtype_of(logits_), focal_.gamma, output, DenseLayout::kRows, may_skip, true, false, 0};
+    plan_rows(device_, tb.dense, variant, 1);
     if (loss) {
       tb.dense.partial = memory_.take<float>(tb.dense.tiles);
       tb.finish = {tb.dense.partial, tb.dense.tiles, coefficients_->memory.ticket, coefficients_->memory.positives_loss,

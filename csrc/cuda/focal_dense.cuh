@@ -35,6 +35,7 @@ struct DenseTable {
   int64_t anchors_per_image;
   FastDiv classes;
   u32 iterations;   // rows: groups of vectors per thread and tile
+  FastDiv apart;    // rows: a tile's groups lie so many groups apart, between them those of the tiles beside it
   u32 class_chunk;  // planes: classes per tile
   FastDiv chunks;   // planes: class chunks of a level
   const u32* special;
@@ -172,13 +173,32 @@ IOUBAL_DEVICE u32 negative_group(const DenseTable& tb, const DenseRun<T>& run,
   return skip;
 }
 
+// How the usual path computes, and how a tile is divided: here by arithmetic, a block a tile. The other way is
+// TableEntries of focal_table.cuh.
+struct ComputedEntries {
+  static constexpr u32 kBlock = kThreads, kTile = kThreads;  // threads
+  IOUBAL_DEVICE bool serves(const Scale& scale) const { return scale.usual; }
+  template <int kGamma, Output kOutput, class T, int kCount>
+  IOUBAL_DEVICE u32 group(const DenseTable& tb, const DenseRun<T>& run, const Vec<T, kCount> (&in)[kVectorsInFlight],
+                          T* out, u32 stride, u32 skip, u32 ignored, float& sum) const {
+    return negative_group<T, kCount, kGamma, kOutput>(tb, run, in, out, stride, skip, ignored, sum);
+  }
+};
+
+// A thread of its tile.
+template <class Entries>
+IOUBAL_DEVICE u32 tile_thread() {
+  return Entries::kTile == Entries::kBlock ? threadIdx.x : threadIdx.x % Entries::kTile;
+}
+
 // A vector with entries that are no negatives, as bits: the values of the positive ones are computed before anything is
 // stored, since in place that takes their logits away, and kept in shared memory, a column a thread.
 constexpr u32 kKept = 8;
+template <u32 kBlock>
 struct Marks {
   u32 off = 0, positive = 0;
   float* kept;
-  IOUBAL_DEVICE float& value(u32 j) const { return kept[j * kThreads + threadIdx.x]; }
+  IOUBAL_DEVICE float& value(u32 j) const { return kept[j * kBlock + threadIdx.x]; }
 
   template <class T, int kGamma, Output kOutput>
   IOUBAL_DEVICE void add_positive(const DenseTable& tb, const DenseRun<T>& run, const T* x, u32 j, int64_t anchor) {
@@ -191,9 +211,9 @@ struct Marks {
 };
 
 // Does such a vector; false, with nothing stored, as above. weight: the row's own, or 1.
-template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, const T* x, T* out, const Marks& marks,
-                                 float weight, float& sum) {
+template <class T, int kCount, int kGamma, Output kOutput, u32 kBlock>
+IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, const T* x, T* out,
+                                 const Marks<kBlock>& marks, float weight, float& sum) {
   Vec<T, kCount> in;
   in.load(x);
   float v[kCount];
@@ -225,9 +245,9 @@ IOUBAL_DEVICE bool any_special(const u32* special, u32 first, u32 last) {
 }
 
 // Whether the vector at entry e of the run's rows could be done as one; what is not plain background is marked.
-template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const u32* special, u32 e, Marks& marks,
-                             float& weight) {
+template <class T, int kCount, int kGamma, Output kOutput, u32 kBlock>
+IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const u32* special, u32 e,
+                             Marks<kBlock>& marks, float& weight) {
   const u32 classes = tb.classes.divisor;
   u32 row = tb.classes.div(e), column = e - row * classes;
   if (tb.row_weight.data) {
@@ -245,7 +265,7 @@ IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const
         marks.off |= ((1u << width) - 1) << j;
       } else if (label >= column && label < column + width) {
         const u32 at = j + static_cast<u32>(label) - column;
-        marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + e, at, anchor);
+        marks.template add_positive<T, kGamma, kOutput>(tb, run, run.x + e, at, anchor);
       }
     }
     j += width;
@@ -257,22 +277,24 @@ IOUBAL_DEVICE bool mark_rows(const DenseTable& tb, const DenseRun<T>& run, const
 // 16 (then its first elements come one by one). Vectors with something special are done later: the loop of the usual
 // ones needs few registers then, and no warp waits within it.
 constexpr u32 kMostIterations = 32 / kVectorsInFlight;  // a bit each for the vectors done later
-template <class T, int kCount, int kGamma, Output kOutput, bool kSpan>
-IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 tile, float* kept, float& sum) {
-  constexpr u32 kStep = kThreads * kCount, kGroup = kVectorsInFlight * kStep;
-  const u32 size = run.level.rows * tb.classes.divisor;
+template <class T, int kCount, int kGamma, Output kOutput, bool kSpan, class Entries>
+IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, const Entries& entries, u32 tile,
+                             float* kept, float& sum) {
+  constexpr u32 kStep = Entries::kTile * kCount, kGroup = kVectorsInFlight * kStep;
+  const u32 size = run.level.rows * tb.classes.divisor, thread = tile_thread<Entries>();
   const u32* special = tb.special + run.level.word0 + run.image * run.level.words;
   u32 head = 0;
   if constexpr (kSpan && kCount > 1) {
     head = static_cast<u32>((16 - reinterpret_cast<uintptr_t>(run.x) % 16) % 16 / sizeof(T));
     head = head < size ? head : size;
-    if (tile == 0 && threadIdx.x < head) any_row_entry<T, kGamma, kOutput>(tb, run, threadIdx.x, sum);
+    if (tile == 0 && thread < head) any_row_entry<T, kGamma, kOutput>(tb, run, thread, sum);
   }
-  const u32 first = head + tile * tb.iterations * kGroup + threadIdx.x * kCount;
-  const u32 usual_size = run.scale.usual && !tb.row_weight.data ? size : 0;
+  const u32 apart = tb.apart.divisor, step = apart * kGroup;
+  const u32 first = head + (tb.apart.div(tile) * (tb.iterations - 1) * apart + tile) * kGroup + thread * kCount;
+  const u32 usual_size = entries.serves(run.scale) && !tb.row_weight.data ? size : 0;
   u32 later = 0;
 #pragma unroll 1
-  for (u32 e0 = first; e0 - first < tb.iterations * kGroup; e0 += kGroup) {
+  for (u32 e0 = first; e0 - first < tb.iterations * step; e0 += step) {
     u32 left = kAllVectors;
     if (e0 + (kGroup - kStep) + kCount <= usual_size) {
       Vec<T, kCount> in[kVectorsInFlight];
@@ -285,16 +307,17 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
         const u32 e = e0 + u * kStep, row = tb.classes.div(e);
         left |= any_special(special, row, kSpan ? tb.classes.div(e + kCount - 1) : row) << u;
       }
-      left = negative_group<T, kCount, kGamma, kOutput>(tb, run, in, run.out + e0, kStep, left, 0, sum);
+      left = entries.template group<kGamma, kOutput>(tb, run, in, run.out + e0, kStep, left, 0, sum);
     }
     later = later >> kVectorsInFlight | left << (32 - kVectorsInFlight);
   }
   later >>= (kMostIterations - tb.iterations) * kVectorsInFlight;
 #pragma unroll 1
   for (; later; later &= later - 1) {
-    const u32 e = first + (__ffs(static_cast<int>(later)) - 1) * kStep;
+    const u32 vector = __ffs(static_cast<int>(later)) - 1;
+    const u32 e = first + vector / kVectorsInFlight * step + vector % kVectorsInFlight * kStep;
     if (e >= size) return;
-    Marks marks;
+    Marks<Entries::kBlock> marks;
     marks.kept = kept;
     float weight = 1.f;
     if (run.scale.usual && e + kCount <= size &&
@@ -308,9 +331,10 @@ IOUBAL_DEVICE void rows_tile(const DenseTable& tb, const DenseRun<T>& run, u32 t
 }
 
 // A tile of planes: a thread owns kCount neighbouring locations of one (image, anchor) and walks a chunk of classes.
-template <class T, int kCount, int kGamma, Output kOutput>
-IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u32 tile, float* kept, float& loss) {
-  const u32 block = tb.chunks.div(tile), column = block * kThreads + threadIdx.x;
+template <class T, int kCount, int kGamma, Output kOutput, class Entries>
+IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, const Entries& entries, u32 tile,
+                               float* kept, float& loss) {
+  const u32 block = tb.chunks.div(tile), column = block * Entries::kTile + tile_thread<Entries>();
   if (column >= level.columns) return;
   const u32 classes = tb.classes.divisor, first_class = (tile - block * tb.chunks.divisor) * tb.class_chunk;
   const u32 last_class = first_class + tb.class_chunk < classes ? first_class + tb.class_chunk : classes;
@@ -321,7 +345,7 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   const auto anchor = [&](u32 j) { return anchor0 + static_cast<int64_t>(j) * level.anchors; };
   // Locations that are not plain background; those ignored; classes that are done later, as for rows.
   const u32 special = tb.special[level.word0 + plane * level.words + at / 32] >> at % 32 & ((1u << kCount) - 1);
-  u32 ignored = 0, later = run.scale.usual ? 0 : ~0u;
+  u32 ignored = 0, later = entries.serves(run.scale) ? 0 : ~0u;
 #pragma unroll 1
   for (u32 left = special; left; left &= left - 1) {
     const u32 j = __ffs(static_cast<int>(left)) - 1;
@@ -343,7 +367,7 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
       Vec<T, kCount> in[kVectorsInFlight];
 #pragma unroll
       for (u32 u = 0; u < kVectorsInFlight; ++u) in[u].load(x + u * locations);
-      later |= negative_group<T, kCount, kGamma, kOutput>(tb, run, in, out, locations, skip, ignored, sum) << k;
+      later |= entries.template group<kGamma, kOutput>(tb, run, in, out, locations, skip, ignored, sum) << k;
     }
     x += kVectorsInFlight * locations;
     out += kVectorsInFlight * locations;
@@ -353,14 +377,14 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
   for (; later; later &= later - 1) {
     k = __ffs(static_cast<int>(later)) - 1;
     const int64_t from = offset + static_cast<int64_t>(k) * locations;
-    Marks marks;
+    Marks<Entries::kBlock> marks;
     marks.kept = kept;
     marks.off = ignored;
 #pragma unroll 1
     for (u32 left = special & ~ignored; left && run.scale.usual; left &= left - 1) {
       const u32 j = __ffs(static_cast<int>(left)) - 1;
       if (tb.labels.get(image, anchor(j)) == first_class + k) {
-        marks.add_positive<T, kGamma, kOutput>(tb, run, run.x + from, j, anchor(j));
+        marks.template add_positive<T, kGamma, kOutput>(tb, run, run.x + from, j, anchor(j));
       }
     }
     if (run.scale.usual &&
@@ -379,9 +403,9 @@ IOUBAL_DEVICE void planes_tile(const DenseTable& tb, const DenseLevel& level, u3
 
 enum class DenseLayout : int { kRows, kSpanningRows, kSingleRows, kPlanes };
 
-// Tile `tile` of the table, by all threads of the block.
-template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* kept, float* scratch) {
+// Tile `tile` of the table, by the threads that it has; the loss it stands for, of each.
+template <class T, int kGamma, Output kOutput, DenseLayout kLayout, class Entries>
+IOUBAL_DEVICE float dense_tile(const DenseTable& tb, const Entries& entries, u32 tile, float* kept) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   int l = 0;
   while (l + 1 < tb.levels && tile >= tb.level[l + 1].tile0) ++l;
@@ -390,27 +414,24 @@ IOUBAL_DEVICE void dense_tile(const DenseTable& tb, u32 tile, float* kept, float
   float loss = 0.f;
   if constexpr (kLayout == DenseLayout::kPlanes) {
     if (level.vector == kFull) {
-      planes_tile<T, kFull, kGamma, kOutput>(tb, level, local, kept, loss);
+      planes_tile<T, kFull, kGamma, kOutput>(tb, level, entries, local, kept, loss);
     } else if (kFull == 8 && level.vector == 4) {
-      planes_tile<T, 4, kGamma, kOutput>(tb, level, local, kept, loss);
+      planes_tile<T, 4, kGamma, kOutput>(tb, level, entries, local, kept, loss);
     } else if (level.vector == 2) {
-      planes_tile<T, 2, kGamma, kOutput>(tb, level, local, kept, loss);
+      planes_tile<T, 2, kGamma, kOutput>(tb, level, entries, local, kept, loss);
     } else {
-      planes_tile<T, 1, kGamma, kOutput>(tb, level, local, kept, loss);
+      planes_tile<T, 1, kGamma, kOutput>(tb, level, entries, local, kept, loss);
     }
   } else {
     const u32 image = local / level.tiles;
     const DenseRun<T> run = dense_run<T, kGamma>(tb, level, image);
     constexpr int kCount = kLayout == DenseLayout::kSingleRows ? 1 : kFull;
     float sum = 0.f;
-    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, run, local - image * level.tiles, kept,
-                                                                         sum);
+    rows_tile<T, kCount, kGamma, kOutput, kLayout != DenseLayout::kRows>(tb, run, entries, local - image * level.tiles,
+                                                                         kept, sum);
     loss = run_loss(tb, run, sum);
   }
-  if (tb.partial == nullptr) return;
-  __syncthreads();  // the scratch of the tile before
-  const float total = block_sum(loss, scratch);
-  if (threadIdx.x == 0) tb.partial[tile] = total;
+  return loss;
 }
 
 }  // namespace ioubal::cuda

@@ -78,7 +78,8 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
 }
 
 // A tile of the deltas' gradient: zeros, but for the positives.
-IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
+// `thread`: of kThreads.
+IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile, u32 thread) {
   const LocTable& deltas = tb.deltas;
   int l = 0;
   while (l + 1 < deltas.levels && tile >= deltas.level[l + 1].tile0) ++l;
@@ -90,10 +91,10 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
   for (u32 k = 0; k < repeat; ++k) {
     u32 location, a;
     if (level.planes) {
-      location = chunk * kThreads + threadIdx.x;
+      location = chunk * kThreads + thread;
       a = k;
     } else {
-      const u32 row = (chunk * kLocRepeat + k) * kThreads + threadIdx.x;
+      const u32 row = (chunk * kLocRepeat + k) * kThreads + thread;
       location = row / level.anchors;
       a = row - location * level.anchors;
     }
@@ -123,10 +124,15 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1                    ? 2
   const u32 first = deltas ? 0 : tb.deltas.tiles, last = tb.deltas.tiles + (logits ? tb.dense.tiles : 0);
   for (u32 tile = first + blockIdx.x; tile < last; tile += gridDim.x) {
     if (tile < tb.deltas.tiles) {
-      deltas_tile(tb, tile);
-    } else {
-      dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, tile - tb.deltas.tiles, kept, scratch);
+      deltas_tile(tb, tile, threadIdx.x);
+      continue;
     }
+    const u32 dense = tile - tb.deltas.tiles;
+    const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, ComputedEntries(), dense, kept);
+    if (tb.dense.partial == nullptr) continue;
+    __syncthreads();  // the scratch of the tile before
+    const float total = block_sum(loss, scratch);
+    if (threadIdx.x == 0) tb.dense.partial[dense] = total;
   }
   finish_loss(tb.finish);
 }

@@ -1,7 +1,7 @@
 // Launches of the dense pass: plans of the tiles, choice of the kernel.
 #pragma once
 
-#include "cuda/focal_fill.cuh"
+#include "cuda/focal_table.cuh"
 #include "cuda/launch.h"
 
 namespace ioubal::cuda {
@@ -12,6 +12,9 @@ struct FillVariant {
   Output output;
   DenseLayout layout;
   bool may_skip;
+  bool same_scale;  // of the gradients of all images
+  bool table;       // by focal_table_kernel
+  u32 blocks;       // per multiprocessor, which loop over the tiles; 0: one per tile
 };
 
 void launch_focal_fill_float32(const OnDevice& device, const FillTable& tb, const FillVariant& variant);
@@ -26,9 +29,10 @@ inline void launch_focal_fill(const OnDevice& device, const FillTable& tb, const
   }
 }
 
-// Gives the rows of so many images their tiles and takes the widest access that their addresses allow.
-DenseLayout plan_rows(DenseTable& tb, Dtype type, u32 images);
+// Gives the rows of so many images their tiles, and chooses layout (the widest access that their addresses allow),
+// table and blocks of the variant.
+void plan_rows(const OnDevice& device, DenseTable& tb, FillVariant& variant, u32 images);
 // Likewise for planes.
-DenseLayout plan_planes(DenseTable& tb, Dtype type, u32 images);
+void plan_planes(const OnDevice& device, DenseTable& tb, FillVariant& variant, u32 images);
 
 }  // namespace ioubal::cuda

@@ -110,6 +110,8 @@ def _define() -> None:
     _library.define("cpu_isa(int limit) -> int")
     # Logits of one scale from which on 16-bit ones are looked up in a table; negative: the default. Returns the number.
     _library.define("cpu_table(int entries) -> int")
+    # See choose_cuda_plan.
+    _library.define("cuda_plan.cpp(int table, int iterations, int apart, int blocks) -> ()")
 
 
 def build_info() -> dict[str, Any]:
@@ -180,6 +182,18 @@ def isa_levels() -> list[int]:
 def limit_table(entries: int) -> int:
     """From how many 16-bit logits of a scale on the CPU looks up their focal loss; negative: the default. For tests."""
     return torch.ops.ioubal.cpu_table(entries)
+
+
+def choose_cuda_plan(table: int = -1, iterations: int = -1, apart: int = -1, blocks: int = -1) -> None:
+    """Chooses how the focal loss's dense pass is launched on GPUs. For tests and measurements; negative: by rule.
+
+    Args:
+        table: from how many 16-bit logits on they are looked up instead of computed. By rule: never.
+        iterations: groups of four vectors, or of four classes (NCHW), per thread and tile, at most 8.
+        apart: how many groups lie between two of a tile's, at most 4096. NCHW: without effect.
+        blocks: per multiprocessor, which loop over the tiles, instead of one block a tile.
+    """
+    torch.ops.ioubal.cuda_plan.cpp(table, iterations, apart, blocks)
 
 
 def cpu_variants(dtype: torch.dtype) -> Iterator[str]:

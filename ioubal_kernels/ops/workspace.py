@@ -70,9 +70,9 @@ def detection_workspace(
     words = images * (anchors // _WORD + groups)
     segments = images * levels
     tiles = words // _TILE_WORDS + segments
-    # Rows: a tile is at least 4 * 256 entries. Planes: 256 locations and 13 classes or more, or all of them.
+    # Rows: a tile is at least 4 * 256 entries. Planes: 32 locations and 13 classes or more, or all of them.
     dense_tiles = images * anchors * classes // (4 * _ROWS) + segments
-    dense_tiles += (images * anchors // _ROWS + groups * images) * (classes // 13 + 1)
+    dense_tiles += (images * anchors // _WORD + groups * images) * (classes // 13 + 1)
     floats = 3 * images + 2 * scopes + dense_tiles + words + weights * images * anchors
     return _tensor(_PARTIALS * (tiles + segments), floats, device)
 

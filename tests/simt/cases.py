@@ -6,9 +6,11 @@ Leaves are used where they lie, so that tests choose addresses, strides and ends
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
+import emulation
 import torch
 from torch import Tensor
 
@@ -69,6 +71,15 @@ def _leaves(inputs: DetectionInputs) -> DetectionInputs:
     return map_heads(inputs, lambda t: t.detach().requires_grad_(), lambda t: t.detach().requires_grad_())
 
 
+def _variants(logits: list[Tensor], chosen: dict[str, int] | None = None) -> Iterator[str]:
+    """Selects each way in which the kernels can compute; what one leaves in place of the logits is put right."""
+    kept = [t.clone() for t in logits]
+    for variant in emulation.variants(logits[0].dtype, **(chosen or {})):
+        yield variant
+        for t, value in zip(logits, kept, strict=True):
+            t.copy_(value)
+
+
 def _detection(inputs: DetectionInputs, factors: tuple[float, float], backend: str, options: dict[str, Any]) -> Any:
     used = _leaves(inputs)
     out = ik.iou_balanced_detection_loss(*used.arguments(), backend=backend, **options)
@@ -76,20 +87,29 @@ def _detection(inputs: DetectionInputs, factors: tuple[float, float], backend: s
     return out, tensors(used.cls_logits), tensors(used.bbox_deltas)
 
 
-def check_detection(inputs: DetectionInputs, factors: tuple[float, float] = (1.0, 2.0), what: str = "", **options: Any):
-    """Forward and backward; with the default factors the logits' gradient is the forward's, the deltas' a new one."""
+def check_detection(
+    inputs: DetectionInputs,
+    factors: tuple[float, float] = (1.0, 2.0),
+    what: str = "",
+    chosen: dict[str, int] | None = None,
+    **options: Any,
+):
+    """Forward and backward; with the default factors the logits' gradient is the forward's, the deltas' a new one.
+    `chosen`: of the plan, see emulation.plan."""
     reference = {name: value for name, value in options.items() if name not in ("grad_scale", "inplace")}
     want, *want_heads = _detection(inputs.double(), factors, "reference", reference)
-    got, *got_heads = _detection(inputs, factors, "cpu", options)
     entries = sum(t.numel() for t in tensors(inputs.cls_logits))
-    for name in ("classification", "localization", "mean_iou"):
-        kind = "loss" if entries >= FEW_TERMS else "gradient"
-        assert_close_budget(getattr(got, name), getattr(want, name), torch.float32, kind, what=f"{what} {name}")
-    assert got.num_positives == want.num_positives
-    for name, mine, oracle in zip(("logits", "deltas"), got_heads, want_heads, strict=True):
-        for level, (a, b) in enumerate(zip(mine, oracle, strict=True)):
-            assert a.grad.dtype == a.dtype
-            assert_close_budget(a.grad, b.grad, a.dtype, what=f"{what} {name}[{level}]")
+    for variant in _variants(tensors(inputs.cls_logits), chosen):
+        got, *got_heads = _detection(inputs, factors, "cpu", options)
+        where = f"{what} {variant}"
+        for name in ("classification", "localization", "mean_iou"):
+            kind = "loss" if entries >= FEW_TERMS else "gradient"
+            assert_close_budget(getattr(got, name), getattr(want, name), torch.float32, kind, what=f"{where} {name}")
+        assert got.num_positives == want.num_positives
+        for name, mine, oracle in zip(("logits", "deltas"), got_heads, want_heads, strict=True):
+            for level, (a, b) in enumerate(zip(mine, oracle, strict=True)):
+                assert a.grad.dtype == a.dtype
+                assert_close_budget(a.grad, b.grad, a.dtype, what=f"{where} {name}[{level}]")
     return got
 
 
@@ -98,16 +118,19 @@ def check_flat(function: Any, x: Tensor, *rest: Any, floor: Any = testing.FLOOR,
     grad_output = options.pop("grad_output", None)
     loss_floor = options.pop("loss_floor", testing.FLOOR)
     reference = {name: value for name, value in options.items() if name not in ("grad_scale", "inplace")}
-    results = []
-    for leaf, backend, chosen in ((x.double(), "reference", reference), (x, "cpu", options)):
+
+    def run(leaf: Tensor, backend: str, chosen: dict[str, Any]) -> tuple[Tensor, Tensor]:
         leaf = leaf.detach().requires_grad_()
         loss = function(leaf, *rest, backend=backend, **chosen)
         loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype))
-        results.append((loss.detach(), leaf.grad))
-    (want, want_grad), (got, grad) = results
-    kind = "loss" if got.ndim == 0 and x.numel() >= FEW_TERMS else "gradient"
-    assert_close_budget(got, want, torch.float32, kind, loss_floor, what=f"{what} loss")
-    assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what} gradient")
+        return loss.detach(), leaf.grad
+
+    want, want_grad = run(x.double(), "reference", reference)
+    for variant in _variants([x]):
+        got, grad = run(x, "cpu", options)
+        kind = "loss" if got.ndim == 0 and x.numel() >= FEW_TERMS else "gradient"
+        assert_close_budget(got, want, torch.float32, kind, loss_floor, what=f"{what} {variant} loss")
+        assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what} {variant} gradient")
     return got
 
 

@@ -143,6 +143,7 @@ class Kernels:
             name = schema.split("(")[0].replace("OVERLOAD", "simt")
             library._library.define(schema.replace("OVERLOAD", "simt"))
             torch.library.register_fake(f"ioubal::{name}", library._no_output, lib=library._library)
+        library._library.define("cuda_plan.simt(int table, int iterations, int apart, int blocks) -> ()")
         torch.ops.load_library(str(path))
         self._symbols = ctypes.CDLL(str(path))
         self._symbols.simt_seed.argtypes = [ctypes.c_uint]
@@ -180,6 +181,25 @@ _plain_workspace = workspace._tensor
 
 
 @contextlib.contextmanager
+def plan(table: int = -1, iterations: int = -1, apart: int = -1, blocks: int = -1) -> Iterator[None]:
+    """As library.choose_cuda_plan, for the emulated kernels."""
+    torch.ops.ioubal.cuda_plan.simt(table, iterations, apart, blocks)
+    try:
+        yield
+    finally:
+        torch.ops.ioubal.cuda_plan.simt(-1, -1, -1, -1)
+
+
+def variants(dtype: torch.dtype, **chosen: int) -> Iterator[str]:
+    """Each way in which the kernels can compute in this dtype, one after the other, with what is chosen of the plan."""
+    with plan(**chosen):
+        yield "emulated"
+    if dtype.itemsize == 2:
+        with plan(table=0, **chosen):
+            yield "emulated, table"
+
+
+@contextlib.contextmanager
 def emulated(path: Path, seed: int = 0) -> Iterator[Kernels]:
     """Inside, the ops on CPU tensors are the CUDA kernels, in an order drawn from the seed.
 
@@ -192,7 +212,7 @@ def emulated(path: Path, seed: int = 0) -> Iterator[Kernels]:
         (library, "backend_of"): lambda x: "simt",
         (library, "isa_levels"): lambda: [0],  # the emulated kernels know none: one pass
         (library, "limit_isa"): lambda level: 0,
-        (library, "cpu_variants"): lambda dtype: ["emulated"],
+        (library, "cpu_variants"): variants,
         (workspace, "_tensor"): _filled,
     }
     saved = {key: getattr(*key) for key in replaced}

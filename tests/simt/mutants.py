@@ -181,7 +181,7 @@ _DENSE = (
         "run.scale.root * run.scale.root",
         "the loss of weighted rows without the weight",
     ),
-    ("«tile == 0» && threadIdx.x < head", "false", "no head before the first multiple of 16"),
+    ("«tile == 0» && thread < head", "false", "no head before the first multiple of 16"),
     ("«first_class + tb.class_chunk < classes» ? first_class", "true", "the last chunk past the classes"),
     ("if («y == kIgnore») ignored |= 1u << j;", "false", "ignored locations of planes"),
     ("y >= first_class && «y < last_class») later", "y < last_class - 1", "the chunk's last class is not done later"),
@@ -192,6 +192,20 @@ _DENSE = (
     ("run.scale.inverse * «run.scale.inverse * sum»", "sum", "half unfolded"),
     ("«sum < 1e35f»;", "true", "NaN derivatives of infinite logits kept"),
     ("«image * level.image_stride», level, image, make_scale", "0", "every image writes the first's gradient"),
+)
+_TABLE_ENTRIES = (
+    ("* kCopies + «lane % kCopies»] = entry;", "0", "one copy of an entry"),
+    ("return «outside == 0»;", "true", "logits that are not in the table"),
+    ("(word - «(kFirst << 16 | kFirst)») & kOutside", "kFirst", "a word's second logit not looked at"),
+    ("const u32 both = off >> «2 * i»;", "i", "ignored entries elsewhere"),
+    ("«both & 1 ? 0.f : losses[0]»;", "losses[0]", "losses of ignored entries"),
+    ("(«both & 2 ? 0u : 0xffff0000u»);", "0xffff0000u", "gradients of ignored entries"),
+    ("if (!inside || «(skip >> u & 1)») {", "false", "vectors with special entries done twice"),
+    ("«sum = total;» v.store", ";", "no losses"),
+    ("«__syncthreads();» for (u32 tile = blockIdx.x * kTableWarps", ";", "the table read before it is written"),
+    ("kParts + threadIdx.x / kThreads; «tile < tb.deltas.tiles»;", "tile + 1 < tb.deltas.tiles", "the last deltas"),
+    ("deltas_tile(tb, tile, «threadIdx.x % kThreads»);", "threadIdx.x", "deltas past a tile's end"),
+    ("bits = kFirst + («(place - kFirst)» & (kEntries - 1));", "place", "entries of other logits"),
 )
 _MATH = (
     ("«kFold && scale.usual») {", "kFold", "folding a scale of 0"),
@@ -302,7 +316,7 @@ _MATCHING_PLANS = (
     ("«truth.counts + gt_boxes.size()»", "truth.counts + 1", "as many boxes as the first image"),
 )
 _PLANS = (
-    ("level.locations % v == 0 && «address(level.x) % (v * size) == 0»", "true", "vectors of misaligned planes"),
+    ("level.locations % width == 0 && «address(level.x) % (width * size) == 0»", "true", "misaligned planes' vectors"),
     ("«x % 16 == out % 16»", "true", "vectors of a misaligned gradient"),
     ("«x % 16 == 0 && out % 16 == 0 && level.image_stride * size % 16 == 0»", "true", "spanning rows as aligned ones"),
     ("tb.tiles += level.tiles * «images»;", "1", "tiles of the first image only"),
@@ -326,6 +340,7 @@ _FILES = {
     "cuda/tables.cuh": _TABLES,
     "cuda/detection.cuh": _DETECTION,
     "cuda/focal_dense.cuh": _DENSE,
+    "cuda/focal_table.cuh": _TABLE_ENTRIES,
     "cuda/focal_math.cuh": _MATH,
     "cuda/focal_fill.cuh": _FILL,
     "cuda/cross_entropy.cuh": _SOFTMAX,

@@ -1,6 +1,7 @@
 """The dense pass's launch plans: layouts, widths of access, tiles, levels; each against the float64 oracle."""
 
 import cases
+import emulation
 import pytest
 import torch
 
@@ -175,3 +176,36 @@ def test_deltas_over_several_tiles(layout):
         seed=6, images=2, classes=1, per_location=3, levels=((20, 37), (9, 3)), layout=layout
     )
     cases.check_detection(cases.ends_exactly(inputs), (2.0, 1.0))
+
+
+PLANS = (
+    {"iterations": 1, "apart": 1},
+    {"iterations": 2, "apart": 3},
+    {"iterations": 8, "apart": 2, "blocks": 1},
+    {"iterations": 3, "apart": 4, "blocks": 2},
+    {"apart": 4096},
+)
+
+
+@pytest.mark.parametrize("chosen", PLANS, ids=str)
+@pytest.mark.parametrize("classes, layout", ((80, "flat"), (7, "flat"), (33, "nchw"), (16, "channels_last")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_any_order_of_the_groups(dtype, classes, layout, chosen):
+    """Tiles whose groups lie apart, fewer blocks than tiles, by arithmetic and by table: some 15 groups an image."""
+    height = 60_000 // (classes * 3 * 20)
+    inputs = testing.detection_inputs(
+        seed=classes,
+        images=2,
+        classes=classes,
+        per_location=3,
+        levels=((height, 20), (2, 3)),
+        layout=layout,
+        dtype=dtype,
+    )
+    cases.check_detection(inputs, chosen=chosen)
+
+
+def test_plans_that_there_are_not():
+    for wrong in ({"iterations": 9}, {"iterations": 0}, {"apart": 0}, {"apart": 4097}, {"blocks": 0}):
+        with pytest.raises(RuntimeError, match="no such plan"), emulation.plan(**wrong):
+            pass
