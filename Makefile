@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow build lint format bench-cpu cuda-code wheel wheel-matrix \
-    gpu-check gpu-bench gpu-sanitize docs clean
+    gpu-check gpu-bench gpu-tune gpu-sanitize docs clean
 
 JOBS ?= 2
 RUN ?= runs/demo
@@ -90,6 +90,9 @@ gpu-check: $(READY)  ## everything the CUDA kernels must hold, on this machine's
 
 gpu-bench: $(READY)  ## device time of the losses beside a copy, on this machine's GPU; stores the rows
 	$(ON_GPU).run --device cuda $$budget $(ARGS)
+
+gpu-tune: $(READY)  ## the dense pass under one launch plan after the other, on this machine's GPU
+	$(ON_GPU).gpu.tune $$budget $(ARGS)
 
 gpu-sanitize: $(READY)  ## compute-sanitizer's four tools over small cases
 	$(ON_GPU).gpu.sanitize $$budget $(ARGS)

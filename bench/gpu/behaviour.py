@@ -101,20 +101,20 @@ def must_equal(got: list[Tensor], want: list[Tensor], what: str) -> None:
         assert torch.equal(a, b), f"{what}: result {i} differs in {int((a != b).sum())} of {a.numel()} elements"
 
 
+def repeat(step: Step, count: int, name: str) -> None:
+    want = step()
+    for i in range(count):
+        must_equal(step(), want, f"{name}, repeat {i}")
+
+
 def repeats(tally: Tally) -> None:
     """Bitwise the same, again and again: sums have a fixed order."""
     plan = tally.plan
     count = plan.few(100, 3)
-
-    def repeat(step: Step, name: str) -> None:
-        want = step()
-        for i in range(count):
-            must_equal(step(), want, f"{name}, repeat {i}")
-
     dtypes = (torch.float32, torch.bfloat16)
     cases = [(f"{n}, {short(d)}", s) for d in dtypes for n, s in losses(plan, d, large=not plan.small).items()]
     tally.facts["repeats"] = count
-    tally.each([(name, lambda s=step, n=name: repeat(s, n)) for name, step in cases])
+    tally.each([(name, lambda s=step, n=name: repeat(s, count, n)) for name, step in cases])
 
 
 # ---------------------------------------------------------------------------------------------- graphs and streams

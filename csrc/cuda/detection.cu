@@ -62,7 +62,7 @@ class Detection {
       level.words = divide_up(level.positions(), kWarp);
       level.word0 = words;
       level.tile0 = positives_.tiles;
-      level.tiles = divide_up(static_cast<int64_t>(level.words) * level.groups(), kUnitsPerTile);
+      level.tiles = TileShape(level.groups()).tiles(level.words);
       words += level.words * level.groups() * static_cast<u32>(a_.images());
       positives_.tiles += level.tiles * static_cast<u32>(a_.images());
       positives_.level[l] = level;
@@ -86,7 +86,7 @@ class Detection {
     if (levels_.empty()) return;
     DetectionProblem problem;
     problem.truth = labels_.truth;
-    problem.matched = labels_.values;
+    problem.values = labels_.values;
     problem.anchors = anchors_;
     problem.logit_type = dtype_of(a_.logits[0]);
     problem.delta_type = dtype_of(a_.deltas[0]);

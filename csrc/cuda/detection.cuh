@@ -12,7 +12,7 @@ namespace ioubal::cuda {
 // the weight of everything else.
 struct DetectionProblem {
   GroundTruth truth;
-  IntRef matched;
+  IntRef values;  // matched_idxs
   AnchorRef anchors;
   Dtype logit_type, delta_type;
   int64_t classes;
@@ -21,7 +21,7 @@ struct DetectionProblem {
   float* weight;      // per anchor, written at positives: iou^eta
   float* loc_weight;  // iou^lambda, 0 where there is no localisation loss; nullptr: as `weight`
 
-  IOUBAL_DEVICE int64_t value(int64_t anchor) const { return matched[anchor]; }
+  IOUBAL_DEVICE bool plain(int64_t value) const { return value == kBackground; }
   IOUBAL_DEVICE bool counts(int64_t, int64_t value) const { return value != kBackground && value != kIgnore; }
 
   IOUBAL_DEVICE PositiveTerms terms(const PositivesTable& tb, const Place& place, int64_t value) const {

@@ -36,7 +36,7 @@ class FlatFocal {
       level.words = divide_up(level.locations, kWarp);
       level.word0 = words_;
       level.tile0 = tb_.tiles;
-      level.tiles = divide_up(level.words, kUnitsPerTile);
+      level.tiles = TileShape(1).tiles(level.words);
       words_ += level.words;
       tb_.tiles += level.tiles;
     }
@@ -59,7 +59,7 @@ class FlatFocal {
   void fill(const Tensor* out, Output output, const NumberRef& scale, const NumberRef& expected, bool may_skip,
             float* loss) {
     FillTable tb{};
-    tb.dense.labels.values = problem_.labels;
+    tb.dense.labels.values = problem_.values;
     tb.dense.labels.direct = true;
     tb.dense.labels.classes = problem_.classes;
     tb.dense.scope = problem_.scope;

@@ -7,14 +7,14 @@
 namespace ioubal::cuda {
 
 struct FlatFocalProblem {
-  IntRef labels;
+  IntRef values;  // labels
   FloatRef logits, iou, row_weight;
   ScopeOf scope;
   int64_t classes;
   FocalNumbers focal;
   float* weight;  // per row, written at positives: iou^eta times the row's weight
 
-  IOUBAL_DEVICE int64_t value(int64_t row) const { return labels[row]; }
+  IOUBAL_DEVICE bool plain(int64_t value) const { return value == kBackground && !scope.ids.data; }
   IOUBAL_DEVICE bool counts(int64_t row, int64_t value) const {
     return (value != kBackground && value != kIgnore) || scope.get(0, 0, row) < 0;
   }

@@ -11,8 +11,7 @@
 namespace ioubal::cuda {
 
 constexpr u32 kPositiveThreads = 64, kPositiveWarps = kPositiveThreads / kWarp;
-constexpr u32 kUnitsPerTile = 32, kUnitsPerWarp = kUnitsPerTile / kPositiveWarps, kUnitsInFlight = 8;
-constexpr u32 kTileAnchors = kUnitsPerTile * kWarp;
+constexpr u32 kUnitsPerTile = kWarp, kTileAnchors = kUnitsPerTile * kWarp;
 
 // One positive's part of the sums, or a tile's.
 enum Partial : int {
@@ -64,22 +63,121 @@ struct Place {
   int64_t anchor;  // in the whole batch
 };
 
-// A unit's place; its neighbour's without another division.
-struct UnitPlace {
-  u32 a, word;
-  IOUBAL_DEVICE UnitPlace(u32 unit, u32 groups) : a(unit % groups), word(unit / groups) {}
-  IOUBAL_DEVICE void next(u32 groups) {
-    const bool wrap = ++a == groups;
-    a = wrap ? 0 : a;
-    word += wrap ? 1 : 0;
+// A level's tiles: words of 32 positions, for several of the anchors at each ("groups", planes) a unit each. With up to
+// 32 groups a tile's anchors follow each other in memory.
+struct TileShape {
+  u32 groups, words;  // of a tile
+  u32 across;         // tiles beside each other: of the same words, for further groups
+  IOUBAL_HD explicit TileShape(u32 level_groups)
+      : groups(level_groups < kUnitsPerTile ? level_groups : kUnitsPerTile),
+        words(kUnitsPerTile / groups),
+        across((level_groups + groups - 1) / groups) {}
+  IOUBAL_HD u32 tiles(u32 level_words) const { return (level_words + words - 1) / words * across; }
+};
+
+// One tile of a level and image.
+struct PositivesTile {
+  const Level& level;
+  int l;
+  u32 image, level_groups;
+  u32 group0, groups, word0, words;
+  u32 positions;         // of its words; the level's last word may be short
+  int64_t first_anchor;  // of its words, in the whole batch
+
+  IOUBAL_DEVICE PositivesTile(const PositivesTable& tb, int l, u32 tile) : level(tb.level[l]), l(l) {
+    level_groups = level.groups();
+    const TileShape shape(level_groups);
+    const u32 local = tile - level.tile0;
+    image = local / level.tiles;
+    const u32 of_image = local - image * level.tiles, row = of_image / shape.across;
+    group0 = (of_image - row * shape.across) * shape.groups;
+    word0 = row * shape.words;
+    groups = level_groups - group0 < shape.groups ? level_groups - group0 : shape.groups;
+    words = level.words - word0 < shape.words ? level.words - word0 : shape.words;
+    const u32 all = level.positions() - word0 * kWarp;
+    positions = all < words * kWarp ? all : words * kWarp;
+    first_anchor = image * tb.anchors_per_image + level.first_anchor + int64_t(word0) * kWarp * level_groups;
+  }
+
+  // Its anchors in the order of their groups, then of their positions.
+  IOUBAL_DEVICE u32 anchors() const { return positions * groups; }
+  IOUBAL_DEVICE int64_t anchor(u32 position, u32 group) const {
+    return first_anchor + (int64_t(position) * level_groups + group0 + group);
+  }
+  // A unit's word of `special`.
+  IOUBAL_DEVICE u32 word(u32 unit) const {
+    return level.word0 + (image * level_groups + group0 + unit % groups) * level.words + word0 + unit / groups;
+  }
+  // The anchor of a bit of a unit.
+  IOUBAL_DEVICE Place place(u32 unit, u32 bit) const {
+    const u32 position = unit / groups * kWarp + bit, group = unit % groups;
+    return {l, image, group0 + group, word0 * kWarp + position, anchor(position, group)};
   }
 };
 
-IOUBAL_DEVICE Place place_of(const PositivesTable& tb, int l, u32 image, const UnitPlace& unit, u32 lane) {
-  const Level& level = tb.level[l];
-  const u32 position = unit.word * kWarp + lane;
-  const int64_t first = image * tb.anchors_per_image + level.first_anchor;
-  return {l, image, unit.a, position, first + (static_cast<int64_t>(position) * level.groups() + unit.a)};
+// What there is in a tile: a bit for every anchor that is not plain background, and for every one to be computed.
+struct TileBits {
+  u32 special[kUnitsPerTile], collected[kUnitsPerTile];
+};
+
+// Looks at anchor i of a tile, whose value it is.
+template <class Problem>
+IOUBAL_DEVICE void look_at(const PositivesTile& tile, const Problem& problem, u32 i, int64_t value, TileBits& bits) {
+  if (problem.plain(value)) return;
+  const u32 position = i / tile.groups, group = i - position * tile.groups;
+  const bool collect = problem.counts(tile.anchor(position, group), value);
+  if (!collect && value == kBackground) return;
+  const u32 unit = position / kWarp * tile.groups + group, bit = 1u << position % kWarp;
+  atomicOr(&bits.special[unit], bit);
+  if (collect) atomicOr(&bits.collected[unit], bit);
+}
+
+// Looks at all anchors of a tile, four in a row a thread, all loaded before the first is used. Value: the type of the
+// matched indices or labels.
+constexpr u32 kRun = 4, kRuns = kTileAnchors / (kRun * kPositiveThreads);
+template <class Value, class Problem>
+IOUBAL_DEVICE void look_at_anchors(const PositivesTile& tile, const Problem& problem, TileBits& bits) {
+  const Value* const values = static_cast<const Value*>(problem.values.data);
+  const u32 count = tile.anchors();
+  if (tile.groups < tile.level_groups) {  // some of many groups: not one behind the other
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < count; i += kPositiveThreads) {
+      const u32 position = i / tile.groups;
+      look_at(tile, problem, i, values[tile.anchor(position, i - position * tile.groups)], bits);
+    }
+    return;
+  }
+  const Value* const run = values + tile.first_anchor + kRun * threadIdx.x;
+  const bool aligned = reinterpret_cast<uintptr_t>(run) % 16 == 0;
+  constexpr u32 kStep = kRun * kPositiveThreads, kWords = kRun * sizeof(Value) / 4;
+  const auto index = [](u32 k, u32 j) { return k * kStep + kRun * threadIdx.x + j; };
+  u32 loaded[kRuns][kWords];
+#pragma unroll
+  for (u32 k = 0; k < kRuns; ++k) {
+#pragma unroll
+    for (u32 w = 0; w < kWords; ++w) loaded[k][w] = ~0u;  // background
+    if (aligned && index(k, kRun) <= count) {
+#pragma unroll
+      for (u32 w = 0; w < kWords; w += 4) load_bytes<16>(run + k * kStep + w * 4 / sizeof(Value), loaded[k] + w);
+    } else {
+#pragma unroll
+      for (u32 j = 0; j < kRun; ++j) {
+        if (index(k, j) < count) load_bytes<sizeof(Value)>(run + k * kStep + j, loaded[k] + j * sizeof(Value) / 4);
+      }
+    }
+  }
+  u32 rest = 0;  // a bit each of those that are not plain: these are read again
+#pragma unroll
+  for (u32 k = 0; k < kRuns; ++k) {
+#pragma unroll
+    for (u32 w = 0; w < kWords; ++w) rest |= (loaded[k][w] != ~0u ? 1u : 0u) << (k * kRun + w * 4 / sizeof(Value));
+  }
+  if (!problem.plain(kBackground)) rest = (1u << kRuns * kRun) - 1;
+#pragma unroll 1
+  for (; rest; rest &= rest - 1) {
+    const u32 at = __ffs(static_cast<int>(rest)) - 1, i = index(at / kRun, at % kRun);
+    if (i < count) look_at(tile, problem, i, values[tile.first_anchor + i], bits);
+  }
 }
 
 // Adds the threads' terms to a tile's sums `out` (slots, kPartials). `scratch`: kPartials numbers a warp. By all
@@ -112,71 +210,54 @@ IOUBAL_DEVICE void clear_terms(int64_t slots, double* out) {
   __syncthreads();
 }
 
-// Problem: `int64_t value(anchor)`, the matched index or label; `bool counts(anchor, value)`, whether to collect it;
+// Problem: `values`, the matched indices or labels; `bool plain(value)`, whether an anchor of that value is background
+// that nothing more is to be asked of; `bool counts(anchor, value)`, whether to collect one;
 // `PositiveTerms terms(const PositivesTable&, const Place&, int64_t value)`.
 template <class Problem>
-IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& problem, u32 tile) {
+IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& problem, u32 number) {
+  __shared__ TileBits bits;
   __shared__ uint16_t list[kTileAnchors];
-  __shared__ u32 counts[kPositiveWarps];
   __shared__ double scratch[kPositiveWarps * kPartials];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int l = 0;
-  while (l + 1 < tb.levels && tile >= tb.level[l + 1].tile0) ++l;
-  const Level& level = tb.level[l];
-  const u32 local = tile - level.tile0, image = local / level.tiles;
-  const u32 first_unit = (local - image * level.tiles) * kUnitsPerTile;
-  const u32 groups = level.groups(), units = level.words * groups, positions = level.positions();
-
-  u32 collected[kUnitsPerWarp], total = 0;  // bits of this warp's units
-  UnitPlace unit(first_unit + warp * kUnitsPerWarp, groups);
-#pragma unroll
-  for (u32 i0 = 0; i0 < kUnitsPerWarp; i0 += kUnitsInFlight) {
-    const UnitPlace first = unit;
-    int64_t values[kUnitsInFlight];
-#pragma unroll
-    for (u32 i = 0; i < kUnitsInFlight; ++i, unit.next(groups)) {
-      const Place place = place_of(tb, l, image, unit, lane);
-      values[i] = place.position < positions ? problem.value(place.anchor) : kBackground;
-    }
-    unit = first;
-#pragma unroll
-    for (u32 i = 0; i < kUnitsInFlight; ++i, unit.next(groups)) {
-      const Place place = place_of(tb, l, image, unit, lane);
-      const bool collect = place.position < positions && problem.counts(place.anchor, values[i]);
-      const u32 special = __ballot_sync(~0u, collect || values[i] != kBackground);
-      collected[i0 + i] = __ballot_sync(~0u, collect);
-      total += __popc(collected[i0 + i]);
-      if (tb.special && lane == 0 && first_unit + warp * kUnitsPerWarp + i0 + i < units) {
-        tb.special[level.word0 + (image * groups + unit.a) * level.words + unit.word] = special;
-      }
-    }
+  while (l + 1 < tb.levels && number >= tb.level[l + 1].tile0) ++l;
+  const PositivesTile tile(tb, l, number);
+  for (u32 i = threadIdx.x; i < kUnitsPerTile; i += kPositiveThreads) bits.special[i] = bits.collected[i] = 0;
+  double* out = tb.partial + static_cast<int64_t>(number) * tb.slots * kPartials;
+  clear_terms<kPositiveThreads>(tb.slots, out);  // its barrier completes the bits, too
+  if (problem.values.wide) {
+    look_at_anchors<int64_t>(tile, problem, bits);
+  } else {
+    look_at_anchors<int32_t>(tile, problem, bits);
   }
-  if (lane == 0) counts[warp] = total;
   __syncthreads();
-  u32 at = 0, count = 0;
-#pragma unroll
-  for (u32 i = 0; i < kPositiveWarps; ++i) {
-    at += i < warp ? counts[i] : 0;
-    count += counts[i];
-  }
-#pragma unroll
-  for (u32 i = 0; i < kUnitsPerWarp; ++i) {
-    if (collected[i] >> lane & 1) {
-      list[at + __popc(collected[i] & ((1u << lane) - 1))] =
-          static_cast<uint16_t>((warp * kUnitsPerWarp + i) * kWarp + lane);
-    }
-    at += __popc(collected[i]);
-  }
+  if (tb.special && threadIdx.x < tile.words * tile.groups)
+    tb.special[tile.word(threadIdx.x)] = bits.special[threadIdx.x];
 
-  double* out = tb.partial + static_cast<int64_t>(tile) * tb.slots * kPartials;
-  clear_terms<kPositiveThreads>(tb.slots, out);  // its barrier completes the list, too
+  // Where the list has a unit's first anchor: a unit a lane, in every warp.
+  const u32 own = bits.collected[lane], own_count = __popc(own);
+  u32 end = own_count;
+#pragma unroll
+  for (u32 distance = 1; distance < kWarp; distance *= 2) {
+    const u32 before = __shfl_up_sync(~0u, end, distance);
+    end += lane >= distance ? before : 0;
+  }
+  const u32 count = __shfl_sync(~0u, end, kWarp - 1);
+  if (count == 0) return;
+#pragma unroll 1
+  for (u32 unit = warp; unit < kUnitsPerTile; unit += kPositiveWarps) {
+    const u32 collected = __shfl_sync(~0u, own, unit), at = __shfl_sync(~0u, end - own_count, unit);
+    if (collected >> lane & 1) {
+      list[at + __popc(collected & ((1u << lane) - 1))] = static_cast<uint16_t>(unit * kWarp + lane);
+    }
+  }
+  __syncthreads();
   for (u32 first = 0; first < count; first += kPositiveThreads) {
     const u32 item = first + threadIdx.x;
     PositiveTerms terms;
     if (item < count) {
-      const Place place =
-          place_of(tb, l, image, UnitPlace(first_unit + list[item] / kWarp, groups), list[item] % kWarp);
-      terms = problem.terms(tb, place, problem.value(place.anchor));
+      const Place place = tile.place(list[item] / kWarp, list[item] % kWarp);
+      terms = problem.terms(tb, place, problem.values[place.anchor]);
     }
     add_terms<kPositiveThreads>(terms, tb.slots, out, scratch);
   }

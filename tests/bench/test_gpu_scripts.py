@@ -20,8 +20,11 @@ from ioubal_kernels.bench.gpu import device as gpu_device
 from ioubal_kernels.bench.gpu import sanitize as gpu_sanitize
 from ioubal_kernels.bench.gpu import sections as gpu_sections
 from ioubal_kernels.bench.gpu import training as gpu_training
+from ioubal_kernels.bench.gpu import tune as gpu_tune
+from ioubal_kernels.ops import library
 
 pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
+NEEDS_CUDA_LIBRARY = pytest.mark.skipif(ops.load_error("cuda") is not None, reason="needs the CUDA library")
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 RESULTS = {"passed", "failed", "not run", "partly run"}
 
@@ -34,7 +37,7 @@ def plan(seconds: float = 60.0) -> gpu_sections.Plan:
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("program", (gpu_check, gpu_sanitize, gpu_arch), ids=lambda p: p.__name__)
+@pytest.mark.parametrize("program", (gpu_check, gpu_sanitize, gpu_tune, gpu_arch), ids=lambda p: p.__name__)
 def test_without_a_gpu_one_line_and_nothing_written(program, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["program", "gpu-check"])
@@ -71,7 +74,17 @@ def test_the_dry_run_reports_every_section(tmp_path, capsys):
         "graphs", "streams", "memory",
     }  # fmt: skip
     assert sections["training"]["reason"] == "not asked for" and sections["graphs"]["reason"] == "needs a GPU"
-    assert "incomplete: 7 passed, 8 not run" in capsys.readouterr().out
+    assert "incomplete: 7 passed, 9 not run" in capsys.readouterr().out
+
+
+@NEEDS_CUDA_LIBRARY
+def test_the_section_of_tables_and_its_plan(tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(library, "choose_cuda_plan", lambda **plan: plans.append(plan))
+    code, report = run_check(tmp_path, "--sections", "tables")
+    entry = report["sections"]["tables"]
+    assert code == 0 and entry["result"] == "passed" and entry["checks"] == entry["planned"] > 20
+    assert plans == [{"table": 0}, {}]
 
 
 def test_a_failed_case_fails_the_whole(tmp_path, monkeypatch):
@@ -174,7 +187,7 @@ def test_triton_checks_every_two_options_together_in_parts():
     assert len(set(chosen)) == len(chosen) < len(cases) / 4 and pairs(chosen) == pairs(cases)
     sections = gpu_check.sections_of("triton")
     parts = [section for section in sections if section.name.startswith("parity")]
-    assert len(parts) == gpu_check.TRITON_PARTS and len(sections) == len(gpu_check.SECTIONS) - 1 + len(parts)
+    assert len(parts) == gpu_check.TRITON_PARTS and len(sections) == len(gpu_check.SECTIONS) - 2 + len(parts)
     done = []
     for section in parts:
         tally = gpu_sections.Tally(gpu_sections.Plan("cpu", "cpu", False, time.monotonic() + 60.0))
@@ -245,3 +258,44 @@ def test_the_sanitizers_cases_run(capsys):
     assert gpu_sanitize.main(["--run-cases", "--device", "cpu", "--cases", "24"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 24
     assert gpu_sanitize.CASES >= 60 and len(gpu_cases.small_cases(gpu_sanitize.CASES)) == gpu_sanitize.CASES
+
+
+# ---------------------------------------------------------------------------------------------- gpu_tune
+
+
+@NEEDS_CUDA_LIBRARY
+def test_the_dry_run_of_every_plan(tmp_path, monkeypatch, capsys):
+    """Each plan is in force while its path is checked, and none afterwards."""
+    plans = []
+    monkeypatch.setattr(library, "choose_cuda_plan", lambda **plan: plans.append(plan))
+    path, name = tmp_path / "tune.json", "retinanet/b16/flat/bfloat16"
+    assert gpu_tune.main(["--dry-run", "--only", name, "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    rows = report["rows"]
+    assert report["dry_run"] and report["not_run"] == [] and {row["name"] for row in rows} == {name}
+    assert plans[::2] == [row["plan"] for row in rows] and set(map(len, plans[1::2])) == {0}
+    assert {} in plans[::2] and {"table": 0} in plans[::2] and len({row["path"] for row in rows}) == len(rows) > 10
+    assert all(row["result"] == "measured" and "x_copy" not in row for row in rows)
+    assert "by rule" in capsys.readouterr().out
+
+
+@NEEDS_CUDA_LIBRARY
+def test_a_plan_that_fails(tmp_path, monkeypatch, capsys):
+    def choose(**plan):
+        if plan.get("iterations") == 8:
+            raise RuntimeError("no such plan")
+
+    monkeypatch.setattr(library, "choose_cuda_plan", choose)
+    path = tmp_path / "tune.json"
+    assert gpu_tune.main(["--dry-run", "--only", "retinanet/b16/nchw/float32", "--output", str(path)]) == 1
+    results = {row["path"]: row["result"] for row in json.loads(path.read_text())["rows"]}
+    assert results["iterations 8"] == "failed" and results["by rule"] == "measured"
+    assert "no such plan" in capsys.readouterr().out
+
+
+@NEEDS_CUDA_LIBRARY
+@pytest.mark.parametrize("arguments", (["--only", "matching"], ["--rounds", "0"], ["--budget", "-1"]))
+def test_tune_names_what_it_cannot_do(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_tune.main(["--dry-run", *arguments])
+    assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err

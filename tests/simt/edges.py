@@ -41,6 +41,9 @@ def poisoned(seed, layout):
             value = loss(logits, labels, rows.iou, **scopes, backend="cpu")
             value.backward()
             assert value.isnan() and bool(logits.grad.isfinite().all()), f"{loss.__name__}, {layout}"
+    background = rows.labels.clamp(0, 3)
+    background[100] = ik.BACKGROUND
+    assert ik.iou_balanced_sigmoid_focal_loss(rows.logits, background, rows.iou, **wrong[1], backend="cpu").isnan()
     pred, target = testing.delta_inputs(seed=seed, rows=300)
     assert ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], backend="cpu").isnan()
     each = ik.iou_balanced_smooth_l1_loss(pred, target, **wrong[1], reduction="none", normalize=True, backend="cpu")
