@@ -70,24 +70,24 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
   __shared__ double scratch[2 * kCoefficientWarps], pieces[kCoefficientWarps * kPartials];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t segments = tb.segments();
-  // A warp for every segment, or several where there are few.
+  // A warp for every segment, or several where there are few. Lanes read side by side what lies side by side: the
+  // numbers of three tiles at a time; what the last five read is left out.
   const u32 share = segments > 0 && segments < kCoefficientWarps ? kCoefficientWarps / static_cast<u32>(segments) : 1;
+  constexpr u32 kTogether = kWarp / kPartials;
+  const u32 row = lane / kPartials, number = lane - row * kPartials;
   for (u32 i = warp; i < segments * share; i += kCoefficientWarps) {
     const u32 s = i / share;
     const Segment segment = tb.segment(s);
-    double part[kPartials] = {};
-#pragma unroll 2
-    for (u32 j = (i - s * share) * kWarp + lane; j < segment.count; j += share * kWarp) {
-      const double* from = tb.partial + (static_cast<int64_t>(j) * segment.stride + segment.first) * kPartials;
-#pragma unroll
-      for (int q = 0; q < kPartials; ++q) part[q] += from[q];
+    double sum = 0;
+#pragma unroll 8
+    for (u32 j = (i - s * share) * kTogether + row; j < segment.count; j += share * kTogether) {
+      sum += tb.partial[(static_cast<int64_t>(j) * segment.stride + segment.first) * kPartials + number];
     }
+    double all = sum;
+#pragma unroll
+    for (u32 k = 1; k < kTogether; ++k) all += __shfl_down_sync(~0u, sum, k * kPartials);
     double* const to = share > 1 ? pieces + i * kPartials : tb.segment_sums + static_cast<int64_t>(s) * kPartials;
-#pragma unroll
-    for (int q = 0; q < kPartials; ++q) {
-      const double sum = warp_sum(part[q]);
-      if (lane == 0) to[q] = sum;
-    }
+    if (lane < kPartials) to[lane] = all;
   }
   __syncthreads();
   if (share > 1) {

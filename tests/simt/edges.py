@@ -90,6 +90,12 @@ def misaligned_planes(offset, dtype):
     cases.check_detection(cases.map_heads(inputs, partial(cases.placed, offset=offset)))
 
 
+def many_tiles():
+    """More tiles of the positives than the warps that add them up take at a time."""
+    inputs = testing.classification_inputs(seed=1, rows=98_000, classes=1)
+    cases.check_focal(inputs.logits, inputs)
+
+
 def scopes_over_tiles(dtype):
     """Several scopes and several tiles of the positives."""
     inputs = testing.classification_inputs(seed=1, rows=2500, classes=8, dtype=dtype)
@@ -160,6 +166,7 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "edges", partial(misaligned_planes, offset, dtype)
     for dtype in (F32, F16):
         yield "edges", partial(scopes_over_tiles, dtype)
+    yield "edges", many_tiles
     for size in ((195, 21), (1365, 3), (585, 7)):
         yield "edges", partial(one_short_of_a_tile, *size)
     for seed in range(3):

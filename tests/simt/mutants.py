@@ -83,7 +83,7 @@ _POSITIVES = (
     ("} «__syncthreads();» if (tb.special && threadIdx.x", ";", "bits read before they are set"),
 )
 _COEFFICIENTS = (
-    ("if (lane == 0) to[q] = sum; } } «__syncthreads();»", ";", "sums read before written"),
+    ("if (lane < kPartials) to[lane] = all; } «__syncthreads();»", ";", "sums read before written"),
     ("tb.segment_sums[i] = sum; } «__syncthreads();»", ";", "sums of several warps read before written"),
     ("«k < share»; ++k) sum += pieces", "k + 1 < share", "a warp's piece of a segment dropped"),
     ("sums.data[i] = sum; } «__syncthreads();»", ";", "the normalisers before their sums"),
@@ -92,7 +92,12 @@ _COEFFICIENTS = (
     ("«*tb.ticket = 0;»", ";", "the ticket is not reset"),
     ("atomicAdd(tb.ticket, 1u) == «gridDim.x - 1»", "gridDim.x / 2", "a block in the middle adds up"),
     ("tb.segment(s).scope == «row - 1»", "row", "the next scope's sums"),
-    ("«j < segment.count»; j += share * kWarp", "j + 1 < segment.count", "the last tile dropped"),
+    ("«j < segment.count»; j += share * kTogether", "j + 1 < segment.count", "the last tile dropped"),
+    (
+        "k < kTogether; ++k) all += __shfl_down_sync(~0u, sum, «k * kPartials»);",
+        "kPartials",
+        "every third tile dropped",
+    ),
     ("tile0[level] + «image * tiles[level]»", "image", "tiles of other images"),
     ("sums.cls_normalizer(i, «tb.eps»)", "0.0", "eps dropped"),
     ("tb.loc_norm[i] = static_cast<float>(«tb.normalize_loc»", "!tb.normalize_loc", "Eq. 6 for 7"),
