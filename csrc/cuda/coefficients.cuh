@@ -78,11 +78,10 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
   for (u32 i = warp; i < segments * share; i += kCoefficientWarps) {
     const u32 s = i / share;
     const Segment segment = tb.segment(s);
-    double sum = 0;
-#pragma unroll 8
-    for (u32 j = (i - s * share) * kTogether + row; j < segment.count; j += share * kTogether) {
-      sum += tb.partial[(static_cast<int64_t>(j) * segment.stride + segment.first) * kPartials + number];
-    }
+    const auto load = [&](u32 tile) {
+      return tb.partial[(static_cast<int64_t>(tile) * segment.stride + segment.first) * kPartials + number];
+    };
+    const double sum = strided_sum<double>((i - s * share) * kTogether + row, segment.count, share * kTogether, load);
     double all = sum;
 #pragma unroll
     for (u32 k = 1; k < kTogether; ++k) all += __shfl_down_sync(~0u, sum, k * kPartials);
@@ -175,10 +174,8 @@ IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   __syncthreads();
   if (!last) return;
   __threadfence();
-  double sum = 0;
-#pragma unroll 8
-  for (u32 i = threadIdx.x; i < tb.tiles; i += kBlock) sum += load_shared_by_blocks(tb.partial + i);
-  sum = block_sum<kBlock>(sum, scratch);
+  const auto load = [&](u32 tile) { return load_shared_by_blocks(tb.partial + tile); };
+  const double sum = block_sum<kBlock>(strided_sum<double>(threadIdx.x, tb.tiles, kBlock, load), scratch);
   if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
 }
 

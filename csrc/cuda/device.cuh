@@ -286,6 +286,23 @@ struct NumberRef {
 
 // ---- sums in a fixed order: bitwise the same in every run
 
+// Sum of load(first), load(first + step), ... below count. Several are loaded before the first is added: what a thread
+// waits for is otherwise one load after the other.
+template <class T, class Load>
+IOUBAL_DEVICE T strided_sum(u32 first, u32 count, u32 step, Load load) {
+  constexpr u32 kBatch = 8;
+  T sum = 0;
+#pragma unroll 1
+  for (u32 i = first; i < count; i += kBatch * step) {
+    T value[kBatch];
+#pragma unroll
+    for (u32 k = 0; k < kBatch; ++k) value[k] = i + k * step < count ? load(i + k * step) : T(0);
+#pragma unroll
+    for (u32 k = 0; k < kBatch; ++k) sum += value[k];
+  }
+  return sum;
+}
+
 // Sum over the warp, in every lane.
 template <class T>
 IOUBAL_DEVICE T warp_sum(T value) {

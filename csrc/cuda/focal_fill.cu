@@ -46,7 +46,10 @@ bool take_table(const OnDevice& device, const DenseTable& tb, const FillVariant&
 u32 rows_iterations(int64_t elements) {
   return elements >= (1 << 27) ? kMostIterations : elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
 }
-constexpr u32 kTableIterations = 4;
+// A table's tiles are shorter by far: a warp's, not a block's.
+u32 table_iterations(int64_t elements) {
+  return elements >= (1 << 27) ? 8 : elements >= (1 << 26) ? 4 : elements >= (1 << 25) ? 2 : 1;
+}
 // At most 32, a bit each.
 u32 planes_classes(int64_t elements) { return elements >= (1 << 26) ? 32 : 16; }
 
@@ -65,7 +68,7 @@ void plan_rows(const OnDevice& device, DenseTable& tb, FillVariant& v, u32 image
   }
   v.layout = aligned ? DenseLayout::kRows : together ? DenseLayout::kSpanningRows : DenseLayout::kSingleRows;
   v.table = v.layout != DenseLayout::kSingleRows && take_table(device, tb, v, elements);
-  tb.iterations = choose(chosen.iterations, v.table ? kTableIterations : rows_iterations(elements));
+  tb.iterations = choose(chosen.iterations, v.table ? table_iterations(elements) : rows_iterations(elements));
   tb.apart = FastDiv::make(choose(chosen.apart, 1));
   v.blocks = choose(chosen.blocks, 0);
   const u32 group =

@@ -39,7 +39,16 @@ struct FillTable {
   LocNumbers loc;
   LocTable deltas;
   DenseTable dense;
+  FastDiv turn;  // one tile of the deltas in so many tiles: writing zeros waits for memory, logits for arithmetic
   LossSum finish;
+
+  // Which of all tiles are the deltas'; for the others, which of the logits' it is.
+  IOUBAL_DEVICE bool is_deltas(u32 tile, u32& number) const {
+    const u32 round = turn.div(tile);
+    const bool here = tile == round * turn.divisor && round < deltas.tiles;
+    number = here ? round : tile - (round < deltas.tiles ? round + 1 : deltas.tiles);
+    return here;
+  }
 };
 
 IOUBAL_DEVICE void store_quad(const LocTable& tb, const LocLevel& level, int64_t at, const Quad<float>& value) {
@@ -121,13 +130,14 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1                    ? 2
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
   const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
-  const u32 first = deltas ? 0 : tb.deltas.tiles, last = tb.deltas.tiles + (logits ? tb.dense.tiles : 0);
-  for (u32 tile = first + blockIdx.x; tile < last; tile += gridDim.x) {
-    if (tile < tb.deltas.tiles) {
-      deltas_tile(tb, tile, threadIdx.x);
+  const u32 tiles = deltas || logits ? tb.deltas.tiles + tb.dense.tiles : 0;
+  for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    u32 dense;
+    if (tb.is_deltas(tile, dense)) {
+      if (deltas) deltas_tile(tb, dense, threadIdx.x);
       continue;
     }
-    const u32 dense = tile - tb.deltas.tiles;
+    if (!logits) continue;
     const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, ComputedEntries(), dense, kept);
     if (tb.dense.partial == nullptr) continue;
     __syncthreads();  // the scratch of the tile before

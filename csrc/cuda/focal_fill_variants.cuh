@@ -6,7 +6,8 @@
 namespace ioubal::cuda {
 
 template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-void launch_fill(const OnDevice& device, const FillTable& tb, const FillVariant& v) {
+void launch_fill(const OnDevice& device, FillTable tb, const FillVariant& v) {
+  tb.turn = FastDiv::make(tb.deltas.tiles > 0 ? tb.dense.tiles / tb.deltas.tiles + 1 : 1);
   u32 blocks = pass_blocks(device, tb.deltas.tiles + tb.dense.tiles, v.may_skip);
   if (v.blocks > 0) blocks = std::min(blocks, v.blocks * device.multiprocessors());
   device.launch(focal_fill_kernel<T, kGamma, kOutput, kLayout>, blocks, tb);
