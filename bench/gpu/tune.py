@@ -44,13 +44,16 @@ def plans(layout: str, dtype: str, multiprocessors: int) -> Iterator[Plan]:
             yield {**table, "iterations": iterations}
         if layout == "nchw":
             continue
-        # As many tiles side by side as run at the same time, about: blocks of 256 threads, or the table's warps.
-        for side_by_side in (24,) if table else (1, 4):
-            for iterations in (4, 8):
-                yield {**table, "iterations": iterations, "apart": min(side_by_side * multiprocessors, 4096)}
-    yield {"blocks": 4}
+        # As many tiles side by side as run at the same time, about: the table's warps, or four blocks of 256 threads.
+        apart = min((24 if table else 4) * multiprocessors, 4096)
+        for iterations in (4, 8):
+            yield {**table, "iterations": iterations, "apart": apart}
+    # Blocks that stay: what they do at their start and end is done once.
+    for iterations in lengths:
+        yield {"iterations": iterations, "blocks": 4}
     if layout != "nchw":
-        yield {"blocks": 4, "iterations": 8, "apart": min(4 * multiprocessors, 4096)}
+        for iterations in (4, 8):
+            yield {"iterations": iterations, "blocks": 4, "apart": min(4 * multiprocessors, 4096)}
 
 
 @contextmanager

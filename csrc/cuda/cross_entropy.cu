@@ -6,17 +6,17 @@
 namespace ioubal::cuda {
 namespace {
 
-constexpr int kCachedColumns = 4;  // per lane: rows of up to 128 logits stay in registers
-
 template <class T>
 void launch_rows(const OnDevice& device, const CrossEntropyTable& tb, bool positives, bool may_skip) {
-  const bool cached = tb.columns <= static_cast<int64_t>(kCachedColumns * kWarp);
-  if (positives) {
-    device.launch(cached ? cross_entropy_positives_kernel<T, kCachedColumns> : cross_entropy_positives_kernel<T, 0>,
-                  tb.tiles, tb);
+  const auto launch = [&](auto* sums, auto* fill) {
+    positives ? device.launch(sums, tb.tiles, tb) : device.launch(fill, pass_blocks(device, tb.tiles, may_skip), tb);
+  };
+  if (tb.columns <= kShortRow * kRowLanes<kShortRow>) {
+    launch(cross_entropy_positives_kernel<T, kShortRow>, cross_entropy_fill_kernel<T, kShortRow>);
+  } else if (tb.columns <= kMiddleRow * kRowLanes<kMiddleRow>) {
+    launch(cross_entropy_positives_kernel<T, kMiddleRow>, cross_entropy_fill_kernel<T, kMiddleRow>);
   } else {
-    device.launch(cached ? cross_entropy_fill_kernel<T, kCachedColumns> : cross_entropy_fill_kernel<T, 0>,
-                  pass_blocks(device, tb.tiles, may_skip), tb);
+    launch(cross_entropy_positives_kernel<T, kLongRow>, cross_entropy_fill_kernel<T, kLongRow>);
   }
 }
 
@@ -28,7 +28,7 @@ class SoftmaxLoss {
       : type_(dtype_of(logits)), device_(logits), memory_(workspace), compute_sums_(compute_sums) {
     tb_.logits = logits.const_data_ptr();
     tb_.rows = logits.size(0);
-    tb_.columns = logits.size(1);
+    tb_.columns = count32(logits.size(1), "a row's logits");
     tb_.background = background;
     tb_.tiles = tb_.columns > 0 ? divide_up(tb_.rows, kRowsPerTile) : 0;
     tb_.labels = int_ref(labels);

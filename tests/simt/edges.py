@@ -128,6 +128,15 @@ def extreme_rows(gamma, offset):
         cases.check_focal(cases.placed(x, offset), inputs, gamma=gamma)
 
 
+def infinite_logits(classes):
+    """Rows whose softmax is a limit, between others: one lane of each does them."""
+    inputs = testing.classification_inputs(seed=classes, rows=70, classes=classes, softmax=True)
+    for row in range(0, 70, 3):
+        at = int(inputs.labels[row]) if row % 2 else (int(inputs.labels[row]) + 1) % classes
+        inputs.logits[row, max(at, 0)] = float("inf")
+    cases.check_cross_entropy(inputs.logits, inputs, reduction="none", grad_output=torch.linspace(0.5, 2.0, 70))
+
+
 def untouched(layout):
     """Buffers that were filled for this grad_output are left as they are, whatever they hold; else written."""
     take = detection.take_buffers
@@ -167,6 +176,8 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (F32, F16):
         yield "edges", partial(scopes_over_tiles, dtype)
     yield "edges", many_tiles
+    for classes in (21, 100, 130):
+        yield "edges", partial(infinite_logits, classes)
     for size in ((195, 21), (1365, 3), (585, 7)):
         yield "edges", partial(one_short_of_a_tile, *size)
     for seed in range(3):

@@ -249,16 +249,19 @@ _FILL = (
     ("out.set(at + j * «level.out_place.coordinate»", "1", "strided coordinates"),
 )
 _SOFTMAX = (
-    ("lane + i * kWarp < «columns») f(", "columns - 1", "the last column of a row"),
+    ("lane() + i * kLanes < «columns») f(", "columns - 1", "the last column of a row"),
     ("k == target ? «-row.others»", "row.others", "the sign of the target's gradient"),
-    ("k == target ? 0.f : exponential(x_k); }); others = «warp_sum(total)»", "total", "a lane's share of the sum"),
+    ("«total += __shfl_xor_sync(~0u, total, offset);»", ";", "a lane's share of the sum"),
+    ("target % kLanes, «kLanes»);", "kWarp", "the target's logit of another row"),
     ("positive = !bad && label >= 0 && «label != tb.background»", "true", "background rows as positives"),
-    ("row.load(x + «i» * columns, columns);", "0", "the warp's first row for the first one"),
-    ("after.load(x + «next» * columns", "i", "a row again instead of the next"),
+    ("row.load(x + static_cast<int64_t>(«i») * columns", "0", "the warp's first row for the first one"),
+    ("after.load(x + static_cast<int64_t>(«next») * columns", "i", "a row again instead of the next"),
+    ("k < «place»; ++k) mine &= mine - 1;", "0", "the same row for all lanes"),
+    ("none = «mine == 0»;", "false", "lanes without a row write"),
     ("store_one(to + k, «0.f»);", "1.f", "ignored rows' gradient"),
-    ("found = lane == «i» ? loss : found;", "0", "a lane's loss is the first row's"),
+    ("return __shfl_sync(~0u, limit, «0», row.kLanes);", "1", "limits of a lane that has none"),
     ("return «at_target > 0.5f» ? log1pf", "at_target > 2.f", "the cancelling form for confident rows"),
-    ("k = lane; k < «columns»; k += kWarp) f(", "columns - 1", "the last column of a wide row"),
+    ("k = lane(); k < «columns»; k += kLanes) f(", "columns - 1", "the last column of a wide row"),
 )
 _SMOOTH_L1 = (
     ("weight.get(weight_columns == 2 ? «4 * r + j» : r, 1.0)", "r", "one weight for four coordinates"),
