@@ -45,7 +45,7 @@ def plans(layout: str, dtype: str, multiprocessors: int) -> Iterator[Plan]:
         if layout == "nchw":
             continue
         # As many tiles side by side as run at the same time, about: the table's warps, or four blocks of 256 threads.
-        apart = min((24 if table else 4) * multiprocessors, 4096)
+        apart = min((20 if table else 4) * multiprocessors, 4096)
         for iterations in (4, 8):
             yield {**table, "iterations": iterations, "apart": apart}
     # Blocks that stay: what they do at their start and end is done once.

@@ -53,7 +53,7 @@ struct Row {
   IOUBAL_DEVICE void each(const F& f) const {
     if constexpr (kCached > 0) {
 #pragma unroll
-      for (u32 i = 0; i < kCached; ++i) {
+      for (int i = 0; i < kCached; ++i) {
         if (lane() + i * kLanes < columns) f(lane() + i * kLanes, cached[i]);
       }
     } else {
@@ -64,7 +64,7 @@ struct Row {
     x = row;
     columns = count;
 #pragma unroll
-    for (u32 i = 0; i < kCached; ++i) {
+    for (int i = 0; i < kCached; ++i) {
       cached[i] = lane() + i * kLanes < count ? load_one(x + lane() + i * kLanes) : 0.f;
     }
   }
@@ -194,7 +194,9 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // Every row: loss and gradient.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-#define IOUBAL_ROWS_BLOCKS 2  // it takes 84 registers there
+#define IOUBAL_ROWS_BLOCKS 2  // it takes 90 registers there
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define IOUBAL_ROWS_BLOCKS 3
 #else
 #define IOUBAL_ROWS_BLOCKS 4
 #endif

@@ -129,15 +129,14 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1                    ? 2
                                                                             : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
-  const bool deltas = tb.deltas.tiles > 0 && !tb.deltas.filled(), logits = !tb.dense.filled();
-  const u32 tiles = deltas || logits ? tb.deltas.tiles + tb.dense.tiles : 0;
-  for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  if ((tb.deltas.tiles == 0 || tb.deltas.filled()) && tb.dense.filled()) return;  // a backward: there is no loss to add
+  for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.tiles; tile += gridDim.x) {
     u32 dense;
     if (tb.is_deltas(tile, dense)) {
-      if (deltas) deltas_tile(tb, dense, threadIdx.x);
+      if (!tb.deltas.filled()) deltas_tile(tb, dense, threadIdx.x);
       continue;
     }
-    if (!logits) continue;
+    if (tb.dense.filled()) continue;
     const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, ComputedEntries(), dense, kept);
     if (tb.dense.partial == nullptr) continue;
     __syncthreads();  // the scratch of the tile before

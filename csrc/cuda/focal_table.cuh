@@ -12,7 +12,7 @@
 namespace ioubal::cuda {
 
 // As many threads as leave each the registers that the loads of a group need.
-constexpr u32 kTableThreads = 768, kTableWarps = kTableThreads / kWarp;
+constexpr u32 kTableThreads = 640, kTableWarps = kTableThreads / kWarp;
 
 // What differs by dtype: bits of the mantissa, and the biased exponent of 2^-3. Eight exponents are in the table.
 template <class T>
@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(kTableThreads, 1) focal_table_kernel(const IOU
   char* const memory = dynamic_shared();
   float* const kept = reinterpret_cast<float*>(memory + TableEntries<T>::kBytes);
   const TableEntries<T> entries(memory, dense_run<T, -1>(tb.dense, tb.dense.level[0], 0).scale, tb.dense.gamma);
-  constexpr u32 kParts = kTableThreads / kThreads;
-  for (u32 tile = blockIdx.x * kParts + threadIdx.x / kThreads; tile < tb.deltas.tiles; tile += gridDim.x * kParts) {
+  constexpr u32 kParts = kTableThreads / kThreads;  // the threads beyond have no part in the deltas
+  const u32 part = threadIdx.x / kThreads;
+  for (u32 tile = blockIdx.x * kParts + part; part < kParts && tile < tb.deltas.tiles; tile += gridDim.x * kParts) {
     deltas_tile(tb, tile, threadIdx.x % kThreads);
   }
   __syncthreads();

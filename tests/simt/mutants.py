@@ -221,7 +221,7 @@ _TABLE_ENTRIES = (
     ("if (!inside || «(skip >> u & 1)») {", "false", "vectors with special entries done twice"),
     ("«sum = total;» v.store", ";", "no losses"),
     ("«__syncthreads();» for (u32 tile = blockIdx.x * kTableWarps", ";", "the table read before it is written"),
-    ("kParts + threadIdx.x / kThreads; «tile < tb.deltas.tiles»;", "tile + 1 < tb.deltas.tiles", "the last deltas"),
+    ("part < kParts && «tile < tb.deltas.tiles»;", "tile + 1 < tb.deltas.tiles", "the last deltas"),
     ("deltas_tile(tb, tile, «threadIdx.x % kThreads»);", "threadIdx.x", "deltas past a tile's end"),
     ("bits = kFirst + («(place - kFirst)» & (kEntries - 1));", "place", "entries of other logits"),
 )
@@ -240,11 +240,11 @@ _FILL = (
     ("const u32 row = (chunk * kLocRepeat + «k») * kThreads", "0", "rows written four times, others never"),
     ("if («location >= level.locations») break;", "location > level.locations", "a location past the end"),
     ("if («labels.get(image, anchor) >= 0») {", "labels.get(image, anchor) > 0", "positives of class 0"),
-    ("if («deltas») deltas_tile(tb, dense", "true", "deltas that need nothing written again"),
+    ("if («!tb.deltas.filled()») deltas_tile(tb, dense", "true", "deltas that need nothing written again"),
     ("tile == round * turn.divisor && «round < deltas.tiles»;", "true", "more tiles than the deltas have"),
     ("tile - («round < deltas.tiles ? round + 1 : deltas.tiles»);", "round + 1", "the logits' last tiles again"),
-    ("tb.deltas.tiles > 0 && «!tb.deltas.filled()»", "tb.deltas.filled()", "the predicate inverted"),
-    ("logits = «!tb.dense.filled()»", "true", "a pass for nothing"),
+    ("tb.deltas.tiles == 0 || «tb.deltas.filled()») &&", "!tb.deltas.filled()", "the predicate inverted"),
+    ("if («tb.dense.filled()») continue;", "false", "a pass for nothing"),
     ("level.place.offset(image, location, level.width, «a»); #pragma", "0", "the first anchor's deltas"),
     ("out.set(at + j * «level.out_place.coordinate»", "1", "strided coordinates"),
 )
