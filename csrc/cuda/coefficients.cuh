@@ -167,10 +167,7 @@ IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   __shared__ bool last;
   if (tb.loss == nullptr) return;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(tb.ticket, 1u) == gridDim.x - 1;
-  }
+  if (threadIdx.x == 0) last = count_up(tb.ticket) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();

@@ -72,6 +72,7 @@ void store_bytes(void* p, const u32* words) {
   memcpy(p, words, kBytes);
 }
 inline float load_shared_by_blocks(const float* p) { return *p; }
+inline u32 count_up(u32* counter) { return atomicAdd(counter, 1u); }
 // Memory of a block whose size the launch says.
 constexpr u32 kMostShared = 163 * 1024;
 inline char* dynamic_shared() {
@@ -161,6 +162,13 @@ IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
 }
 // What other blocks of the same launch have written lies in L2, not in this multiprocessor's L1.
 IOUBAL_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+// Adds 1 and returns what it was. What this thread has written is there for those who see the new number and then
+// fence. Every block does it at its end: a release costs less than __threadfence, which is sequentially consistent.
+IOUBAL_DEVICE u32 count_up(u32* counter) {
+  u32 before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 // Memory of a block whose size the launch says.
 IOUBAL_DEVICE char* dynamic_shared() {
   extern __shared__ __align__(16) char memory[];

@@ -88,9 +88,9 @@ _COEFFICIENTS = (
     ("«k < share»; ++k) sum += pieces", "k + 1 < share", "a warp's piece of a segment dropped"),
     ("sums.data[i] = sum; } «__syncthreads();»", ";", "the normalisers before their sums"),
     ("loc_loss, «scratch + kCoefficientWarps»)", "scratch", "two sums in one scratch"),
-    ("atomicAdd(tb.ticket, 1u) == gridDim.x - 1; } «__syncthreads();»", ";", "who is last read before it is known"),
+    ("count_up(tb.ticket) == gridDim.x - 1; «__syncthreads();»", ";", "who is last read before it is known"),
     ("«*tb.ticket = 0;»", ";", "the ticket is not reset"),
-    ("atomicAdd(tb.ticket, 1u) == «gridDim.x - 1»", "gridDim.x / 2", "a block in the middle adds up"),
+    ("count_up(tb.ticket) == «gridDim.x - 1»", "gridDim.x / 2", "a block in the middle adds up"),
     ("tb.segment(s).scope == «row - 1»", "row", "the next scope's sums"),
     ("* kTogether + row, «segment.count», share", "segment.count - 1", "the last tile dropped"),
     (
