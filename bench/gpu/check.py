@@ -38,7 +38,6 @@ FEWEST_CASES = 400
 # side by side, and more time.
 TRITON_PARTS = 4
 TRITON_TIME = 2.0
-TABLE_OPS = ("focal", "detection")  # of the cases
 DRY_SHARE = 40  # a dry run takes every 40th parity case
 
 
@@ -74,10 +73,9 @@ def tables(tally: Tally) -> None:
     if reason := library.load_error("cuda"):
         raise NotRun(reason)
     plan = tally.plan
-    cases = [case for case in gpu_cases.parity_cases() if case.op in TABLE_OPS and "float16" in case.name]
     checks = [
         (case.name, functools.partial(gpu_cases.check, case, plan.backend, plan.device))
-        for case in cases[:: plan.few(1, DRY_SHARE)]
+        for case in gpu_cases.table_cases()[:: plan.few(1, DRY_SHARE)]
     ]
     for dtype in (torch.bfloat16, torch.float16):
         steps = gpu_behaviour.losses(plan, dtype, large=not plan.small)
