@@ -190,11 +190,15 @@ def plan(table: int = -1, iterations: int = -1, apart: int = -1, blocks: int = -
         torch.ops.ioubal.cuda_plan.simt(-1, -1, -1, -1)
 
 
+ways = ("computed", "table")  # of 16-bit logits, that `variants` goes through
+
+
 def variants(dtype: torch.dtype, **chosen: int) -> Iterator[str]:
     """Each way in which the kernels can compute in this dtype, one after the other, with what is chosen of the plan."""
-    with plan(**chosen):
-        yield "emulated"
-    if dtype.itemsize == 2:
+    if "computed" in ways or dtype.itemsize != 2:
+        with plan(**chosen):
+            yield "emulated"
+    if "table" in ways and dtype.itemsize == 2:
         with plan(table=0, **chosen):
             yield "emulated, table"
 
