@@ -37,6 +37,8 @@ def plans(layout: str, dtype: str, multiprocessors: int) -> Iterator[Plan]:
     yield {}
     lengths = (1, 2, 4, 8)
     tables: tuple[Plan, ...] = ({}, {"table": 0}) if dtype != "float32" else ({},)
+    # As many tiles side by side as run at the same time, about: four blocks of 256 threads, or the table's warps.
+    blocks_apart, warps_apart = (min(count * multiprocessors, 4096) for count in (4, 20))
     for table in tables:
         if table:
             yield table
@@ -44,16 +46,14 @@ def plans(layout: str, dtype: str, multiprocessors: int) -> Iterator[Plan]:
             yield {**table, "iterations": iterations}
         if layout == "nchw":
             continue
-        # As many tiles side by side as run at the same time, about: the table's warps, or four blocks of 256 threads.
-        apart = min((20 if table else 4) * multiprocessors, 4096)
         for iterations in (4, 8):
-            yield {**table, "iterations": iterations, "apart": apart}
+            yield {**table, "iterations": iterations, "apart": warps_apart if table else blocks_apart}
     # Blocks that stay: what they do at their start and end is done once.
     for iterations in lengths:
         yield {"iterations": iterations, "blocks": 4}
     if layout != "nchw":
         for iterations in (4, 8):
-            yield {"iterations": iterations, "blocks": 4, "apart": min(4 * multiprocessors, 4096)}
+            yield {"iterations": iterations, "blocks": 4, "apart": blocks_apart}
 
 
 @contextmanager

@@ -84,6 +84,8 @@ VALUE_SCHEMAS = [
     "check_labels.OVERLOAD(Tensor labels, int num_classes, int min_label) -> int",
     "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",
 ]
+# See choose_cuda_plan.
+PLAN_SCHEMA = "cuda_plan.OVERLOAD(int table, int iterations, int apart, int blocks) -> ()"
 # backend -> overload; the dispatch key tells the two libraries apart
 OVERLOAD = {"cpu": "cpp", "cuda": "cpp", "triton": "triton"}
 LIBRARIES = ("cpu", "cuda")  # backends that are compiled
@@ -110,8 +112,7 @@ def _define() -> None:
     _library.define("cpu_isa(int limit) -> int")
     # Logits of one scale from which on 16-bit ones are looked up in a table; negative: the default. Returns the number.
     _library.define("cpu_table(int entries) -> int")
-    # See choose_cuda_plan.
-    _library.define("cuda_plan.cpp(int table, int iterations, int apart, int blocks) -> ()")
+    _library.define(PLAN_SCHEMA.replace("OVERLOAD", "cpp"))
 
 
 def build_info() -> dict[str, Any]:

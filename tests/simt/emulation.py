@@ -143,7 +143,7 @@ class Kernels:
             name = schema.split("(")[0].replace("OVERLOAD", "simt")
             library._library.define(schema.replace("OVERLOAD", "simt"))
             torch.library.register_fake(f"ioubal::{name}", library._no_output, lib=library._library)
-        library._library.define("cuda_plan.simt(int table, int iterations, int apart, int blocks) -> ()")
+        library._library.define(library.PLAN_SCHEMA.replace("OVERLOAD", "simt"))
         torch.ops.load_library(str(path))
         self._symbols = ctypes.CDLL(str(path))
         self._symbols.simt_seed.argtypes = [ctypes.c_uint]
