@@ -33,6 +33,10 @@ class FloatReader {
       default: return static_cast<const double*>(data_)[offset];
     }
   }
+  void prefetch(int64_t offset) const {
+    const int64_t size = type_ == ScalarType::Double ? 8 : type_ == ScalarType::Float ? 4 : 2;
+    __builtin_prefetch(static_cast<const char*>(data_) + offset * size);
+  }
   Quad<double> quad(int64_t offset, int64_t stride) const {
     return {{(*this)[offset], (*this)[offset + stride], (*this)[offset + 2 * stride], (*this)[offset + 3 * stride]}};
   }

@@ -34,6 +34,10 @@ int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
                       : first_outside(static_cast<const int32_t*>(label.data()), count, min_label, num_classes);
 }
 
+namespace {
+
+// Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class in
+// [0, num_classes); or -1.
 int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t num_classes) {
   const int64_t images = matched_idxs.size(0), anchors = matched_idxs.size(1);
   const bool padded = gt_labels.size() == 1 && gt_labels[0].dim() == 2;
@@ -50,7 +54,6 @@ int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t nu
   return -1;
 }
 
-namespace {
 int64_t cpu_isa(int64_t limit) { return set_isa_limit(static_cast<int>(limit)); }
 
 int64_t cpu_table(int64_t entries) { return set_table_threshold(entries); }

@@ -8,10 +8,6 @@ namespace ioubal {
 // Flat index of the first label outside [min_label, num_classes), or -1.
 int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label);
 
-// Flat index of the first matched index that is below -2, past its image's boxes, or whose box has no class in
-// [0, num_classes); or -1.
-int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t num_classes);
-
 // The next tensors of a packed list of arguments: a small call spends most of its time on passing arguments one by one.
 class __attribute__((visibility("hidden"))) Unpacker {
  public:

@@ -138,28 +138,42 @@ class DetectionLoss {
     }
   }
 
-  void collect() {
+  // Finds the ignored anchors and the positives. Returns the flat index of the first matched index that is out of range
+  // or whose box has no class, or -1; such an anchor is left out and poisons the loss.
+  int64_t collect() {
+    constexpr size_t kAhead = 8;  // positives lie far from each other: without a prefetch each one waits for memory
     const IntReader matched(matched_);
     const FloatReader anchors(anchors_);
     const bool own_anchors = anchors_.dim() == 3;
-    for (const Exceptional& e :
-         find_exceptional(matched.data(), matched.wide(), images_ * anchors_per_image_, kBackground)) {
-      const int64_t image = e.index / anchors_per_image_, r = e.index % anchors_per_image_;
-      const Place place = locate(image, r);
+    const std::vector<Exceptional> found =
+        find_exceptional(matched.data(), matched.wide(), images_ * anchors_per_image_, kBackground);
+    const auto anchor_offset = [&](const Exceptional& e) {
+      return (own_anchors ? e.index : e.index % anchors_per_image_) * 4;
+    };
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (i + kAhead < found.size()) {
+        const Exceptional& next = found[i + kAhead];
+        const Place place = place_of(next.index);
+        const int64_t label = label_of(next, place);
+        if (label >= 0) {
+          anchors.prefetch(anchor_offset(next));
+          prefetch(place, label);
+        }
+      }
+      const Exceptional& e = found[i];
+      const Place place = place_of(e.index);
       if (e.value == kIgnore) {
         ignored_.push_back(place);
         continue;
       }
-      const Level& level = levels_[place.level];
-      const bool in_range = e.value >= 0 && e.value < truth_.count(image);
-      const int64_t label = in_range ? truth_.label(image, e.value) : -1;
-      if (label < 0 || label >= level.classes) {
-        bad_ = true;  // never used as an index; poisons the loss
+      const int64_t label = label_of(e, place);
+      if (label < 0) {
+        if (bad_ < 0) bad_ = e.index;
         continue;
       }
-      const Quad<double> anchor = anchors.quad((own_anchors ? e.index : r) * 4, 1);
-      add_positive(place, label, anchor, truth_.box(image, e.value));
+      add_positive(place, label, anchors.quad(anchor_offset(e), 1), truth_.box(place.image, e.value));
     }
+    return bad_;
   }
 
   void add_up(const Tensor& sums_tensor) const {
@@ -167,7 +181,7 @@ class DetectionLoss {
     std::fill(sums.data, sums.data + sums_tensor.numel(), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives_.size());
     sums.shared(Sums::kIou) = iou_sum_;
-    sums.shared(Sums::kBad) = bad_;
+    sums.shared(Sums::kBad) = bad_ >= 0;
     for (const DetectionPositive& p : positives_) {
       sums.add(p.cls.scope, Sums::kClsPlain, p.cls.term.loss, p.cls.balance);
       sums.add(p.cls.scope, Sums::kLocPlain, p.loc_loss, p.loc_balance);
@@ -234,11 +248,36 @@ class DetectionLoss {
   }
 
  private:
-  Place locate(int64_t image, int64_t r) const {
+  Place place_of(int64_t index) const {
+    const int64_t image = index / anchors_per_image_, r = index % anchors_per_image_;
     size_t l = levels_.size() - 1;
     while (r < levels_[l].first_anchor) --l;
     const int64_t local = r - levels_[l].first_anchor;
     return {static_cast<int64_t>(l), image, local / levels_[l].anchors, local % levels_[l].anchors};
+  }
+
+  // -1 for an anchor that is ignored or out of range.
+  int64_t label_of(const Exceptional& e, const Place& place) const {
+    if (e.value < 0 || e.value >= truth_.count(place.image)) return -1;
+    const int64_t label = truth_.label(place.image, e.value);
+    return label >= 0 && label < levels_[place.level].classes ? label : -1;
+  }
+
+  // Of a positive, in its run and in its level.
+  static int64_t run_entry(const Level& level, const Place& place, int64_t label) {
+    return level.planes ? label * level.locations + place.location
+                        : (place.location * level.anchors + place.anchor) * level.classes + label;
+  }
+  static int64_t level_entry(const Level& level, const Place& place, int64_t label) {
+    const int64_t run = level.run(place.image, place.anchor) - level.first_run;
+    return run * level.run_entries() + run_entry(level, place, label);
+  }
+
+  void prefetch(const Place& place, int64_t label) const {
+    const Level& level = levels_[place.level];
+    level.logit_at.prefetch(level_entry(level, place, label));
+    const int64_t offset = level.delta_offset(level.delta_strides, place);
+    for (int j = 0; j < 4; ++j) level.delta_at.prefetch(offset + j * level.delta_strides.coordinate);
   }
 
   int64_t scope_of(const Place& place, int64_t r) const {
@@ -252,8 +291,6 @@ class DetectionLoss {
 
   void add_positive(const Place& place, int64_t label, const Quad<double>& anchor, const Quad<double>& gt) {
     const Level& level = levels_[place.level];
-    const int64_t entry = level.planes ? label * level.locations + place.location
-                                       : (place.location * level.anchors + place.anchor) * level.classes + label;
     const int64_t scope = scope_of(place, level.first_anchor + place.location * level.anchors + place.anchor);
     const DeltaStrides& at = level.delta_strides;
     const Quad<double> pred = level.delta_at.quad(level.delta_offset(at, place), at.coordinate);
@@ -272,9 +309,9 @@ class DetectionLoss {
         p.loc_grad.v[j] = term.grad;
       }
     }
-    const int64_t run = level.run(place.image, place.anchor);
-    const double logit = level.logit_at[(run - level.first_run) * level.run_entries() + entry];
-    p.cls = make_positive(run, entry, scope, place.image, logit, iou, 1.0, focal_);
+    const double logit = level.logit_at[level_entry(level, place, label)];
+    p.cls = make_positive(level.run(place.image, place.anchor), run_entry(level, place, label), scope, place.image,
+                          logit, iou, 1.0, focal_);
     p.loc_balance = iou_power(iou, loc_.lambda);
     iou_sum_ += iou;
     positives_.push_back(p);
@@ -318,7 +355,7 @@ class DetectionLoss {
   std::vector<DetectionPositive> positives_;
   std::vector<Place> ignored_;
   double iou_sum_ = 0;
-  bool bad_ = false;
+  int64_t bad_ = -1;
 };
 
 LocParameters loc_parameters(double lambda, double w_loc, double beta, double eps, bool normalize, int64_t coder,
@@ -349,33 +386,50 @@ void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   op.add_up(sums);
 }
 
+// The losses' scales but for eps, w_loc and normalize_loc. An avg_factor that is a tensor wins over its number.
+struct Scaling {
+  double cls_weight;
+  const OptionalTensor& cls_avg_factor;
+  double cls_divisor;
+  const OptionalTensor& loc_avg_factor;
+  double loc_divisor, world_size;
+  LossFactor cls(const Sums& sums) const {
+    return LossFactor(cls_avg_factor, cls_divisor, cls_weight, sums, world_size);
+  }
+  LossFactor loc(const Sums& sums) const { return LossFactor(loc_avg_factor, loc_divisor, 1.0, sums, world_size); }
+};
+
 // outputs: classification, localisation, number of positives (int64), mean IoU. compute_sums false: `sums` holds those
 // of all ranks already. Lists of gradients may be empty: not wanted.
-void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
-                    TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
-                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
-                    double eps, double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
-                    double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
-                    OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums_tensor,
-                    TensorList outputs, TensorList grad_logits, TensorList grad_deltas, TensorList) {
-  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
-                   {eta, alpha, gamma, eps},
-                   loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
-  op.collect();
+void fill(const DetectionLoss& op, const Scaling& scaling, double grad_scale, bool compute_sums,
+          const Tensor& sums_tensor, const TensorList& outputs, const TensorList& grad_logits,
+          const TensorList& grad_deltas) {
   if (compute_sums) op.add_up(sums_tensor);
   const Sums sums = sums_of(sums_tensor);
-  const double expected = Number(grad_scale_tensor, grad_scale).get();
-  const LossFactor cls(cls_avg_factor, cls_divisor, cls_weight, sums, world_size);
-  const LossFactor loc(loc_avg_factor, loc_divisor, 1.0, sums, world_size);
-  FloatWriter(outputs[1]).set(0, op.localization(sums, grad_deltas, loc, expected, true));
-  FloatWriter(outputs[0]).set(0, op.classification(sums, grad_logits, cls, expected));
+  FloatWriter(outputs[1]).set(0, op.localization(sums, grad_deltas, scaling.loc(sums), grad_scale, true));
+  FloatWriter(outputs[0]).set(0, op.classification(sums, grad_logits, scaling.cls(sums), grad_scale));
   const double count = sums.shared(Sums::kCount);
   *static_cast<int64_t*>(outputs[2].mutable_data_ptr()) = static_cast<int64_t>(count);
   FloatWriter(outputs[3]).set(0, count > 0 ? sums.shared(Sums::kIou) / count : 0.0);
 }
 
-// check_matched_idxs and, if it finds nothing, detection_fill for one process, whose arguments come packed. Returns the
-// position it found, -1 for none.
+void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor matched_idxs, TensorList gt_boxes,
+                    TensorList gt_labels, std::vector<int64_t> level_sizes, int64_t scope, double eta, double alpha,
+                    double gamma, double lambda, double beta, int64_t coder, std::vector<double> box_weights,
+                    double eps, double w_loc, bool normalize_loc, double cls_weight, OptionalTensor cls_avg_factor,
+                    double cls_divisor, OptionalTensor loc_avg_factor, double loc_divisor, double world_size,
+                    OptionalTensor grad_scale_tensor, double grad_scale, bool compute_sums, Tensor sums,
+                    TensorList outputs, TensorList grad_logits, TensorList grad_deltas, TensorList) {
+  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
+                   {eta, alpha, gamma, eps},
+                   loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
+  op.collect();
+  fill(op, {cls_weight, cls_avg_factor, cls_divisor, loc_avg_factor, loc_divisor, world_size},
+       Number(grad_scale_tensor, grad_scale).get(), compute_sums, sums, outputs, grad_logits, grad_deltas);
+}
+
+// detection_fill for one process, whose arguments come packed. Returns what check_matched_idxs does, and writes nothing
+// unless that is -1.
 // read: logits and deltas of the levels, anchors, matched_idxs, gt boxes, gt labels, tensors of divisors and
 // grad_scale. written: sums, the outputs, gradients of the logits and of the deltas.
 int64_t detection_checked_fill(TensorList read, TensorList written, std::vector<int64_t> integers,
@@ -390,21 +444,19 @@ int64_t detection_checked_fill(TensorList read, TensorList written, std::vector<
   TensorList logits = from.list(i[kLevels]), deltas = from.list(i[kLevels]);
   const Tensor &anchors = from.one(), &matched_idxs = from.one();
   TensorList gt_boxes = from.list(i[kTruths]), gt_labels = from.list(i[kTruths]);
-  if (i[kCheck]) {
-    const Tensor& first = logits[0];
-    const int64_t classes = first.dim() == 3 ? first.size(2) : first.size(1) / (deltas[0].size(1) / 4);
-    const int64_t position = check_matched_idxs(matched_idxs, gt_labels, classes);
-    if (position >= 0) return position;
-  }
   const OptionalTensor cls_avg = from.optional(i[kHasClsAvg]), loc_avg = from.optional(i[kHasLocAvg]);
   const OptionalTensor grad_scale_tensor = from.optional(i[kHasScale]);
   const Tensor& sums = to.one();
   TensorList outputs = to.list(4), grad_logits = to.list(i[kGradLogits]), grad_deltas = to.list(i[kGradDeltas]);
-  detection_fill(std::move(logits), std::move(deltas), anchors, matched_idxs, std::move(gt_boxes), std::move(gt_labels),
-                 {i.begin() + kLevelSizes, i.end()}, i[kScope], n[kEta], n[kAlpha], n[kGamma], n[kLambda], n[kBeta],
-                 i[kCoder], {n.begin() + kBoxWeights, n.begin() + kEps}, n[kEps], n[kWLoc], i[kNormalizeLoc] != 0,
-                 n[kClsWeight], cls_avg, n[kClsDivisor], loc_avg, n[kLocDivisor], 1.0, grad_scale_tensor, n[kGradScale],
-                 true, sums, std::move(outputs), std::move(grad_logits), std::move(grad_deltas), {});
+  const std::vector<int64_t> level_sizes = {i.begin() + kLevelSizes, i.end()};
+  DetectionLoss op(logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, i[kScope],
+                   {n[kEta], n[kAlpha], n[kGamma], n[kEps]},
+                   loc_parameters(n[kLambda], n[kWLoc], n[kBeta], n[kEps], i[kNormalizeLoc] != 0, i[kCoder],
+                                  {n.begin() + kBoxWeights, n.begin() + kEps}));
+  const int64_t position = op.collect();
+  if (i[kCheck] && position >= 0) return position;
+  fill(op, {n[kClsWeight], cls_avg, n[kClsDivisor], loc_avg, n[kLocDivisor], 1.0},
+       Number(grad_scale_tensor, n[kGradScale]).get(), true, sums, outputs, grad_logits, grad_deltas);
   return -1;
 }
 
@@ -428,10 +480,9 @@ void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Te
                    loc_parameters(lambda, w_loc, beta, eps, normalize_loc, coder, box_weights));
   op.collect();
   const Sums sums = sums_of(sums_tensor);
-  const LossFactor cls(cls_avg_factor, cls_divisor, cls_weight, sums, world_size);
-  const LossFactor loc(loc_avg_factor, loc_divisor, 1.0, sums, world_size);
-  if (redo_cls) op.classification(sums, grad_logits, cls, cls_scale);
-  if (redo_loc) op.localization(sums, grad_deltas, loc, loc_scale, !filled);
+  const Scaling scaling = {cls_weight, cls_avg_factor, cls_divisor, loc_avg_factor, loc_divisor, world_size};
+  if (redo_cls) op.classification(sums, grad_logits, scaling.cls(sums), cls_scale);
+  if (redo_loc) op.localization(sums, grad_deltas, scaling.loc(sums), loc_scale, !filled);
 }
 
 }  // namespace
