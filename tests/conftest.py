@@ -8,7 +8,11 @@ from pathlib import Path
 sys.path += [str(Path(__file__).parent / folder) for folder in ("simt", "triton", "integrations", "docs")]
 
 # Files are handed to the test processes whole: the longest first, or one process works on alone in the end.
-LONGEST = ("triton/test_mutants.py", "simt/test_mutants.py", "detection/test_full_size.py", "simt/test_sanitized.py")
+LONGEST = (
+    *("simt/test_sanitized.py", "triton/test_mutants.py", "simt/test_mutants.py", "triton/test_aot.py"),
+    *("detection/test_learning.py", "detection/test_full_size.py", "triton/test_interpreter.py"),
+    *("detection/test_processes.py", "simt/test_coverage.py", "experiments/test_commands.py"),
+)
 
 
 def pytest_collection_modifyitems(items):

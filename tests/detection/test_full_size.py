@@ -1,4 +1,4 @@
-"""The paper's rows, full size: built, and two steps with each loss at a reduced image size (SSD's is fixed)."""
+"""The paper's rows, full size: built, and steps with each loss at a reduced image size (SSD's is fixed)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
-def test_two_steps(name, data):
+def test_steps(name, data):
     """Losses and gradients are finite, positives are found, and the weights that are trained move."""
     configs = [job.config for job in JOBS[name]]
     for config in configs:
@@ -77,10 +77,10 @@ def test_two_steps(name, data):
     before = {k: p.detach().clone() for k, p in detector.named_parameters() if p.requires_grad}
     loader = TrainLoader(pair.training, transform_config(config), 1, seed=config.train.seed)
     batches = [batch for _, batch in zip(range(2), loader)]
-    for own in configs:
+    for own in configs:  # two steps with the first one, one with each of the others: SSD's take 10 seconds
         apply_loss(detector, own.loss, w_loc=2.0)
         stepper = Stepper(detector, own, Processes(), None, 1000)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(batches if own is config else batches[:1]):
             record, finite, stop = stepper.run(step, [batch], False)
             assert finite and not stop, record
             assert record["positives"] > 0 and 0 <= record["mean_iou"] <= 1

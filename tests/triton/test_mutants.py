@@ -24,4 +24,4 @@ def test_there_are_mutants_of_every_file() -> None:
         "detection.py",
         "boxes.py",
     }
-    assert {mutant[0] for mutant in mutants.MUTANTS} == files and len(mutants.MUTANTS) >= 50
+    assert {mutant.file for mutant in mutants.MUTANTS} == files and len(mutants.MUTANTS) >= 50

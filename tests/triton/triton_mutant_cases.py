@@ -1,6 +1,5 @@
-"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py` reads lines `FOLDER FILE`,
-runs the kernels in FOLDER until one fails, and prints "alive" or "dead"; FILE, the changed one, chooses which problem
-comes first."""
+"""A few problems that between them use every part of the kernels: `triton_mutant_cases.py` reads lines `FOLDER FIRST`,
+runs the kernels in FOLDER until one fails, and prints "alive" or "dead"; FIRST is the problem that comes first."""
 
 from __future__ import annotations
 
@@ -140,17 +139,10 @@ def matching() -> None:
         assert torch.equal(ik.match_fovea(gt, levels[0], backend="triton", **options), want), want
 
 
-FIRST = {
-    **dict.fromkeys(("matching.py", "matching_boxes.py", "matching_fovea.py"), matching),
-    "cross_entropy.py": softmax,
-    "smooth_l1.py": smooth_l1,
-    "focal.py": focal,
-    "rescale.py": focal,
-}
 ALL = (focal, smooth_l1, boxes, softmax, detection, matching)
 
 
-def main(folder: str, changed: str) -> None:
+def main(folder: str, first: str) -> None:
     spec = importlib.util.spec_from_file_location(
         "ioubal_kernels.triton_kernels", Path(folder, "__init__.py"), submodule_search_locations=[folder]
     )
@@ -160,22 +152,23 @@ def main(folder: str, changed: str) -> None:
     interpreter.install()
     torch.empty_like = guarded.empty_like
     workspace._tensor = guarded.workspace
-    first = FIRST.get(changed, detection if changed in ("detection_kernels.py", "focal_dense.py") else None)
-    for problem in sorted(ALL, key=lambda problem: problem is not first):
+    for problem in sorted(ALL, key=lambda problem: problem.__name__ != first):
         problem()
 
 
 def serve() -> None:
     """Each line in a fork: it need not import torch and Triton again, and a crash is a fault that was noticed."""
     for line in sys.stdin:
-        folder, _, file = line.rstrip("\n").partition("\t")
+        folder, _, first = line.rstrip("\n").partition("\t")
+        if first not in ("", *(problem.__name__ for problem in ALL)):
+            raise LookupError(f"no problem {first!r}")  # here: in the child it would look like a fault noticed
         child = os.fork()
         if child == 0:
             signal.alarm(TIMEOUT)
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             try:
-                main(folder, file)
+                main(folder, first)
             except BaseException:
                 os._exit(1)
             os._exit(0)

@@ -13,13 +13,15 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "triton_kernels"
 
-# A file, then pairs of lines: text, replacement.
+# A file and the problem of triton_mutant_cases.py that notices its mutants soonest, then pairs of lines: text,
+# replacement.
 LIST = """
-_math.py
+_math.py focal
     softplus = log1pe + tl.maximum(x, 0.0)
     softplus = log1pe + tl.maximum(x, 1e-4)
     q = e * 0.0145883197 - 0.0678512082
@@ -40,24 +42,30 @@ _math.py
     clamp(iou, 0.0, 0.9)
     d = weighted + eps
     d = weighted
+_math.py smooth_l1
     size - 0.5 * beta
     size - beta
     tl.where(inner, d / safe, sign)
     tl.where(inner, d, sign)
+_math.py boxes
     x - half_w, y - half_h, x + half_w, y + half_h
     x - half_w, y - half_h, x + half_w, y + half_w
     return x - left, y - top, x + right
     return x - left, y - top, x + left
+_math.py detection
     w2 * tl.log((b2 - b0) / width)
     w2 * tl.log((b2 - b0) / height)
     weight * tl.log(clamp((reach + 0.5 * size)
     weight * tl.log(clamp((reach + size)
     united = area_a + area_b - inter
     united = area_a + area_b
+_math.py boxes
     (low + high) * size / w0
     (low - high) * size / w0
+_math.py detection
     return (b2 - b0 <= 0.0) | (b3 - b1 <= 0.0)
     return (b2 - b0 < 0.0) | (b3 - b1 < 0.0)
+_math.py matching
     rounded_product(b2 - b0, b3 - b1)
     rounded_product(b2 - b0, b3 - b0)
     union = box_area + anchor_area - overlap
@@ -80,10 +88,10 @@ _math.py
     first = tl.ceil(low + rounded_product(to, half) - 0.5)
     return area <= current_area
     return area < current_area
-_launch.py
+_launch.py focal
     while value % width:
     while False:
-coefficients.py
+coefficients.py focal
     first, step, count = scope * images, 1, images
     first, step, count = scope, 1, images
     first, step, count = scope, images, levels
@@ -96,10 +104,10 @@ coefficients.py
     first, count = pick(tile0, level) + (s - images)
     return tl.load(tensor + image, mask=mask
     return tl.load(tensor + 0 * image, mask=mask
-positives.py
+positives.py focal
     order = tl.cumsum(positive.to(tl.int32), 0) - 1
     order = tl.cumsum(positive.to(tl.int32), 0)
-detection_kernels.py
+detection_kernels.py detection
     tl.where(value == -2, IGNORED, PLAIN)
     tl.where(value == -3, IGNORED, PLAIN)
     tl.where(planes != 0, a * locations + cell, row)
@@ -122,7 +130,7 @@ detection_kernels.py
     tl.join(tl.join(g0, g1), tl.join(g2, g3))
     boxes = pointer(gt.boxes[0], BOX_T) + 4 * tl.cast(image
     boxes = pointer(gt.boxes[0], BOX_T) + 3 * tl.cast(image
-focal_dense.py
+focal_dense.py detection
     left = tl.minimum(size - first, BLOCK * LOOP)
     left = size * 0 + BLOCK * LOOP
     off = (seen[:, None] == column) | (seen == IGNORED)[:, None]
@@ -143,12 +151,12 @@ focal_dense.py
     slope *= 1.0
     if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
     if True:
-focal.py
+focal.py focal
     mask = mask & (tl.load(scope_ids + at, mask=mask, other=-1).to(tl.int64) == slot)
     mask = mask & (slot == 0)
     loss_sum += tl.where(mask, positive_factor * own, 0.0)
     loss_sum += tl.where(mask, own, 0.0)
-cross_entropy.py
+cross_entropy.py softmax
     certain = others <= own
     certain = own > 0.5
     positive = counted & (label != background)
@@ -157,17 +165,17 @@ cross_entropy.py
     value = tl.where(hit, -own[:, None]
     mask = inside[:, None] & (k < K // VECTOR * VECTOR)[None, :]
     mask = inside[:, None] & (k <= K)[None, :]
-smooth_l1.py
+smooth_l1.py smooth_l1
     factor *= w_loc * tl.load(grad_rows
     factor *= tl.load(grad_rows
     overlap = tl.load(iou + row
     overlap = 0.9 * tl.load(iou + row
-matching_boxes.py
+matching_boxes.py matching
     valid = inside & (is_padding(b0, b1, b2, b3) == 0)
     valid = inside
     != NO_LABEL)
     != 7)
-matching.py
+matching.py matching
     tl.store(pointer(sc.index, tl.int32) + start + order, at
     tl.store(pointer(sc.index, tl.int32) + start + order, order
     regular = is_regular_anchor(a0, a1, a2, a3) | (inside == 0)
@@ -200,7 +208,7 @@ matching.py
     restored |= (iou >= 0.5 * iou_of(largest, KEPT)).to(tl.int32)
     tl.load(box_index, mask=count > 0, other=UNMATCHED)
     tl.zeros((), tl.int32)
-matching_fovea.py
+matching_fovea.py matching
     (top <= last_row)
     (top < last_row)
     (bottom >= first_row)
@@ -209,22 +217,28 @@ matching_fovea.py
     (column < right_)
     pick(lv.first, level) + cell
     cell
-rescale.py
+rescale.py focal
     value = tl.load(at, mask=mask).to(tl.float32) * factor
     value = tl.load(at, mask=mask).to(tl.float32) / factor
 """
 
 
-def parse(text: str) -> tuple[tuple[str, str, str], ...]:
-    """(file, text, replacement) of each mutant."""
-    found, file, pending = [], "", None
+class Mutant(NamedTuple):
+    file: str
+    first: str  # the problem that it meets first
+    text: str
+    replacement: str
+
+
+def parse(text: str) -> tuple[Mutant, ...]:
+    found, file, first, pending = [], "", "", None
     for line in text.strip().splitlines():
         if not line.startswith(" "):
-            file = line
+            file, first = line.split()
         elif pending is None:
             pending = line.strip()
         else:
-            found.append((file, pending, line.strip()))
+            found.append(Mutant(file, first, pending, line.strip()))
             pending = None
     return tuple(found)
 
@@ -232,25 +246,24 @@ def parse(text: str) -> tuple[tuple[str, str, str], ...]:
 MUTANTS = parse(LIST)
 
 
-def changed(folder: Path, mutant: tuple[str, str, str]) -> Path:
+def changed(folder: Path, mutant: Mutant) -> Path:
     """A copy of the kernels with the mutant in it."""
-    file, text, replacement = mutant
     copy = folder / "triton_kernels"
     shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (copy / file).read_text(encoding="utf-8")
-    if text not in source:
-        raise LookupError(f"{file} no longer contains {text!r}")
-    (copy / file).write_text(source.replace(text, replacement, 1), encoding="utf-8")
+    source = (copy / mutant.file).read_text(encoding="utf-8")
+    if mutant.text not in source:
+        raise LookupError(f"{mutant.file} no longer contains {mutant.text!r}")
+    (copy / mutant.file).write_text(source.replace(mutant.text, mutant.replacement, 1), encoding="utf-8")
     return copy
 
 
-def _alive(mutants: Sequence[tuple[str, str, str] | None]) -> list[bool]:
+def _alive(mutants: Sequence[Mutant | None]) -> list[bool]:
     """Whether the problems of triton_mutant_cases.py pass with each mutant; None: with the kernels as they are."""
     with tempfile.TemporaryDirectory() as folder:
         lines = []
         for number, mutant in enumerate(mutants):
             copy = KERNELS if mutant is None else changed(Path(folder, str(number)), mutant)
-            lines.append(f"{copy}\t{'' if mutant is None else mutant[0]}\n")
+            lines.append(f"{copy}\t{'' if mutant is None else mutant.first}\n")
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "IOUBAL_CHECK": "0"}
         command = [sys.executable, "-W", "ignore", str(HERE / "triton_mutant_cases.py")]
         done = subprocess.run(command, input="".join(lines), stdout=subprocess.PIPE, text=True, env=environment)
@@ -260,12 +273,12 @@ def _alive(mutants: Sequence[tuple[str, str, str] | None]) -> list[bool]:
     return [answer == "alive" for answer in answers]
 
 
-def survives(mutant: tuple[str, str, str] | None) -> bool:
+def survives(mutant: Mutant | None) -> bool:
     """Whether nothing notices the mutant."""
     return _alive([mutant])[0]
 
 
-def survivors(mutants: tuple[tuple[str, str, str], ...] = MUTANTS, jobs: int = 1) -> list[tuple[str, str, str]]:
+def survivors(mutants: tuple[Mutant, ...] = MUTANTS, jobs: int = 1) -> list[Mutant]:
     shares = [mutants[job::jobs] for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(_alive, shares))
