@@ -67,8 +67,8 @@ class CompileOnly:
 
 
 def figures(cubin: bytes, ptx: str) -> dict[str, int]:
-    """Registers, the stack, which holds what is spilled, 16-byte accesses, float atomics, which there must be none of,
-    and operations that may be rounded otherwise than written.
+    """Registers, stack and local memory, which hold what is spilled, 16-byte accesses, float atomics, which there must
+    be none of, and operations that may be rounded otherwise than written.
 
     Accesses are counted in PTX: ptxas neither joins nor splits them, and to disassemble takes as long as to compile.
     """
@@ -77,11 +77,12 @@ def figures(cubin: bytes, ptx: str) -> dict[str, int]:
         file.write_bytes(cubin)
         command = [TOOLS / "cuobjdump", "-res-usage", file]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+)", usage).groups()
     wide = collections.Counter(WIDE.findall(ptx))
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "local": int(local),
         "wide_loads": wide["ld"],
         "wide_stores": wide["st"],
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.f(?:16|32|64)", ptx)),
@@ -197,7 +198,7 @@ def breaches(found: dict[str, dict[str, int]], budget: dict[str, list[int]]) -> 
     """What is wrong, one line each. The budget holds [registers, wide loads, wide stores] per kernel."""
     wrong = []
     for name, got in found.items():
-        for figure in ("stack", "float_atomics"):
+        for figure in ("stack", "local", "float_atomics"):
             if got[figure]:
                 wrong.append(f"{name}: {figure} {got[figure]}")
         if got["inexact"] and name.split(": ")[1].startswith(EXACT_KERNELS):

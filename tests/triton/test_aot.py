@@ -83,11 +83,12 @@ def test_the_passes_over_the_logits_read_and_write_16_bytes() -> None:
 def test_the_gate_finds_what_it_should() -> None:
     code = """
 import aot
-good = {"registers": 40, "stack": 0, "wide_loads": 4, "wide_stores": 2, "float_atomics": 0, "inexact": 7}
+good = {"registers": 40, "stack": 0, "local": 0, "wide_loads": 4, "wide_stores": 2, "float_atomics": 0,
+        "inexact": 7}
 budget = {"k: k #1": [40, 4, 2], "k: match_kernel #1": [40, 4, 2]}
 assert aot.breaches({"k: k #1": good}, budget) == []
 assert len(aot.breaches({"k: match_kernel #1": good}, budget)) == 1
-for name, value in (("registers", 41), ("stack", 8), ("wide_loads", 3), ("wide_stores", 0)):
+for name, value in (("registers", 41), ("stack", 8), ("local", 1), ("wide_loads", 3), ("wide_stores", 0)):
     assert len(aot.breaches({"k: k #1": {**good, name: value}}, budget)) == 1, name
 assert len(aot.breaches({"new: k #1": good}, budget)) == 1
 for code in ("fma.rn.f32 %r1", "mul.f32 %r1", "add.ftz.f32 %r1", "div.full.f32 %r1", "sub.f64 %rd1", "max.ftz.f32 %r1"):
