@@ -405,11 +405,6 @@ def parity_cases() -> list[Case]:
     return cases
 
 
-def table_cases() -> list[Case]:
-    """Those of 16-bit logits that the CUDA kernels can look up."""
-    return [case for case in parity_cases() if case.op in ("focal", "detection") and "float16" in case.name]
-
-
 def pairwise(cases: Iterable[Case]) -> list[Case]:
     """Cases in which every two options occur together that do so in all cases, the most telling first; an option is a
     word of a case's name. For a backend that compiles a kernel for each combination."""

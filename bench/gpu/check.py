@@ -16,10 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 
 from ioubal_kernels import backends
-from ioubal_kernels.ops import library
 
 from .. import machine, timing
 from . import behaviour as gpu_behaviour
@@ -29,7 +27,6 @@ from . import edges as gpu_edges
 from . import large as gpu_large
 from . import opcheck as gpu_opcheck
 from . import training as gpu_training
-from . import tune
 from .sections import FAILED, NOT_RUN, PARTLY, PASSED, NotRun, Plan, Section, Tally, run_all, run_section
 
 PROGRAM = "gpu-check"
@@ -68,25 +65,6 @@ def parity(tally: Tally, part: int = 0, parts: int = 1) -> None:
         tally.facts["passed_by_op"] = done
 
 
-def tables(tally: Tally) -> None:
-    """16-bit logits looked up instead of computed, which is no default: parity, and the same bits again and again."""
-    if reason := library.load_error("cuda"):
-        raise NotRun(reason)
-    plan = tally.plan
-    checks = [
-        (case.name, functools.partial(gpu_cases.check, case, plan.backend, plan.device))
-        for case in gpu_cases.table_cases()[:: plan.few(1, DRY_SHARE)]
-    ]
-    for dtype in (torch.bfloat16, torch.float16):
-        steps = gpu_behaviour.losses(plan, dtype, large=not plan.small)
-        checks += [
-            (f"{name}, {dtype}", functools.partial(gpu_behaviour.repeat, step, plan.few(100, 3), name))
-            for name, step in steps.items()
-        ]
-    with tune.chosen({"table": 0}):
-        tally.each(checks)
-
-
 # The most telling ones first: what the time does not suffice for is at the end.
 SECTIONS = [
     Section("device", device_facts, 60.0),
@@ -102,7 +80,6 @@ SECTIONS = [
     Section("launches", gpu_behaviour.launches, 90.0),
     Section("large", gpu_large.large, 120.0),
     Section("torch.compile", gpu_behaviour.compiled, 120.0),
-    Section("tables", tables, 120.0),
     Section("training", gpu_training.training, 120.0),
     Section("opcheck", gpu_opcheck.opcheck, 150.0),
 ]
@@ -112,7 +89,7 @@ def sections_of(backend: str) -> list[Section]:
     if backend != "triton":
         return SECTIONS
     found = []
-    for section in (section for section in SECTIONS if section.run is not tables):
+    for section in SECTIONS:
         if section.run is parity:
             for part in range(TRITON_PARTS):
                 run = functools.partial(parity, part=part, parts=TRITON_PARTS)

@@ -25,13 +25,11 @@ from typing import Any
 import torch
 
 from ioubal_kernels import testing
-from ioubal_kernels.ops import library
 
 from .. import machine, timing
 from . import cases as gpu_cases
 from . import device as gpu_device
 from . import edges as gpu_edges
-from . import tune
 from .sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan
 
 PROGRAM = "gpu-sanitize"
@@ -57,13 +55,9 @@ def run_cases(count: int, device: str) -> int:
     for b, layout in product(gpu_edges.BAD, testing.LAYOUTS):
         bad.append((f"unchecked match {b}, {layout}", partial(gpu_edges.bad_matches, plan, b, layout)))
     bad = bad[: count // 2]
-    tables = []
-    if library.load_error("cuda") is None:
-        found = [case for case in gpu_cases.pairwise(gpu_cases.table_cases()) if gpu_cases.is_small(case)][: count // 8]
-        tables = [(f"{case.name}, table", partial(by_table, case, device)) for case in found]
-    small = gpu_cases.small_cases(count - len(bad) - len(tables))
+    small = gpu_cases.small_cases(count - len(bad))
     cases = [(case.name, partial(read, case, device)) for case in small]
-    for i, (name, call) in enumerate(cases + tables + bad):
+    for i, (name, call) in enumerate(cases + bad):
         call()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -74,11 +68,6 @@ def run_cases(count: int, device: str) -> int:
 def read(case: gpu_cases.Case, device: str) -> None:
     for figure in case.evaluate(device, device, False):
         figure.value.cpu()
-
-
-def by_table(case: gpu_cases.Case, device: str) -> None:
-    with tune.chosen({"table": 0}):
-        read(case, device)
 
 
 def find_sanitizer() -> str | None:

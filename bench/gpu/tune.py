@@ -32,28 +32,8 @@ CASES = tuple(f"retinanet/b16/{layout}/{dtype}" for dtype in ("bfloat16", "float
 Plan = dict[str, int]
 
 
-def plans(layout: str, dtype: str, multiprocessors: int) -> Iterator[Plan]:
-    """What is tried: the rule first."""
-    yield {}
-    lengths = (1, 2, 4, 8)
-    tables: tuple[Plan, ...] = ({}, {"table": 0}) if dtype != "float32" else ({},)
-    # As many tiles side by side as run at the same time, about: four blocks of 256 threads, or the table's warps.
-    blocks_apart, warps_apart = (min(count * multiprocessors, 4096) for count in (4, 20))
-    for table in tables:
-        if table:
-            yield table
-        for iterations in lengths:
-            yield {**table, "iterations": iterations}
-        if layout == "nchw":
-            continue
-        for iterations in (4, 8):
-            yield {**table, "iterations": iterations, "apart": warps_apart if table else blocks_apart}
-    # Blocks that stay: what they do at their start and end is done once.
-    for iterations in lengths:
-        yield {"iterations": iterations, "blocks": 4}
-    if layout != "nchw":
-        for iterations in (4, 8):
-            yield {"iterations": iterations, "blocks": 4, "apart": blocks_apart}
+# What is tried: the rule first.
+PLANS: tuple[Plan, ...] = ({}, *({"iterations": groups} for groups in (1, 2, 3, 4, 6, 8)))
 
 
 @contextmanager
@@ -70,12 +50,12 @@ def label(plan: Plan) -> str:
     return ", ".join(f"{name} {value}" for name, value in plan.items()) or "by rule"
 
 
-def try_plans(problem: Problem, bench: Bench, case: Case, wanted: list[Plan]) -> list[Row]:
+def try_plans(problem: Problem, bench: Bench, case: Case) -> list[Row]:
     """A row each; a plan that is wrong or fails has one without figures."""
     ours = problem.contenders[0]
     rows: list[Row] = []
     timed: dict[Any, TimedPath] = {}
-    for plan in wanted:
+    for plan in PLANS:
         contender = replace(ours, path=label(plan), phases=(BOTH,), facts={**ours.facts, "plan": plan})
         head = {"name": case.name, **problem.facts, "path": contender.path, **contender.facts}
         try:
@@ -109,21 +89,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return 2
     cases = {case.name: case for case in all_cases(device)}
-    if unknown := [name for name in options.only if name not in cases or case_parts(name) is None]:
+    if unknown := [name for name in options.only if name not in cases or not name.startswith("retinanet/")]:
         parser.error(f"--only: no case of the fused loss: {', '.join(unknown)}; `ioubal bench list` shows them")
     if options.rounds < 1 or options.budget <= 0:
         parser.error("--rounds and --budget must be positive")
     began = time.monotonic()
     facts = gpu_device.facts(device)
     path = options.output or timing.RESULTS / f"gpu_tune-{machine.slug(facts['device'])}.json"
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 2
     bench = Bench(device, (device,), options.dry_run, options.rounds, peers=False)
     report = {"report": "gpu_tune", **facts, "not_run": list(options.only), "rows": []}
     for name in options.only:
         if time.monotonic() - began > options.budget:
             break
-        layout, dtype = case_parts(name) or ("", "")
-        rows = try_plans(cases[name].build(bench), bench, cases[name], list(plans(layout, dtype, multiprocessors)))
+        rows = try_plans(cases[name].build(bench), bench, cases[name])
         print(f"  {name}")
         show(rows)
         report["rows"] += rows
@@ -136,12 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not run, out of time (--budget {options.budget:g}): {', '.join(report['not_run'])}")
     bad = [row for row in report["rows"] if row["result"] in (measure.WRONG, measure.FAILED)]
     return 1 if bad else 0
-
-
-def case_parts(name: str) -> tuple[str, str] | None:
-    """Layout and dtype of a case of the fused loss."""
-    kind, *rest = name.split("/")
-    return (rest[-2], rest[-1]) if kind == "retinanet" and len(rest) >= 3 else None
 
 
 if __name__ == "__main__":

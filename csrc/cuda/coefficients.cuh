@@ -152,7 +152,8 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
   if (tb.mean_iou) *tb.mean_iou = count > 0 ? static_cast<float>(sums.shared(Sums::kIou) / count) : 0.f;
 }
 
-// Ends a pass that left a loss per tile: the block that finishes last adds them up, in their order.
+// Ends a pass that left a loss per tile: the block that finishes last adds them up, in their order; or, where there
+// are so many blocks that their tickets take time, a launch of one block after them.
 struct LossSum {
   const float* partial;
   u32 tiles;
@@ -161,6 +162,14 @@ struct LossSum {
   float* loss;  // nullptr: not wanted
 };
 
+template <u32 kBlock>
+IOUBAL_DEVICE void add_losses(const LossSum& tb, double* scratch) {
+  const auto load = [&](u32 tile) { return load_shared_by_blocks(tb.partial + tile); };
+  const double sum = block_sum<kBlock>(strided_sum<double>(threadIdx.x, tb.tiles, kBlock, load), scratch);
+  if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
+}
+
+// At the end of every block of such a pass.
 template <u32 kBlock = kThreads>
 IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   __shared__ double scratch[kBlock / kWarp];
@@ -171,9 +180,7 @@ IOUBAL_DEVICE void finish_loss(const LossSum& tb) {
   __syncthreads();
   if (!last) return;
   __threadfence();
-  const auto load = [&](u32 tile) { return load_shared_by_blocks(tb.partial + tile); };
-  const double sum = block_sum<kBlock>(strided_sum<double>(threadIdx.x, tb.tiles, kBlock, load), scratch);
-  if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
+  add_losses<kBlock>(tb, scratch);
 }
 
 }  // namespace ioubal::cuda

@@ -80,6 +80,11 @@ class Detection {
     labels_.classes = classes_;
     labels_.truth = ground_truth(a_.gt_boxes, a_.gt_labels);
     anchors_ = {float_ref(a_.anchors), a_.anchors.dim() == 3, a_.anchors_per_image()};
+    plan_logits(words);
+    const StripMemory strips(memory_, dense_);
+    positives_.ignored = strips.ignored;
+    positives_.clear = strips.clear;
+    positives_.clear_words = strips.clear_words;
   }
 
   void find_positives() {
@@ -119,9 +124,10 @@ class Detection {
     return tb;
   }
 
-  void find_coefficients(const CoefficientsTable& tb) {
-    same_scale_ = !tb.cls_divisor.per_image;
-    launch_coefficients(device_, tb);
+  // found: find_positives has just been called.
+  void find_coefficients(const CoefficientsTable& tb, bool found) {
+    if (!found || levels_.empty()) return launch_coefficients(device_, tb);
+    launch_coefficients_and_strips(device_, tb, dense_);
   }
 
   // The pass over logits and deltas. Empty lists: no gradient. loss: where the classification loss goes, or nullptr.
@@ -130,15 +136,7 @@ class Detection {
     FillTable tb{};
     tb.anchors = anchors_;
     tb.loc = a_.loc;
-    tb.dense.labels = labels_;
-    tb.dense.scope = a_.scope_of();
-    tb.dense.coefficients = coefficients_->refs();
-    tb.dense.anchors_per_image = a_.anchors_per_image();
-    tb.dense.classes = FastDiv::make(static_cast<u32>(std::max<int64_t>(classes_, 1)));
-    tb.dense.special = positives_.special;
-    tb.dense.weight = weight_;
-    tb.dense.row_weight = float_ref(OptionalTensor());
-    tb.dense.gamma = static_cast<float>(a_.focal.gamma);
+    tb.dense = dense_;
     tb.dense.scale = cls_scale;
     tb.dense.expected = expected;
     tb.dense.skip_expected = may_skip;
@@ -146,37 +144,20 @@ class Detection {
     tb.deltas.scale = loc_scale;
     tb.deltas.expected = expected;
     tb.deltas.skip_expected = may_skip;
-
-    const bool want_logits = loss != nullptr || !grad_logits.empty();
-    const Dtype type = a_.logits.empty() ? Dtype::kFloat32 : dtype_of(a_.logits[0]);
-    const Output output = grad_logits.empty() ? kNone : kGradient;
-    FillVariant variant = {type, a_.focal.gamma, output, DenseLayout::kRows, may_skip, same_scale_, false, 0};
-    LossSum finish = {nullptr, 0, coefficients_->ticket, coefficients_->positives_loss, loss};
-    bool any_planes = false, any_rows = false;
-    for (const LevelSource& source : levels_) (source.level.planes ? any_planes : any_rows) = true;
-    // Planes and rows are separate launches; a head has one or the other.
-    for (const bool planes : {false, true}) {
-      const bool wanted = want_logits && (planes ? any_planes : any_rows);
-      tb.dense.levels = 0;
-      tb.dense.tiles = 0;
-      if (wanted) {
-        add_dense_levels(tb.dense, planes, grad_logits);
-        const u32 images = static_cast<u32>(a_.images());
-        planes ? plan_planes(device_, tb.dense, variant, images) : plan_rows(device_, tb.dense, variant, images);
-        if (loss) {
-          tb.dense.partial = memory_.take<float>(tb.dense.tiles);
-          if (!finish.partial) finish.partial = tb.dense.partial;
-          finish.tiles = static_cast<u32>(tb.dense.partial - finish.partial) + tb.dense.tiles;
-        }
-      }
-      const bool last = planes || !(want_logits && any_planes);
-      tb.finish = finish;
-      if (!last) tb.finish.loss = nullptr;
-      if (wanted || (last && tb.deltas.tiles > 0)) {
-        launch_focal_fill(device_, tb, variant);
-        tb.deltas.tiles = 0;  // once
-      }
-      if (last) break;
+    for (int l = 0; l < tb.dense.levels && !grad_logits.empty(); ++l) {
+      const Tensor& grad = grad_logits[levels_[l].tensor];
+      DenseLevel& level = tb.dense.level[l];
+      level.out = data_of<char>(grad) + levels_[l].first_row * classes_ * grad.element_size();
+      level.narrow = reinterpret_cast<uintptr_t>(level.x) % 16 != reinterpret_cast<uintptr_t>(level.out) % 16;
+    }
+    if (loss == nullptr && grad_logits.empty()) tb.dense.tiles = tb.dense.positive_tiles = 0;
+    if (tb.dense.all_tiles() + tb.deltas.tiles == 0) return;
+    if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
+    launch_focal_fill(device_, tb,
+                      {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, may_skip});
+    if (loss) {
+      launch_loss_sum(device_,
+                      {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss});
     }
   }
 
@@ -217,12 +198,6 @@ class Detection {
       first_anchor += static_cast<int64_t>(level.anchors) * level.locations;
       levels_.push_back({i, 0, level});
     }
-    // A map of one location is rows and planes alike: as the others are, so that one launch serves all.
-    bool any_planes = false;
-    for (const LevelSource& source : levels_) any_planes |= source.level.planes && source.level.locations > 1;
-    for (LevelSource& source : levels_) {
-      if (a_.logits[source.tensor].dim() == 4 && source.level.locations == 1) source.level.planes = any_planes;
-    }
     levels_.erase(
         std::remove_if(levels_.begin(), levels_.end(), [](const LevelSource& s) { return s.level.positions() == 0; }),
         levels_.end());
@@ -231,27 +206,34 @@ class Detection {
                     levels_.size());
   }
 
-  void add_dense_levels(DenseTable& tb, bool planes, const TensorList& grads) const {
-    for (size_t l = 0; l < levels_.size(); ++l) {
-      const LevelSource& source = levels_[l];
+  // The pass over the logits, but for its output.
+  void plan_logits(u32 words) {
+    dense_.labels = labels_;
+    dense_.scope = a_.scope_of();
+    dense_.coefficients = coefficients_->refs();
+    dense_.anchors_per_image = a_.anchors_per_image();
+    dense_.classes = FastDiv::make(static_cast<u32>(std::max<int64_t>(classes_, 1)));
+    dense_.special = positives_.special;
+    dense_.words = words;
+    dense_.weight = weight_;
+    dense_.row_weight = float_ref(OptionalTensor());
+    dense_.gamma = static_cast<float>(a_.focal.gamma);
+    dense_.levels = positives_.levels;
+    for (int l = 0; l < dense_.levels; ++l) {
       const Level& level = positives_.level[l];
-      if (level.planes != planes) continue;
-      DenseLevel& out = tb.level[tb.levels];
-      out = {};
-      out.x = level.logits;
-      if (!grads.empty()) {
-        out.out = data_of<char>(grads[source.tensor]) + source.first_row * classes_ * grads[0].element_size();
-      }
-      out.image_stride = level.image_stride;
-      out.rows = level.positions();
-      out.locations = level.locations;
-      out.anchors = level.anchors;
-      out.first_anchor = level.first_anchor;
-      out.word0 = level.word0;
-      out.words = level.words;
-      out.scope_level = static_cast<u32>(l);
-      ++tb.levels;
+      DenseLevel& dense = dense_.level[l];
+      dense.x = level.logits;
+      dense.image_stride = level.image_stride;
+      dense.size = count32(static_cast<int64_t>(level.locations) * level.anchors * classes_, "an image's logits");
+      dense.locations = level.locations;
+      dense.anchors = level.planes ? level.anchors : 1;
+      dense.first_anchor = level.first_anchor;
+      dense.word0 = level.word0;
+      dense.words = level.words;
+      dense.scope_level = static_cast<u32>(l);
+      dense.planes = level.planes;
     }
+    plan_dense(dense_, levels_.empty() ? Dtype::kFloat32 : dtype_of(a_.logits[0]), static_cast<u32>(a_.images()));
   }
 
   void plan_deltas(LocTable& tb, const TensorList& grads) const {
@@ -298,7 +280,7 @@ class Detection {
   float *weight_ = nullptr, *loc_weight_ = nullptr;
   Labels labels_{};
   AnchorRef anchors_{};
-  bool same_scale_ = false;
+  DenseTable dense_{};
 };
 
 FocalNumbers focal_numbers(double eta, double alpha, double gamma) { return {eta, alpha, gamma}; }
@@ -315,7 +297,7 @@ void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor
                 focal_numbers(eta, alpha, gamma), loc_numbers(lambda, beta, coder, box_weights)},
                workspace);
   op.find_positives();
-  op.find_coefficients(op.coefficients(sums, true));
+  op.find_coefficients(op.coefficients(sums, true), true);
 }
 
 // compute_sums false: `workspace` is as detection_sums left it, and `sums` holds those of all ranks.
@@ -342,7 +324,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   tb.loc_loss = data_of<float>(outputs[1]);
   tb.count = data_of<int64_t>(outputs[2]);
   tb.mean_iou = data_of<float>(outputs[3]);
-  op.find_coefficients(tb);
+  op.find_coefficients(tb, compute_sums);
   const NumberRef expected = number_ref(grad_scale_tensor, grad_scale);
   op.fill(grad_logits, grad_deltas, expected, expected, expected, false, tb.cls_loss);
 }

@@ -63,7 +63,7 @@ struct DetectionProblem {
   }
 };
 
-__global__ void __launch_bounds__(kPositiveThreads, 12)
+__global__ void __launch_bounds__(kPositiveThreads, 6)
     detection_positives_kernel(const IOUBAL_GRID_CONSTANT PositivesTable tb,
                                const IOUBAL_GRID_CONSTANT DetectionProblem problem) {
   positives_tile(tb, problem, blockIdx.x);

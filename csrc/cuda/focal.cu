@@ -47,55 +47,73 @@ class FlatFocal {
     coefficients_->table.focal = focal;
     tb_.special = memory_.take<u32>(words_);
     problem_.weight = memory_.take<float>(rows);
+    plan();
+    const StripMemory strips(memory_, dense_);
+    tb_.ignored = strips.ignored;
+    tb_.clear = strips.clear;
+    tb_.clear_words = strips.clear_words;
   }
 
   FlatCoefficients& coefficients() { return *coefficients_; }
 
   void find_coefficients() {
-    if (compute_sums_) device_.launch<kPositiveThreads>(focal_positives_kernel, tb_.tiles, tb_, problem_);
-    coefficients_->launch(device_);
+    if (!compute_sums_ || tb_.tiles == 0) return coefficients_->launch(device_);
+    device_.launch<kPositiveThreads>(focal_positives_kernel, tb_.tiles, tb_, problem_);
+    launch_coefficients_and_strips(device_, coefficients_->table, dense_);
   }
 
   void fill(const Tensor* out, Output output, const NumberRef& scale, const NumberRef& expected, bool may_skip,
             float* loss) {
     FillTable tb{};
-    tb.dense.labels.values = problem_.values;
-    tb.dense.labels.direct = true;
-    tb.dense.labels.classes = problem_.classes;
-    tb.dense.scope = problem_.scope;
-    tb.dense.coefficients = coefficients_->memory.refs();
-    tb.dense.anchors_per_image = logits_.size(0);
-    tb.dense.classes = FastDiv::make(static_cast<u32>(std::max<int64_t>(problem_.classes, 1)));
-    tb.dense.special = tb_.special;
-    tb.dense.weight = problem_.weight;
-    tb.dense.row_weight = problem_.row_weight;
-    tb.dense.gamma = static_cast<float>(focal_.gamma);
+    tb.dense = dense_;
     tb.dense.scale = scale;
     tb.dense.expected = expected;
     tb.dense.skip_expected = may_skip;
-    tb.dense.levels = tb_.levels;
+    for (int l = 0; out && l < tb.dense.levels; ++l) {
+      DenseLevel& level = tb.dense.level[l];
+      level.out = data_of<char>(*out) + (static_cast<const char*>(level.x) - first_logit());
+      level.narrow = reinterpret_cast<uintptr_t>(level.x) % 16 != reinterpret_cast<uintptr_t>(level.out) % 16;
+    }
+    if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
+    launch_focal_fill(device_, tb, {dtype_of(logits_), focal_.gamma, output, may_skip});
+    if (loss) {
+      launch_loss_sum(device_, {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->memory.positives_loss,
+                                loss});
+    }
+  }
+
+ private:
+  const char* first_logit() const { return static_cast<const char*>(logits_.const_data_ptr()); }
+
+  // Of the dense pass, but for the output.
+  void plan() {
+    dense_.labels.values = problem_.values;
+    dense_.labels.direct = true;
+    dense_.labels.classes = problem_.classes;
+    dense_.scope = problem_.scope;
+    dense_.coefficients = coefficients_->memory.refs();
+    dense_.anchors_per_image = logits_.size(0);
+    dense_.classes = FastDiv::make(static_cast<u32>(std::max<int64_t>(problem_.classes, 1)));
+    dense_.special = tb_.special;
+    dense_.words = words_;
+    dense_.weight = problem_.weight;
+    dense_.row_weight = problem_.row_weight;
+    dense_.gamma = static_cast<float>(focal_.gamma);
+    dense_.levels = tb_.levels;
     for (int l = 0; l < tb_.levels; ++l) {
       const Level& level = tb_.level[l];
-      DenseLevel& dense = tb.dense.level[l];
-      const int64_t first = level.first_anchor * problem_.classes * static_cast<int64_t>(logits_.element_size());
-      dense.x = static_cast<const char*>(logits_.const_data_ptr()) + first;
-      if (out) dense.out = data_of<char>(*out) + first;
-      dense.rows = level.locations;
+      DenseLevel& dense = dense_.level[l];
+      dense.x = first_logit() + level.first_anchor * problem_.classes * static_cast<int64_t>(logits_.element_size());
+      dense.size = count32(level.locations * problem_.classes, "a run's logits");
+      dense.locations = level.locations;
+      dense.anchors = 1;
       dense.first_anchor = level.first_anchor;
       dense.word0 = level.word0;
       dense.words = level.words;
     }
-    FillVariant variant = {dtype_of(logits_), focal_.gamma, output, DenseLayout::kRows, may_skip, true, false, 0};
-    plan_rows(device_, tb.dense, variant, 1);
-    if (loss) {
-      tb.dense.partial = memory_.take<float>(tb.dense.tiles);
-      tb.finish = {tb.dense.partial, tb.dense.tiles, coefficients_->memory.ticket, coefficients_->memory.positives_loss,
-                   loss};
-    }
-    launch_focal_fill(device_, tb, variant);
+    plan_dense(dense_, dtype_of(logits_), 1);
   }
 
- private:
   const Tensor& logits_;
   OnDevice device_;
   Workspace memory_;
@@ -103,6 +121,7 @@ class FlatFocal {
   bool compute_sums_;
   PositivesTable tb_{};
   FlatFocalProblem problem_{};
+  DenseTable dense_{};
   std::optional<FlatCoefficients> coefficients_;
   u32 words_ = 0;
 };

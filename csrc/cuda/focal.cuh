@@ -35,7 +35,7 @@ struct FlatFocalProblem {
   }
 };
 
-__global__ void __launch_bounds__(kPositiveThreads, 10)
+__global__ void __launch_bounds__(kPositiveThreads, 6)
     focal_positives_kernel(const IOUBAL_GRID_CONSTANT PositivesTable tb,
                            const IOUBAL_GRID_CONSTANT FlatFocalProblem problem) {
   positives_tile(tb, problem, blockIdx.x);

@@ -40,7 +40,6 @@ struct FillTable {
   LocTable deltas;
   DenseTable dense;
   FastDiv turn;  // one tile of the deltas in so many tiles: writing zeros waits for memory, logits for arithmetic
-  LossSum finish;
 
   // Which of all tiles are the deltas'; for the others, which of the logits' it is.
   IOUBAL_DEVICE bool is_deltas(u32 tile, u32& number) const {
@@ -122,28 +121,25 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile, u32 thread) {
   }
 }
 
-// The dense pass over the logits and, in the first tiles, the deltas' gradient. The flat focal loss has no deltas.
-template <class T, int kGamma, Output kOutput, DenseLayout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1                    ? 2
-                                            : kGamma == 1 && sizeof(T) == 2 ? 3
-                                                                            : 4)
+// The dense pass over the logits and the deltas' gradient. The flat focal loss has no deltas.
+template <class T, int kGamma, Output kOutput>
+__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
   if ((tb.deltas.tiles == 0 || tb.deltas.filled()) && tb.dense.filled()) return;  // a backward: there is no loss to add
-  for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.tiles; tile += gridDim.x) {
+  for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.all_tiles(); tile += gridDim.x) {
     u32 dense;
     if (tb.is_deltas(tile, dense)) {
       if (!tb.deltas.filled()) deltas_tile(tb, dense, threadIdx.x);
       continue;
     }
     if (tb.dense.filled()) continue;
-    const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, ComputedEntries(), dense, kept);
+    const float loss = dense_tile<T, kGamma, kOutput>(tb.dense, dense, kept);
     if (tb.dense.partial == nullptr) continue;
     __syncthreads();  // the scratch of the tile before
     const float total = block_sum(loss, scratch);
     if (threadIdx.x == 0) tb.dense.partial[dense] = total;
   }
-  finish_loss(tb.finish);
 }
 
 }  // namespace ioubal::cuda

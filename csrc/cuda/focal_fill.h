@@ -1,7 +1,7 @@
-// Launches of the dense pass: plans of the tiles, choice of the kernel.
+// Launches of the dense pass: plan of the tiles, choice of the kernel.
 #pragma once
 
-#include "cuda/focal_table.cuh"
+#include "cuda/focal_fill.cuh"
 #include "cuda/launch.h"
 
 namespace ioubal::cuda {
@@ -10,11 +10,7 @@ struct FillVariant {
   Dtype type;
   double gamma;
   Output output;
-  DenseLayout layout;
   bool may_skip;
-  bool same_scale;  // of the gradients of all images
-  bool table;       // by focal_table_kernel
-  u32 blocks;       // per multiprocessor, which loop over the tiles; 0: one per tile
 };
 
 void launch_focal_fill_float32(const OnDevice& device, const FillTable& tb, const FillVariant& variant);
@@ -29,10 +25,16 @@ inline void launch_focal_fill(const OnDevice& device, const FillTable& tb, const
   }
 }
 
-// Gives the rows of so many images their tiles, and chooses layout (the widest access that their addresses allow),
-// table and blocks of the variant.
-void plan_rows(const OnDevice& device, DenseTable& tb, FillVariant& variant, u32 images);
-// Likewise for planes.
-void plan_planes(const OnDevice& device, DenseTable& tb, FillVariant& variant, u32 images);
+// Cuts the levels of so many images, whose places, sizes and layouts are given, into groups and tiles.
+void plan_dense(DenseTable& tb, Dtype type, u32 images);
+
+// Words for `ignored` with the one after it and, cleared by the positives' kernel, for the bits of the strips.
+struct StripMemory {
+  u32 *ignored, *clear, clear_words;
+  StripMemory(Workspace& workspace, DenseTable& tb);
+};
+
+// The second launch of a loss whose positives have just been found: coefficients, and the bits of the strips.
+void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense);
 
 }  // namespace ioubal::cuda

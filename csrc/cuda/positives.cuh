@@ -1,8 +1,8 @@
 // The first kernel of every loss: finds the positives and adds up what Eq. 4 and 7 need of them, in double.
-// A tile is 1,024 anchors. Its positives are first collected, so that all threads work on them side by side: they
+// A tile is 4,096 anchors. Its positives are first collected, so that all threads work on them side by side: they
 // cluster, and in the order of the anchors a few lanes would work through them one after another. A positive is a long
-// chain of dependent reads and double arithmetic, and most tiles have few or none: small blocks, so that many tiles
-// wait side by side.
+// chain of dependent reads and double arithmetic, as long for one lane of a warp as for all: tiles large enough to fill
+// some, and few enough to be all there at once.
 #pragma once
 
 #include "cuda/tables.cuh"
@@ -10,8 +10,8 @@
 
 namespace ioubal::cuda {
 
-constexpr u32 kPositiveThreads = 64, kPositiveWarps = kPositiveThreads / kWarp;
-constexpr u32 kUnitsPerTile = kWarp, kTileAnchors = kUnitsPerTile * kWarp;
+constexpr u32 kPositiveThreads = 128, kPositiveWarps = kPositiveThreads / kWarp;
+constexpr u32 kUnitsPerTile = kPositiveThreads, kTileAnchors = kUnitsPerTile * kWarp;
 
 // One positive's part of the sums, or a tile's.
 enum Partial : int {
@@ -52,6 +52,9 @@ struct PositivesTable {
   int64_t anchors_per_image;
   int64_t slots;    // sums of a tile: 1, or the number of scopes where ids give them
   u32* special;     // one bit per anchor: not plain background; nullptr: not wanted
+  u32* ignored;     // one bit per anchor: ignored
+  u32* clear;       // so many words are to be 0 after the launch
+  u32 clear_words;
   double* partial;  // (tiles, slots, kPartials)
 };
 
@@ -64,7 +67,7 @@ struct Place {
 };
 
 // A level's tiles: words of 32 positions, for several of the anchors at each ("groups", planes) a unit each. With up to
-// 32 groups a tile's anchors follow each other in memory.
+// 128 groups a tile's anchors follow each other in memory.
 struct TileShape {
   u32 groups, words;  // of a tile
   u32 across;         // tiles beside each other: of the same words, for further groups
@@ -132,9 +135,9 @@ IOUBAL_DEVICE void look_at(const PositivesTile& tile, const Problem& problem, u3
   if (collect) atomicOr(&bits.collected[unit], bit);
 }
 
-// Looks at all anchors of a tile, four in a row a thread, all loaded before the first is used. Value: the type of the
-// matched indices or labels.
-constexpr u32 kRun = 4, kRuns = kTileAnchors / (kRun * kPositiveThreads);
+// Looks at all anchors of a tile, four in a row a thread, 16 of them loaded before the first is used. Value: the type
+// of the matched indices or labels.
+constexpr u32 kRun = 4, kRuns = 4, kStretch = kRun * kRuns * kPositiveThreads;
 template <class Value, class Problem>
 IOUBAL_DEVICE void look_at_anchors(const PositivesTile& tile, const Problem& problem, TileBits& bits) {
   const Value* const values = static_cast<const Value*>(problem.values.data);
@@ -147,36 +150,40 @@ IOUBAL_DEVICE void look_at_anchors(const PositivesTile& tile, const Problem& pro
     }
     return;
   }
-  const Value* const run = values + tile.first_anchor + kRun * threadIdx.x;
-  const bool aligned = reinterpret_cast<uintptr_t>(run) % 16 == 0;
   constexpr u32 kStep = kRun * kPositiveThreads, kWords = kRun * sizeof(Value) / 4;
-  const auto index = [](u32 k, u32 j) { return k * kStep + kRun * threadIdx.x + j; };
-  u32 loaded[kRuns][kWords];
+#pragma unroll 1
+  for (u32 first = kRun * threadIdx.x; first < count; first += kStretch) {
+    const Value* const run = values + tile.first_anchor + first;
+    const bool aligned = reinterpret_cast<uintptr_t>(run) % 16 == 0;
+    u32 loaded[kRuns][kWords];
 #pragma unroll
-  for (u32 k = 0; k < kRuns; ++k) {
+    for (u32 k = 0; k < kRuns; ++k) {
 #pragma unroll
-    for (u32 w = 0; w < kWords; ++w) loaded[k][w] = ~0u;  // background
-    if (aligned && index(k, kRun) <= count) {
+      for (u32 w = 0; w < kWords; ++w) loaded[k][w] = ~0u;  // background
+      if (aligned && first + k * kStep + kRun <= count) {
 #pragma unroll
-      for (u32 w = 0; w < kWords; w += 4) load_bytes<16>(run + k * kStep + w * 4 / sizeof(Value), loaded[k] + w);
-    } else {
+        for (u32 w = 0; w < kWords; w += 4) load_bytes<16>(run + k * kStep + w * 4 / sizeof(Value), loaded[k] + w);
+      } else {
 #pragma unroll
-      for (u32 j = 0; j < kRun; ++j) {
-        if (index(k, j) < count) load_bytes<sizeof(Value)>(run + k * kStep + j, loaded[k] + j * sizeof(Value) / 4);
+        for (u32 j = 0; j < kRun; ++j) {
+          if (first + k * kStep + j < count) {
+            load_bytes<sizeof(Value)>(run + k * kStep + j, loaded[k] + j * sizeof(Value) / 4);
+          }
+        }
       }
     }
-  }
-  u32 rest = 0;  // a bit each of those that are not plain: these are read again
+    u32 rest = 0;  // a bit each of those that are not plain: these are read again
 #pragma unroll
-  for (u32 k = 0; k < kRuns; ++k) {
+    for (u32 k = 0; k < kRuns; ++k) {
 #pragma unroll
-    for (u32 w = 0; w < kWords; ++w) rest |= (loaded[k][w] != ~0u ? 1u : 0u) << (k * kRun + w * 4 / sizeof(Value));
-  }
-  if (!problem.plain(kBackground)) rest = (1u << kRuns * kRun) - 1;
+      for (u32 w = 0; w < kWords; ++w) rest |= (loaded[k][w] != ~0u ? 1u : 0u) << (k * kRun + w * 4 / sizeof(Value));
+    }
+    if (!problem.plain(kBackground)) rest = (1u << kRuns * kRun) - 1;
 #pragma unroll 1
-  for (; rest; rest &= rest - 1) {
-    const u32 at = __ffs(static_cast<int>(rest)) - 1, i = index(at / kRun, at % kRun);
-    if (i < count) look_at(tile, problem, i, values[tile.first_anchor + i], bits);
+    for (; rest; rest &= rest - 1) {
+      const u32 at = __ffs(static_cast<int>(rest)) - 1, i = first + at / kRun * kStep + at % kRun;
+      if (i < count) look_at(tile, problem, i, values[tile.first_anchor + i], bits);
+    }
   }
 }
 
@@ -218,11 +225,15 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
   __shared__ TileBits bits;
   __shared__ uint16_t list[kTileAnchors];
   __shared__ double scratch[kPositiveWarps * kPartials];
+  __shared__ u32 counts[kPositiveWarps];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int l = 0;
   while (l + 1 < tb.levels && number >= tb.level[l + 1].tile0) ++l;
   const PositivesTile tile(tb, l, number);
   for (u32 i = threadIdx.x; i < kUnitsPerTile; i += kPositiveThreads) bits.special[i] = bits.collected[i] = 0;
+  for (u32 i = number * kPositiveThreads + threadIdx.x; i < tb.clear_words; i += tb.tiles * kPositiveThreads) {
+    tb.clear[i] = 0;
+  }
   double* out = tb.partial + static_cast<int64_t>(number) * tb.slots * kPartials;
   clear_terms<kPositiveThreads>(tb.slots, out);  // its barrier completes the bits, too
   if (problem.values.wide) {
@@ -231,25 +242,33 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
     look_at_anchors<int32_t>(tile, problem, bits);
   }
   __syncthreads();
-  if (tb.special && threadIdx.x < tile.words * tile.groups)
-    tb.special[tile.word(threadIdx.x)] = bits.special[threadIdx.x];
+  if (tb.special && threadIdx.x < tile.words * tile.groups) {
+    const u32 word = tile.word(threadIdx.x), special = bits.special[threadIdx.x];
+    tb.special[word] = special;
+    tb.ignored[word] = special & ~bits.collected[threadIdx.x];
+  }
 
-  // Where the list has a unit's first anchor: a unit a lane, in every warp.
-  const u32 own = bits.collected[lane], own_count = __popc(own);
-  u32 end = own_count;
+  // Where the list has a unit's first anchor: a unit a thread.
+  const u32 own = bits.collected[threadIdx.x];
+  u32 at = __popc(own);
 #pragma unroll
   for (u32 distance = 1; distance < kWarp; distance *= 2) {
-    const u32 before = __shfl_up_sync(~0u, end, distance);
-    end += lane >= distance ? before : 0;
+    const u32 before = __shfl_up_sync(~0u, at, distance);
+    at += lane >= distance ? before : 0;
   }
-  const u32 count = __shfl_sync(~0u, end, kWarp - 1);
+  if (lane == kWarp - 1) counts[warp] = at;
+  __syncthreads();
+  u32 count = 0;
+#pragma unroll
+  for (u32 i = 0; i < kPositiveWarps; ++i) {
+    at += i < warp ? counts[i] : 0;
+    count += counts[i];
+  }
   if (count == 0) return;
+  at -= __popc(own);
 #pragma unroll 1
-  for (u32 unit = warp; unit < kUnitsPerTile; unit += kPositiveWarps) {
-    const u32 collected = __shfl_sync(~0u, own, unit), at = __shfl_sync(~0u, end - own_count, unit);
-    if (collected >> lane & 1) {
-      list[at + __popc(collected & ((1u << lane) - 1))] = static_cast<uint16_t>(unit * kWarp + lane);
-    }
+  for (u32 left = own; left; left &= left - 1) {
+    list[at++] = static_cast<uint16_t>(threadIdx.x * kWarp + __ffs(static_cast<int>(left)) - 1);
   }
   __syncthreads();
   for (u32 first = 0; first < count; first += kPositiveThreads) {

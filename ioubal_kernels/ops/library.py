@@ -85,7 +85,7 @@ VALUE_SCHEMAS = [
     "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",
 ]
 # See choose_cuda_plan.
-PLAN_SCHEMA = "cuda_plan.OVERLOAD(int table, int iterations, int apart, int blocks) -> ()"
+PLAN_SCHEMA = "cuda_plan.OVERLOAD(int iterations) -> ()"
 # backend -> overload; the dispatch key tells the two libraries apart
 OVERLOAD = {"cpu": "cpp", "cuda": "cpp", "triton": "triton"}
 LIBRARIES = ("cpu", "cuda")  # backends that are compiled
@@ -185,16 +185,13 @@ def limit_table(entries: int) -> int:
     return torch.ops.ioubal.cpu_table(entries)
 
 
-def choose_cuda_plan(table: int = -1, iterations: int = -1, apart: int = -1, blocks: int = -1) -> None:
-    """Chooses how the focal loss's dense pass is launched on GPUs. For tests and measurements; negative: by rule.
+def choose_cuda_plan(iterations: int = -1) -> None:
+    """Chooses how the focal loss's dense pass is launched on GPUs. For tests and measurements.
 
     Args:
-        table: from how many 16-bit logits on they are looked up instead of computed. By rule: never.
-        iterations: groups of four vectors, or of four classes (NCHW), per thread and tile, at most 8.
-        apart: how many groups lie between two of a tile's, at most 4096. NCHW: without effect.
-        blocks: per multiprocessor, which loop over the tiles, instead of one block a tile.
+        iterations: groups of 1,024 vectors of 16 bytes that a block takes, at most 8; negative: by rule.
     """
-    torch.ops.ioubal.cuda_plan.cpp(table, iterations, apart, blocks)
+    torch.ops.ioubal.cuda_plan.cpp(iterations)
 
 
 def cpu_variants(dtype: torch.dtype) -> Iterator[str]:

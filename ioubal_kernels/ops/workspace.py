@@ -12,8 +12,9 @@ from torch import Tensor
 # The constants of csrc/cuda: sums per tile, anchors per word of bits and per tile, rows per tile of the row losses.
 _PARTIALS = 9
 _WORD = 32
-_TILE_WORDS = 32
+_TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
 _ROWS = 256
+_GROUP = 4096  # logits of a group of strips, at least; kept of each: two words of bits, a loss, and of 32 another
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -40,9 +41,9 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
             kept = rows * (8 + _mark_size(columns)) // 4 + 512 * tiles + rows * columns // 4096 + rows // 4096
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
-    dense_tiles = rows * columns // (4 * _ROWS) + rows // _ROWS + _PIECES
     words = rows // _WORD + _PIECES
-    return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + dense_tiles + words + rows, device)
+    groups = rows * columns // _GROUP + 2 * _PIECES
+    return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + 4 * groups + 2 * words + rows + tiles, device)
 
 
 def detection_workspace(
@@ -70,10 +71,8 @@ def detection_workspace(
     words = images * (anchors // _WORD + groups)
     segments = images * levels
     tiles = words // _TILE_WORDS + segments
-    # Rows: a tile is at least 4 * 256 entries. Planes: 32 locations and 13 classes or more, or all of them.
-    dense_tiles = images * anchors * classes // (4 * _ROWS) + segments
-    dense_tiles += (images * anchors // _WORD + groups * images) * (classes // 13 + 1)
-    floats = 3 * images + 2 * scopes + dense_tiles + words + weights * images * anchors
+    strips = images * anchors * classes // _GROUP + 2 * segments
+    floats = 3 * images + 2 * scopes + 4 * strips + 2 * words + weights * images * anchors
     return _tensor(_PARTIALS * (tiles + segments), floats, device)
 
 

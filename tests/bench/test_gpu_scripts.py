@@ -74,17 +74,7 @@ def test_the_dry_run_reports_every_section(tmp_path, capsys):
         "graphs", "streams", "memory",
     }  # fmt: skip
     assert sections["training"]["reason"] == "not asked for" and sections["graphs"]["reason"] == "needs a GPU"
-    assert "incomplete: 7 passed, 9 not run" in capsys.readouterr().out
-
-
-@NEEDS_CUDA_LIBRARY
-def test_the_section_of_tables_and_its_plan(tmp_path, monkeypatch):
-    plans = []
-    monkeypatch.setattr(library, "choose_cuda_plan", lambda **plan: plans.append(plan))
-    code, report = run_check(tmp_path, "--sections", "tables")
-    entry = report["sections"]["tables"]
-    assert code == 0 and entry["result"] == "passed" and entry["checks"] == entry["planned"] > 20
-    assert plans == [{"table": 0}, {}]
+    assert "incomplete: 7 passed, 8 not run" in capsys.readouterr().out
 
 
 def test_a_failed_case_fails_the_whole(tmp_path, monkeypatch):
@@ -274,7 +264,7 @@ def test_the_dry_run_of_every_plan(tmp_path, monkeypatch, capsys):
     rows = report["rows"]
     assert report["dry_run"] and report["not_run"] == [] and {row["name"] for row in rows} == {name}
     assert plans[::2] == [row["plan"] for row in rows] and set(map(len, plans[1::2])) == {0}
-    assert {} in plans[::2] and {"table": 0} in plans[::2] and len({row["path"] for row in rows}) == len(rows) > 10
+    assert {} in plans[::2] and len({row["path"] for row in rows}) == len(rows) > 5
     assert all(row["result"] == "measured" and "x_copy" not in row for row in rows)
     assert "by rule" in capsys.readouterr().out
 

@@ -6,11 +6,10 @@ Leaves are used where they lie, so that tests choose addresses, strides and ends
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+
 from dataclasses import fields, replace
 from typing import Any
 
-import emulation
 import torch
 from torch import Tensor
 
@@ -71,15 +70,6 @@ def _leaves(inputs: DetectionInputs) -> DetectionInputs:
     return map_heads(inputs, lambda t: t.detach().requires_grad_(), lambda t: t.detach().requires_grad_())
 
 
-def _variants(logits: list[Tensor], chosen: dict[str, int] | None = None) -> Iterator[str]:
-    """Selects each way in which the kernels can compute; what one leaves in place of the logits is put right."""
-    kept = [t.clone() for t in logits]
-    for variant in emulation.variants(logits[0].dtype, **(chosen or {})):
-        yield variant
-        for t, value in zip(logits, kept, strict=True):
-            t.copy_(value)
-
-
 def _detection(inputs: DetectionInputs, factors: tuple[float, float], backend: str, options: dict[str, Any]) -> Any:
     used = _leaves(inputs)
     out = ik.iou_balanced_detection_loss(*used.arguments(), backend=backend, **options)
@@ -91,25 +81,21 @@ def check_detection(
     inputs: DetectionInputs,
     factors: tuple[float, float] = (1.0, 2.0),
     what: str = "",
-    chosen: dict[str, int] | None = None,
     **options: Any,
 ):
-    """Forward and backward; with the default factors the logits' gradient is the forward's, the deltas' a new one.
-    `chosen`: of the plan, see emulation.plan."""
+    """Forward and backward; with the default factors the logits' gradient is the forward's, the deltas' a new one."""
     reference = {name: value for name, value in options.items() if name not in ("grad_scale", "inplace")}
     want, *want_heads = _detection(inputs.double(), factors, "reference", reference)
     entries = sum(t.numel() for t in tensors(inputs.cls_logits))
-    for variant in _variants(tensors(inputs.cls_logits), chosen):
-        got, *got_heads = _detection(inputs, factors, "cpu", options)
-        where = f"{what} {variant}"
-        for name in ("classification", "localization", "mean_iou"):
-            kind = "loss" if entries >= FEW_TERMS else "gradient"
-            assert_close_budget(getattr(got, name), getattr(want, name), torch.float32, kind, what=f"{where} {name}")
-        assert got.num_positives == want.num_positives
-        for name, mine, oracle in zip(("logits", "deltas"), got_heads, want_heads, strict=True):
-            for level, (a, b) in enumerate(zip(mine, oracle, strict=True)):
-                assert a.grad.dtype == a.dtype
-                assert_close_budget(a.grad, b.grad, a.dtype, what=f"{where} {name}[{level}]")
+    got, *got_heads = _detection(inputs, factors, "cpu", options)
+    for name in ("classification", "localization", "mean_iou"):
+        kind = "loss" if entries >= FEW_TERMS else "gradient"
+        assert_close_budget(getattr(got, name), getattr(want, name), torch.float32, kind, what=f"{what} {name}")
+    assert got.num_positives == want.num_positives
+    for name, mine, oracle in zip(("logits", "deltas"), got_heads, want_heads, strict=True):
+        for level, (a, b) in enumerate(zip(mine, oracle, strict=True)):
+            assert a.grad.dtype == a.dtype
+            assert_close_budget(a.grad, b.grad, a.dtype, what=f"{what} {name}[{level}]")
     return got
 
 
@@ -126,11 +112,10 @@ def check_flat(function: Any, x: Tensor, *rest: Any, floor: Any = testing.FLOOR,
         return loss.detach(), leaf.grad
 
     want, want_grad = run(x.double(), "reference", reference)
-    for variant in _variants([x]):
-        got, grad = run(x, "cpu", options)
-        kind = "loss" if got.ndim == 0 and x.numel() >= FEW_TERMS else "gradient"
-        assert_close_budget(got, want, torch.float32, kind, loss_floor, what=f"{what} {variant} loss")
-        assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what} {variant} gradient")
+    got, grad = run(x, "cpu", options)
+    kind = "loss" if got.ndim == 0 and x.numel() >= FEW_TERMS else "gradient"
+    assert_close_budget(got, want, torch.float32, kind, loss_floor, what=f"{what} loss")
+    assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what} gradient")
     return got
 
 

@@ -181,26 +181,13 @@ _plain_workspace = workspace._tensor
 
 
 @contextlib.contextmanager
-def plan(table: int = -1, iterations: int = -1, apart: int = -1, blocks: int = -1) -> Iterator[None]:
+def plan(iterations: int = -1) -> Iterator[None]:
     """As library.choose_cuda_plan, for the emulated kernels."""
-    torch.ops.ioubal.cuda_plan.simt(table, iterations, apart, blocks)
+    torch.ops.ioubal.cuda_plan.simt(iterations)
     try:
         yield
     finally:
-        torch.ops.ioubal.cuda_plan.simt(-1, -1, -1, -1)
-
-
-ways = ("computed", "table")  # of 16-bit logits, that `variants` goes through
-
-
-def variants(dtype: torch.dtype, **chosen: int) -> Iterator[str]:
-    """Each way in which the kernels can compute in this dtype, one after the other, with what is chosen of the plan."""
-    if "computed" in ways or dtype.itemsize != 2:
-        with plan(**chosen):
-            yield "emulated"
-    if "table" in ways and dtype.itemsize == 2:
-        with plan(table=0, **chosen):
-            yield "emulated, table"
+        torch.ops.ioubal.cuda_plan.simt(-1)
 
 
 @contextlib.contextmanager
@@ -216,7 +203,7 @@ def emulated(path: Path, seed: int = 0) -> Iterator[Kernels]:
         (library, "backend_of"): lambda x: "simt",
         (library, "isa_levels"): lambda: [0],  # the emulated kernels know none: one pass
         (library, "limit_isa"): lambda level: 0,
-        (library, "cpu_variants"): lambda dtype: ["emulated"],  # tests/simt has the table
+        (library, "cpu_variants"): lambda dtype: ["emulated"],
         (workspace, "_tensor"): _filled,
     }
     saved = {key: getattr(*key) for key in replaced}

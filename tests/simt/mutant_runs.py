@@ -26,9 +26,6 @@ SECONDS = 90  # for one mutant: a wrong kernel may run for ever
 def noticed(kernels: emulation.Kernels, number: int) -> None:
     """Ends with an exception, or the process, if the mutant is noticed."""
     signal.alarm(SECONDS)
-    if number:  # the other way knows nothing of it, and takes as long
-        table = mutants.TABLE[number - 1].file.endswith("focal_table.cuh")
-        emulation.ways = ("table",) if table else ("computed",)
     kernels.mutant(number)
     kernels.seed(0)
     sweep.run_all(reduced=True)

@@ -146,7 +146,7 @@ def test_flat_losses_again(rows, reduction):
 
 
 def test_launches(kernels):
-    """Forward: positives, coefficients, one pass (two for mixed heads). Backward: one launch, whatever grad_output."""
+    """Forward: positives, coefficients, one pass, the sum of its losses. Backward: one launch, whatever grad_output."""
 
     def count(function):
         before = kernels.launches
@@ -159,12 +159,12 @@ def test_launches(kernels):
             forward, out = count(lambda used=used: detection_loss(used))
             total = (out.classification + out.localization) * factor
             backward, _ = count(total.backward)
-            assert forward <= 3 and backward <= 1
+            assert forward <= 4 and backward <= 1
     mixed = testing.detection_inputs(classes=5, layout="nchw").requiring_grad()
     mixed.cls_logits[0] = mixed.cls_logits[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     forward, out = count(lambda: detection_loss(mixed))
     backward, _ = count((out.classification + 2 * out.localization).backward)
-    assert forward <= 4 and backward <= 2
+    assert forward <= 4 and backward <= 1
     c = testing.classification_inputs(classes=5, softmax=True)
     pred, target = testing.delta_inputs()
     for function, x, rest in (
@@ -175,7 +175,7 @@ def test_launches(kernels):
         x = x.clone().requires_grad_()
         forward, loss = count(lambda f=function, x=x, rest=rest: f(x, *rest, backend="cpu"))
         backward, _ = count((loss * 2).backward)
-        assert forward <= 3 and backward <= 1
+        assert forward <= 4 and backward <= 1
 
 
 def everything():

@@ -1,0 +1,111 @@
+// The stream of vectors that the dense pass goes through, and the strips of it that are not plain background.
+//
+// A run, the logits of one level and image, is cut at multiples of 16 bytes into vectors; the first and the last may be
+// partial. 32 neighbouring vectors are a strip, a warp's load; 32 strips a group, a block's. A bit per strip says
+// whether it holds a positive entry, and one, of rows only, whether it holds an ignored one.
+#pragma once
+
+#include "cuda/tables.cuh"
+
+namespace ioubal::cuda {
+
+constexpr u32 kStripsPerWarp = 4, kWarpStrips = (1u << kStripsPerWarp) - 1;
+constexpr u32 kGroupVectors = kThreads * kStripsPerWarp;  // 32 strips: a word of their bits
+static_assert(kGroupVectors == kWarp * kWarp);
+constexpr u32 kMostIterations = 32 / kStripsPerWarp;  // groups of a tile: a bit each for a thread's vectors
+
+// The logits of a level: of every image, rows of K (flat, channels_last) or planes of H * W (NCHW).
+struct DenseLevel {
+  const void* x;
+  void* out;
+  int64_t image_stride;    // elements
+  u32 size;                // of an image, less than 2^31
+  u32 locations, anchors;  // planes: H * W and A; rows: anchors is 1
+  u32 first_anchor;
+  u32 scope_level;     // number of the level among all of them
+  u32 word0, words;    // of `special` and `ignored`; words per image (rows) or plane
+  u32 group0, groups;  // first group; groups per image
+  u32 tile0, tiles;    // first tile; tiles per image
+  FastDiv plane;       // by locations
+  bool planes;
+  bool narrow;  // the output lies differently to multiples of 16 bytes than the logits
+
+  // How many elements of the image's first vector lie before it.
+  IOUBAL_HD u32 missing(u32 image, u32 size_of_element) const {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(x) + image * image_stride * size_of_element;
+    return static_cast<u32>(start % 16) / size_of_element;
+  }
+  IOUBAL_HD u32 word(u32 image) const { return word0 + image * (planes ? anchors * words : words); }
+};
+
+struct DenseTable {
+  DenseLevel level[kMaxLevels];
+  int levels;
+  u32 tiles, positive_tiles, groups;  // of all levels
+  u32 words;                          // of `special`
+  u32 element;                        // bytes
+  int64_t anchors_per_image;
+  FastDiv classes;
+  u32 iterations;          // groups of a tile
+  const u32* special;      // a bit per anchor: not plain background
+  const u32* ignored;      // a bit per anchor; one more word follows
+  u32 *ignored_strips, *positive_strips;
+  Labels labels;
+  ScopeOf scope;
+  Coefficients coefficients;
+  const float* weight;  // per anchor: iou^eta, times the sample's weight; read at positives only
+  FloatRef row_weight;  // per row, or none: of the negatives too
+  float gamma;
+  NumberRef scale;     // the gradient's factor: grad_output, or in the forward what is expected of it
+  NumberRef expected;  // backward: nothing to do if the scale is this
+  bool skip_expected;
+  float* partial;  // per tile: the negatives' loss; nullptr: not wanted
+
+  IOUBAL_HD u32 all_tiles() const { return positive_tiles + tiles; }
+  // Whether the buffers hold what is asked for already.
+  IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
+};
+
+// Sets the bits of the strips that hold entries [first, first + count) of a run.
+IOUBAL_DEVICE void mark_strips(const DenseTable& tb, const DenseLevel& level, u32 image, u32 first, u32 count,
+                               u32* strips) {
+  const u32 vector = 16 / tb.element, missing = level.missing(image, tb.element);
+  const u32 last = (first + count - 1 + missing) / vector / kWarp;
+  u32* const words = strips + level.group0 + image * level.groups;
+  for (u32 strip = (first + missing) / vector / kWarp; strip <= last; ++strip) {
+    atomicOr(words + strip / kWarp, 1u << strip % kWarp);
+  }
+}
+
+// Marks the strips of one word of `special`: of what is collected the strip of its positive entry, or where a label or
+// scope is none all of its row's; of rows that are ignored all as well.
+IOUBAL_DEVICE void mark_word(const DenseTable& tb, u32 number) {
+  const u32 ignored = tb.ignored[number], classes = tb.classes.divisor;
+  int l = 0;
+  while (l + 1 < tb.levels && number >= tb.level[l + 1].word0) ++l;
+  const DenseLevel& level = tb.level[l];
+  const u32 per_image = level.word(1) - level.word(0), local = number - level.word0, image = local / per_image;
+  const u32 a = (local - image * per_image) / level.words;  // rows: 0
+  const u32 position0 = (local - image * per_image - a * level.words) * kWarp;
+#pragma unroll 1
+  for (u32 left = tb.special[number]; left; left &= left - 1) {
+    const u32 bit = __ffs(static_cast<int>(left)) - 1, position = position0 + bit;
+    if (ignored >> bit & 1) {
+      if (!level.planes) mark_strips(tb, level, image, position * classes, classes, tb.ignored_strips);
+      continue;
+    }
+    const int64_t anchor = image * tb.anchors_per_image + level.first_anchor + position * level.anchors + a;
+    const int64_t label = tb.labels.get(image, anchor);
+    if (level.planes) {
+      if (label < 0) continue;
+      const u32 plane = a * classes + static_cast<u32>(label);
+      mark_strips(tb, level, image, plane * level.locations + position, 1, tb.positive_strips);
+    } else if (label < 0 || tb.scope.get(level.scope_level, image, anchor) < 0) {
+      mark_strips(tb, level, image, position * classes, classes, tb.positive_strips);
+    } else {
+      mark_strips(tb, level, image, position * classes + static_cast<u32>(label), 1, tb.positive_strips);
+    }
+  }
+}
+
+}  // namespace ioubal::cuda
