@@ -87,8 +87,18 @@ class Detection {
     positives_.clear_words = strips.clear_words;
   }
 
-  void find_positives() {
+  // grad_deltas: filled with zeros on the way; may be empty.
+  void find_positives(const TensorList& grad_deltas) {
     if (levels_.empty()) return;
+    int filled = 0;
+    zeroed_ = true;
+    for (const Tensor& grad : grad_deltas) {
+      const int64_t bytes = grad.numel() * static_cast<int64_t>(grad.element_size());
+      if (bytes == 0) continue;
+      zeroed_ = zeroed_ && filled < kMaxLevels && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0;
+      if (!zeroed_) break;
+      positives_.zeros[filled++] = {data_of<char>(grad), bytes};
+    }
     DetectionProblem problem;
     problem.truth = labels_.truth;
     problem.values = labels_.values;
@@ -140,7 +150,7 @@ class Detection {
     tb.dense.scale = cls_scale;
     tb.dense.expected = expected;
     tb.dense.skip_expected = may_skip;
-    plan_deltas(tb.deltas, grad_deltas);
+    plan_deltas(tb.deltas, grad_deltas, zeroed_ || may_skip);
     tb.deltas.scale = loc_scale;
     tb.deltas.expected = expected;
     tb.deltas.skip_expected = may_skip;
@@ -153,11 +163,11 @@ class Detection {
     if (loss == nullptr && grad_logits.empty()) tb.dense.tiles = tb.dense.positive_tiles = 0;
     if (tb.dense.all_tiles() + tb.deltas.tiles == 0) return;
     if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
-    launch_focal_fill(device_, tb,
-                      {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, may_skip});
+    launch_focal_fill(
+        device_, tb,
+        {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, layout(), may_skip});
     if (loss) {
-      launch_loss_sum(device_,
-                      {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss});
+      launch_loss_sum(device_, {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss});
     }
   }
 
@@ -236,7 +246,14 @@ class Detection {
     plan_dense(dense_, levels_.empty() ? Dtype::kFloat32 : dtype_of(a_.logits[0]), static_cast<u32>(a_.images()));
   }
 
-  void plan_deltas(LocTable& tb, const TensorList& grads) const {
+  Layout layout() const {
+    bool rows = false, planes = false;
+    for (const LevelSource& source : levels_) (source.level.planes ? planes : rows) = true;
+    return rows && planes ? Layout::kMixed : planes ? Layout::kPlanes : Layout::kRows;
+  }
+
+  // zeroed: the gradient is 0 but for positives.
+  void plan_deltas(LocTable& tb, const TensorList& grads, bool zeroed) const {
     tb.levels = 0;
     tb.tiles = 0;
     if (grads.empty()) return;
@@ -267,6 +284,8 @@ class Detection {
                         : divide_up(static_cast<int64_t>(level.locations) * level.anchors, kLocRepeat * kThreads);
       tb.tiles += level.tiles * static_cast<u32>(a_.images());
     }
+    tb.zeroed = zeroed;
+    if (zeroed) tb.tiles = divide_up(dense_.words, kThreads);
   }
 
   Arguments a_;
@@ -281,6 +300,7 @@ class Detection {
   Labels labels_{};
   AnchorRef anchors_{};
   DenseTable dense_{};
+  bool zeroed_ = false;  // of the deltas' gradient
 };
 
 FocalNumbers focal_numbers(double eta, double alpha, double gamma) { return {eta, alpha, gamma}; }
@@ -296,7 +316,7 @@ void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   Detection op({logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                 focal_numbers(eta, alpha, gamma), loc_numbers(lambda, beta, coder, box_weights)},
                workspace);
-  op.find_positives();
+  op.find_positives({});
   op.find_coefficients(op.coefficients(sums, true), true);
 }
 
@@ -311,7 +331,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   Detection op({logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                 focal_numbers(eta, alpha, gamma), loc_numbers(lambda, beta, coder, box_weights)},
                workspace);
-  if (compute_sums) op.find_positives();
+  if (compute_sums) op.find_positives(grad_deltas);
   CoefficientsTable tb = op.coefficients(sums, compute_sums);
   tb.eps = eps;
   tb.w_loc = w_loc;

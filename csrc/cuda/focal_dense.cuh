@@ -2,8 +2,9 @@
 //
 // The logits of a level and image, rows of K (flat, channels_last) or planes of H * W (NCHW), are one stream of aligned
 // vectors. All are negatives to the fast loop: ignored entries are masked in place. Only strips of 32 vectors with a
-// positive entry are left to tiles of their own, whose warps ask the labels, and vectors whose loss is not finite to the
-// end of their tile. No vector of the stream is left out otherwise: memory written in pieces costs more than it saves.
+// positive entry are left to tiles of their own, whose warps ask the labels, and vectors whose loss is not finite to
+// the end of their tile. No vector of the stream is left out otherwise: memory written in pieces costs more than it
+// saves.
 #pragma once
 
 #include "cuda/focal_math.cuh"
@@ -14,6 +15,8 @@ namespace ioubal::cuda {
 
 // What the pass writes.
 enum Output : int { kNone = 0, kGradient = 1, kLoss = 2 };
+// How the logits lie, at all levels.
+enum class Layout : int { kRows, kPlanes, kMixed };
 
 template <class T>
 constexpr u32 kVector = 16 / sizeof(T);
@@ -285,58 +288,68 @@ IOUBAL_DEVICE bool is_below(const Vec<T, kVector<T>>& v) {
   return (v.words[0] & v.words[1] & v.words[2] & v.words[3] & kSigns) == kSigns;
 }
 
-// A group of the run: four vectors a thread, all loaded before the first is used. Returns the bits of those left to
-// exact_vector.
+// The groups of a tile: four vectors a thread, all loaded before the first is used. Returns the bits of those left to
+// exact_vector, four for each group.
 template <class T, int kGamma, Output kOutput, bool kPlanes>
-IOUBAL_DEVICE u32 dense_group(const DenseTable& tb, const DenseRun<T>& run, u32 group, bool usual, float& doubled) {
-  constexpr u32 kCount = kVector<T>, kStep = kWarp * kCount;
+IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32 first_group, float& doubled) {
+  constexpr u32 kCount = kVector<T>, kStep = kWarp * kCount, kReach = kStripsPerWarp * kStep;
   const DenseLevel& level = *run.level;
-  const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const u32 strips = level.group0 + run.image * level.groups + group, shift = warp * kStripsPerWarp;
-  const u32 positive = tb.positive_strips[strips] >> shift & kWarpStrips;
-  const u32 begin = (group * kGroupVectors + warp * kStripsPerWarp * kWarp) * kCount;  // of the warp, on the grid
-  // The same for all lanes: they vote below.
-  if (!usual || begin < run.missing || begin + kStripsPerWarp * kStep > level.size + run.missing) {
-    return kWarpStrips & ~positive;
-  }
-  const u32 e = begin - run.missing + lane * kCount;
-  Vec<T, kCount> in[kStripsPerWarp];
-  u32 off[kStripsPerWarp];
+  const u32 shift = threadIdx.x / kWarp * kStripsPerWarp, lane = threadIdx.x % kWarp;
+  const u32 rest = level.groups - first_group, groups = rest < tb.iterations ? rest : tb.iterations;
+  const u32* const positive_strips = tb.positive_strips + level.strips(run.image) + first_group;
+  const u32* const ignored_strips = tb.ignored_strips + level.strips(run.image) + first_group;
+  const u32* const ignored = tb.ignored + level.word(run.image);
+  // The warp's first element; one that lies before the run is a large number.
+  u32 start = (first_group * kGroupVectors + shift * kWarp) * kCount - run.missing;
+  const u32 last = level.size - kReach;
+  u32 later = 0;
+#pragma unroll 1
+  for (u32 i = 0; i < groups; ++i, start += kGroupVectors * kCount) {
+    const bool whole = level.size >= kReach && start <= last;  // the same for all lanes: they vote below
+    u32 left = kWarpStrips;
+    if (whole) {
+      const u32 e = start + lane * kCount;
+      const T* const x = run.x + e;
+      Vec<T, kCount> in[kStripsPerWarp];
 #pragma unroll
-  for (u32 u = 0; u < kStripsPerWarp; ++u) in[u].load(run.x + e + u * kStep);
-  if constexpr (kPlanes) {
-    const u32* ignored = tb.ignored + level.word(run.image);
+      for (u32 u = 0; u < kStripsPerWarp; ++u) in[u].load(x + u * kStep);
+      const u32 positive = positive_strips[i] >> shift;
+      u32 off[kStripsPerWarp];
+      if constexpr (kPlanes) {
 #pragma unroll
-    for (u32 u = 0; u < kStripsPerWarp; ++u) off[u] = ignored_of_planes<kCount>(tb, level, ignored, e + u * kStep);
-  } else {
-    const u32 marked = tb.ignored_strips[strips] >> shift & kWarpStrips;
+        for (u32 u = 0; u < kStripsPerWarp; ++u) off[u] = ignored_of_planes<kCount>(tb, level, ignored, e + u * kStep);
+      } else {
+        const u32 marked = ignored_strips[i] >> shift;
 #pragma unroll
-    for (u32 u = 0; u < kStripsPerWarp; ++u) {
-      off[u] = 0;
-      if (marked >> u & 1) {
-        off[u] = ignored_of_rows<kCount>(tb, tb.ignored + level.word(run.image), e + u * kStep);
+        for (u32 u = 0; u < kStripsPerWarp; ++u) {
+          off[u] = marked >> u & 1 ? ignored_of_rows<kCount>(tb, ignored, e + u * kStep) : 0;
+        }
+      }
+      if (run.usual(tb)) {
+        left = 0;
+        T* const out = run.out + e;
+#pragma unroll
+        for (u32 u = 0; u < kStripsPerWarp; ++u) {
+          if (positive >> u & 1) continue;  // of all lanes
+          float v[kCount], total = doubled;
+          const bool below = __all_sync(~0u, is_below<T>(in[u])) != 0;
+          in[u].unpack(v);
+          switch_off(v, off[u]);
+          if (below) {
+            negative_entries<kGamma, true, kOutput>(run.scale, tb.gamma, v, total);
+          } else {
+            negative_entries<kGamma, false, kOutput>(run.scale, tb.gamma, v, total);
+          }
+          if (!all_good<kOutput>(total)) {
+            left |= 1u << u;
+            continue;
+          }
+          doubled = total;
+          if constexpr (kOutput != kNone) Vec<T, kCount>::store(out + u * kStep, v);
+        }
       }
     }
-  }
-  u32 later = 0;
-#pragma unroll
-  for (u32 u = 0; u < kStripsPerWarp; ++u) {
-    if (positive >> u & 1) continue;  // of all lanes
-    float v[kCount], total = doubled;
-    const bool below = __all_sync(~0u, is_below<T>(in[u])) != 0;
-    in[u].unpack(v);
-    switch_off(v, off[u]);
-    if (below) {
-      negative_entries<kGamma, true, kOutput>(run.scale, tb.gamma, v, total);
-    } else {
-      negative_entries<kGamma, false, kOutput>(run.scale, tb.gamma, v, total);
-    }
-    if (!all_good<kOutput>(total)) {
-      later |= 1u << u;
-      continue;
-    }
-    doubled = total;
-    if constexpr (kOutput != kNone) Vec<T, kCount>::store(run.out + e + u * kStep, v);
+    if (left) later |= (left & ~(positive_strips[i] >> shift)) << i * kStripsPerWarp;
   }
   return later;
 }
@@ -376,7 +389,7 @@ struct PositiveStrips {
 
 // Tile `tile` of the table, the positives' first; the thread's loss. exact_vector stands here once for both kinds: it
 // is long.
-template <class T, int kGamma, Output kOutput>
+template <class T, int kGamma, Output kOutput, Layout kLayout>
 IOUBAL_DEVICE float dense_tile(const DenseTable& tb, u32 tile, float* kept) {
   const bool positives = tile < tb.positive_tiles;
   const u32 warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -392,13 +405,11 @@ IOUBAL_DEVICE float dense_tile(const DenseTable& tb, u32 tile, float* kept) {
     image = local / level.tiles;
     first_group = (local - image * level.tiles) * tb.iterations;
     const DenseRun<T> run(tb, level, image);
-    const bool usual = run.usual(tb);
     float doubled = 0.f;
-#pragma unroll 1
-    for (u32 i = 0; i < tb.iterations && first_group + i < level.groups; ++i) {
-      const u32 left = level.planes ? dense_group<T, kGamma, kOutput, true>(tb, run, first_group + i, usual, doubled)
-                                    : dense_group<T, kGamma, kOutput, false>(tb, run, first_group + i, usual, doubled);
-      later |= left << i * kStripsPerWarp;
+    if (kLayout == Layout::kPlanes || (kLayout == Layout::kMixed && level.planes)) {
+      later = dense_groups<T, kGamma, kOutput, true>(tb, run, first_group, doubled);
+    } else {
+      later = dense_groups<T, kGamma, kOutput, false>(tb, run, first_group, doubled);
     }
     loss = run.loss(tb, doubled);
   }

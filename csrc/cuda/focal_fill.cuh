@@ -26,7 +26,8 @@ constexpr u32 kLocRepeat = 4;  // anchors of a thread, rows
 struct LocTable {
   LocLevel level[kMaxLevels];
   int levels;
-  u32 tiles;  // 0: the gradient is not wanted
+  bool zeroed;  // zeros are there already: the tiles are of the words of `special`
+  u32 tiles;    // 0: the gradient is not wanted
   Dtype type;
   const float* weight;  // per anchor; see DetectionProblem
   NumberRef scale, expected;
@@ -85,9 +86,27 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   return out;
 }
 
+// A tile of the deltas' gradient where zeros are there already: the positives of a word a thread.
+IOUBAL_DEVICE void positive_deltas_tile(const FillTable& tb, u32 tile) {
+  const DenseTable& dense = tb.dense;
+  const u32 number = tile * kThreads + threadIdx.x;
+  if (number >= dense.words) return;
+#pragma unroll 1
+  for (u32 left = dense.special[number] & ~dense.ignored[number]; left; left &= left - 1) {
+    const AnchorOfWord at(dense, number, __ffs(static_cast<int>(left)) - 1);
+    if (dense.labels.get(at.image, at.anchor) < 0) continue;
+    const LocLevel& level = tb.deltas.level[at.level];
+    const u32 location = dense.level[at.level].planes ? at.position : at.position / level.anchors;
+    const u32 a = dense.level[at.level].planes ? at.a : at.position - location * level.anchors;
+    const Quad<float> value =
+        delta_gradient(tb, level, at.level, at.image, location, a, at.anchor, dense.labels.values[at.anchor]);
+    store_quad(tb.deltas, level, level.out_place.offset(at.image, location, level.width, a), value);
+  }
+}
+
 // A tile of the deltas' gradient: zeros, but for the positives.
-// `thread`: of kThreads.
-IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile, u32 thread) {
+IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
+  if (tb.deltas.zeroed) return positive_deltas_tile(tb, tile);
   const LocTable& deltas = tb.deltas;
   int l = 0;
   while (l + 1 < deltas.levels && tile >= deltas.level[l + 1].tile0) ++l;
@@ -99,10 +118,10 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile, u32 thread) {
   for (u32 k = 0; k < repeat; ++k) {
     u32 location, a;
     if (level.planes) {
-      location = chunk * kThreads + thread;
+      location = chunk * kThreads + threadIdx.x;
       a = k;
     } else {
-      const u32 row = (chunk * kLocRepeat + k) * kThreads + thread;
+      const u32 row = (chunk * kLocRepeat + k) * kThreads + threadIdx.x;
       location = row / level.anchors;
       a = row - location * level.anchors;
     }
@@ -122,7 +141,7 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile, u32 thread) {
 }
 
 // The dense pass over the logits and the deltas' gradient. The flat focal loss has no deltas.
-template <class T, int kGamma, Output kOutput>
+template <class T, int kGamma, Output kOutput, Layout kLayout>
 __global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
@@ -130,11 +149,11 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4)
   for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.all_tiles(); tile += gridDim.x) {
     u32 dense;
     if (tb.is_deltas(tile, dense)) {
-      if (!tb.deltas.filled()) deltas_tile(tb, dense, threadIdx.x);
+      if (!tb.deltas.filled()) deltas_tile(tb, dense);
       continue;
     }
     if (tb.dense.filled()) continue;
-    const float loss = dense_tile<T, kGamma, kOutput>(tb.dense, dense, kept);
+    const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, dense, kept);
     if (tb.dense.partial == nullptr) continue;
     __syncthreads();  // the scratch of the tile before
     const float total = block_sum(loss, scratch);

@@ -10,6 +10,7 @@ struct FillVariant {
   Dtype type;
   double gamma;
   Output output;
+  Layout layout;
   bool may_skip;
 };
 

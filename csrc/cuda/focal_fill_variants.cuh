@@ -5,11 +5,24 @@
 
 namespace ioubal::cuda {
 
-template <class T, int kGamma, Output kOutput>
-void launch_fill(const OnDevice& device, FillTable tb, const FillVariant& v) {
+template <class T, int kGamma, Output kOutput, Layout kLayout>
+void launch_fill_kernel(const OnDevice& device, FillTable tb, const FillVariant& v) {
   tb.turn = FastDiv::make(tb.deltas.tiles > 0 ? tb.dense.all_tiles() / tb.deltas.tiles + 1 : 1);
   const u32 blocks = pass_blocks(device, tb.deltas.tiles + tb.dense.all_tiles(), v.may_skip);
-  device.launch(focal_fill_kernel<T, kGamma, kOutput>, blocks, tb);
+  device.launch(focal_fill_kernel<T, kGamma, kOutput, kLayout>, blocks, tb);
+}
+
+// Any gamma and heads of several layouts are rarer: one kernel for all of them.
+template <class T, int kGamma, Output kOutput>
+void launch_fill(const OnDevice& device, const FillTable& tb, const FillVariant& v) {
+  if constexpr (kGamma != -1) {
+    switch (v.layout) {
+      case Layout::kRows: return launch_fill_kernel<T, kGamma, kOutput, Layout::kRows>(device, tb, v);
+      case Layout::kPlanes: return launch_fill_kernel<T, kGamma, kOutput, Layout::kPlanes>(device, tb, v);
+      default: break;
+    }
+  }
+  launch_fill_kernel<T, -1, kOutput, Layout::kMixed>(device, tb, v);
 }
 
 template <class T>

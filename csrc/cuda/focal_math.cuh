@@ -37,8 +37,8 @@ IOUBAL_DEVICE float negative_entry(float x, float s, float gamma, float& doubled
   const float e = ex2(kBelow ? 1.44269504f * x : -1.44269504f * fabsf(x));
   const float r = rcp(1.f + e), other = e * r;
   const float sum = e + other, m = e - other;
-  const float log1pe = fmaf(sum * m, log1p_slope<kGamma == -1>(m), sum);                     // twice log1p(e)
-  const float softplus = kBelow ? log1pe : fmaf(2.f, fmaxf(x, 0.f), log1pe);                 // twice
+  const float log1pe = fmaf(sum * m, log1p_slope<kGamma == -1>(m), sum);                       // twice log1p(e)
+  const float softplus = kBelow ? log1pe : fmaf(2.f, fmaxf(x, 0.f), log1pe);                   // twice
   const float p = kBelow || x < 0.f ? other : r, one_minus_p = kBelow || x < 0.f ? r : other;  // each by itself
   const float capped = kSafe ? fminf(softplus, 1e30f) : softplus;  // 1 - p is 0 where it matters
   if constexpr (kGamma == 0) {

@@ -45,17 +45,34 @@ struct PositiveTerms {
   }
 };
 
+// A tensor to be filled with zeros: data a multiple of 16 bytes.
+struct ZeroFill {
+  void* data;
+  int64_t bytes;  // even
+
+  // A share of the work, by all threads of a block.
+  IOUBAL_DEVICE void fill(u32 share, u32 shares) const {
+    constexpr u32 kZero[4] = {0, 0, 0, 0};
+    const int64_t vectors = bytes / 16, step = static_cast<int64_t>(shares) * kPositiveThreads;
+    const int64_t first = static_cast<int64_t>(share) * kPositiveThreads + threadIdx.x;
+    char* const at = static_cast<char*>(data);
+    for (int64_t i = first; i < vectors; i += step) store_bytes<16>(at + 16 * i, kZero);
+    if (first < (bytes - 16 * vectors) / 2) store_bytes<2>(at + 16 * vectors + 2 * first, kZero);
+  }
+};
+
 struct PositivesTable {
   Level level[kMaxLevels];
   int levels;
   u32 tiles;  // of all levels
   int64_t anchors_per_image;
-  int64_t slots;    // sums of a tile: 1, or the number of scopes where ids give them
-  u32* special;     // one bit per anchor: not plain background; nullptr: not wanted
-  u32* ignored;     // one bit per anchor: ignored
-  u32* clear;       // so many words are to be 0 after the launch
+  int64_t slots;  // sums of a tile: 1, or the number of scopes where ids give them
+  u32* special;   // one bit per anchor: not plain background; nullptr: not wanted
+  u32* ignored;   // one bit per anchor: ignored
+  u32* clear;     // so many words are to be 0 after the launch
   u32 clear_words;
-  double* partial;  // (tiles, slots, kPartials)
+  ZeroFill zeros[kMaxLevels];  // and so are these
+  double* partial;             // (tiles, slots, kPartials)
 };
 
 // An anchor of a tile.
@@ -240,6 +257,9 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
     look_at_anchors<int64_t>(tile, problem, bits);
   } else {
     look_at_anchors<int32_t>(tile, problem, bits);
+  }
+  for (const ZeroFill& zeros : tb.zeros) {  // written while the positives wait for their reads
+    if (zeros.bytes > 0) zeros.fill(number, tb.tiles);
   }
   __syncthreads();
   if (tb.special && threadIdx.x < tile.words * tile.groups) {

@@ -35,6 +35,7 @@ struct DenseLevel {
     const uintptr_t start = reinterpret_cast<uintptr_t>(x) + image * image_stride * size_of_element;
     return static_cast<u32>(start % 16) / size_of_element;
   }
+  IOUBAL_HD u32 strips(u32 image) const { return group0 + image * groups; }
   IOUBAL_HD u32 word(u32 image) const { return word0 + image * (planes ? anchors * words : words); }
 };
 
@@ -46,9 +47,9 @@ struct DenseTable {
   u32 element;                        // bytes
   int64_t anchors_per_image;
   FastDiv classes;
-  u32 iterations;          // groups of a tile
-  const u32* special;      // a bit per anchor: not plain background
-  const u32* ignored;      // a bit per anchor; one more word follows
+  u32 iterations;      // groups of a tile
+  const u32* special;  // a bit per anchor: not plain background
+  const u32* ignored;  // a bit per anchor; one more word follows
   u32 *ignored_strips, *positive_strips;
   Labels labels;
   ScopeOf scope;
@@ -71,39 +72,50 @@ IOUBAL_DEVICE void mark_strips(const DenseTable& tb, const DenseLevel& level, u3
                                u32* strips) {
   const u32 vector = 16 / tb.element, missing = level.missing(image, tb.element);
   const u32 last = (first + count - 1 + missing) / vector / kWarp;
-  u32* const words = strips + level.group0 + image * level.groups;
+  u32* const words = strips + level.strips(image);
   for (u32 strip = (first + missing) / vector / kWarp; strip <= last; ++strip) {
     atomicOr(words + strip / kWarp, 1u << strip % kWarp);
   }
 }
 
+// The anchor of a bit of `special`.
+struct AnchorOfWord {
+  int level;
+  u32 image, a, position;  // rows: a is 0, position the row
+  int64_t anchor;          // in the whole batch
+  IOUBAL_DEVICE AnchorOfWord(const DenseTable& tb, u32 number, u32 bit) : level(0) {
+    while (level + 1 < tb.levels && number >= tb.level[level + 1].word0) ++level;
+    const DenseLevel& of = tb.level[level];
+    const u32 per_image = of.word(1) - of.word(0), local = number - of.word0;
+    image = local / per_image;
+    a = (local - image * per_image) / of.words;
+    position = (local - image * per_image - a * of.words) * kWarp + bit;
+    anchor = image * tb.anchors_per_image + of.first_anchor + position * of.anchors + a;
+  }
+};
+
 // Marks the strips of one word of `special`: of what is collected the strip of its positive entry, or where a label or
 // scope is none all of its row's; of rows that are ignored all as well.
 IOUBAL_DEVICE void mark_word(const DenseTable& tb, u32 number) {
   const u32 ignored = tb.ignored[number], classes = tb.classes.divisor;
-  int l = 0;
-  while (l + 1 < tb.levels && number >= tb.level[l + 1].word0) ++l;
-  const DenseLevel& level = tb.level[l];
-  const u32 per_image = level.word(1) - level.word(0), local = number - level.word0, image = local / per_image;
-  const u32 a = (local - image * per_image) / level.words;  // rows: 0
-  const u32 position0 = (local - image * per_image - a * level.words) * kWarp;
 #pragma unroll 1
   for (u32 left = tb.special[number]; left; left &= left - 1) {
-    const u32 bit = __ffs(static_cast<int>(left)) - 1, position = position0 + bit;
+    const u32 bit = __ffs(static_cast<int>(left)) - 1;
+    const AnchorOfWord at(tb, number, bit);
+    const DenseLevel& level = tb.level[at.level];
     if (ignored >> bit & 1) {
-      if (!level.planes) mark_strips(tb, level, image, position * classes, classes, tb.ignored_strips);
+      if (!level.planes) mark_strips(tb, level, at.image, at.position * classes, classes, tb.ignored_strips);
       continue;
     }
-    const int64_t anchor = image * tb.anchors_per_image + level.first_anchor + position * level.anchors + a;
-    const int64_t label = tb.labels.get(image, anchor);
+    const int64_t label = tb.labels.get(at.image, at.anchor);
     if (level.planes) {
       if (label < 0) continue;
-      const u32 plane = a * classes + static_cast<u32>(label);
-      mark_strips(tb, level, image, plane * level.locations + position, 1, tb.positive_strips);
-    } else if (label < 0 || tb.scope.get(level.scope_level, image, anchor) < 0) {
-      mark_strips(tb, level, image, position * classes, classes, tb.positive_strips);
+      const u32 plane = at.a * classes + static_cast<u32>(label);
+      mark_strips(tb, level, at.image, plane * level.locations + at.position, 1, tb.positive_strips);
+    } else if (label < 0 || tb.scope.get(level.scope_level, at.image, at.anchor) < 0) {
+      mark_strips(tb, level, at.image, at.position * classes, classes, tb.positive_strips);
     } else {
-      mark_strips(tb, level, image, position * classes + static_cast<u32>(label), 1, tb.positive_strips);
+      mark_strips(tb, level, at.image, at.position * classes + static_cast<u32>(label), 1, tb.positive_strips);
     }
   }
 }
