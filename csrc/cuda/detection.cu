@@ -110,7 +110,9 @@ class Detection {
     problem.loc = a_.loc;
     problem.weight = weight_;
     problem.loc_weight = loc_weight_;
-    device_.launch<kPositiveThreads>(detection_positives_kernel, positives_.tiles, positives_, problem);
+    positives_.zero_blocks = filled > 0 ? device_.multiprocessors() : 0;
+    device_.launch<kPositiveThreads>(detection_positives_kernel, positives_.tiles + positives_.zero_blocks, positives_,
+                                     problem);
   }
 
   // What is asked of the coefficients beyond the arguments.

@@ -253,7 +253,7 @@ IOUBAL_DEVICE void exact_vector(const DenseTable& tb, const DenseRun<T>& run, u3
 
 // The ignored entries of the vector at entry e, as bits.
 template <u32 kCount>
-IOUBAL_DEVICE u32 ignored_of_rows(const DenseTable& tb, const u32* ignored, u32 e) {
+IOUBAL_DEVICE u32 ignored_of_row(const DenseTable& tb, const u32* ignored, u32 e) {
   const u32 classes = tb.classes.divisor;
   u32 row = tb.classes.div(e), column = e - row * classes, off = 0;
 #pragma unroll 1
@@ -265,20 +265,49 @@ IOUBAL_DEVICE u32 ignored_of_rows(const DenseTable& tb, const u32* ignored, u32 
   return off;
 }
 template <u32 kCount>
-IOUBAL_DEVICE u32 ignored_of_planes(const DenseTable& tb, const DenseLevel& level, const u32* ignored, u32 e) {
-  const u32 plane = level.plane.div(e), a = tb.classes.div(plane), location = e - plane * level.locations;
-  // The word after a plane's last is the next plane's first, or one more at the end of all.
-  const u32* const word = ignored + a * level.words + location / kWarp;
-  const u32 off = __funnelshift_r(word[0], word[1], location % kWarp) & ((1u << kCount) - 1);
-  if (location + kCount <= level.locations) return off;
-  u32 j = level.locations - location, beyond = off & ((1u << j) - 1);
+IOUBAL_DEVICE u32 ignored_of_plane(const DenseTable& tb, const DenseLevel& level, const u32* ignored, u32 e) {
+  u32 plane = level.plane.div(e), location = e - plane * level.locations, off = 0;
 #pragma unroll 1
-  for (u32 p = plane + 1; j < kCount; ++p) {  // what lies in the planes after it
-    const u32 width = level.locations < kCount - j ? level.locations : kCount - j;
-    beyond |= (ignored[tb.classes.div(p) * level.words] & ((1u << width) - 1)) << j;
+  for (u32 j = 0; j < kCount; ++plane, location = 0) {
+    const u32 width = level.locations - location < kCount - j ? level.locations - location : kCount - j;
+    // The word after a plane's last is the next plane's first, or one more at the end of all.
+    const u32* const word = ignored + tb.classes.div(plane) * level.words + location / kWarp;
+    off |= (__funnelshift_r(word[0], word[1], location % kWarp) & ((1u << width) - 1)) << j;
     j += width;
   }
-  return beyond;
+  return off;
+}
+
+// Those of a thread's vectors, kCount bits of each; e: the first one's entry, the others kStep entries apart.
+template <u32 kCount, u32 kStep>
+IOUBAL_DEVICE u32 ignored_of_rows(const DenseTable& tb, const u32* ignored, u32 e, u32 marked) {
+  u32 off = 0;
+#pragma unroll 1
+  for (; marked; marked &= marked - 1) {
+    const u32 u = __ffs(static_cast<int>(marked)) - 1;
+    off |= ignored_of_row<kCount>(tb, ignored, e + u * kStep) << u * kCount;
+  }
+  return off;
+}
+template <u32 kCount, u32 kStep>
+IOUBAL_DEVICE u32 ignored_of_planes(const DenseTable& tb, const DenseLevel& level, const u32* ignored, u32 e) {
+  static_assert(kStep % kWarp == 0 && kStripsPerWarp * kCount <= 32);
+  const u32 plane = level.plane.div(e), location = e - plane * level.locations;
+  u32 off = 0;
+  if (location + (kStripsPerWarp - 1) * kStep + kCount <= level.locations) {  // all in one plane
+    const u32* const word = ignored + tb.classes.div(plane) * level.words + location / kWarp;
+#pragma unroll
+    for (u32 u = 0; u < kStripsPerWarp; ++u) {
+      const u32* const at = word + u * kStep / kWarp;
+      off |= (__funnelshift_r(at[0], at[1], location % kWarp) & ((1u << kCount) - 1)) << u * kCount;
+    }
+    return off;
+  }
+#pragma unroll 1
+  for (u32 u = 0; u < kStripsPerWarp; ++u) {
+    off |= ignored_of_plane<kCount>(tb, level, ignored, e + u * kStep) << u * kCount;
+  }
+  return off;
 }
 
 // The sign bits of all elements of a vector.
@@ -314,16 +343,11 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) in[u].load(x + u * kStep);
       const u32 positive = positive_strips[i] >> shift;
-      u32 off[kStripsPerWarp];
+      u32 off;
       if constexpr (kPlanes) {
-#pragma unroll
-        for (u32 u = 0; u < kStripsPerWarp; ++u) off[u] = ignored_of_planes<kCount>(tb, level, ignored, e + u * kStep);
+        off = ignored_of_planes<kCount, kStep>(tb, level, ignored, e);
       } else {
-        const u32 marked = ignored_strips[i] >> shift;
-#pragma unroll
-        for (u32 u = 0; u < kStripsPerWarp; ++u) {
-          off[u] = marked >> u & 1 ? ignored_of_rows<kCount>(tb, ignored, e + u * kStep) : 0;
-        }
+        off = ignored_of_rows<kCount, kStep>(tb, ignored, e, ignored_strips[i] >> shift & kWarpStrips);
       }
       if (run.usual(tb)) {
         left = 0;
@@ -334,7 +358,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
           float v[kCount], total = doubled;
           const bool below = __all_sync(~0u, is_below<T>(in[u])) != 0;
           in[u].unpack(v);
-          switch_off(v, off[u]);
+          switch_off(v, off >> u * kCount & ((1u << kCount) - 1));
           if (below) {
             negative_entries<kGamma, true, kOutput>(run.scale, tb.gamma, v, total);
           } else {
@@ -402,7 +426,7 @@ IOUBAL_DEVICE float dense_tile(const DenseTable& tb, u32 tile, float* kept) {
     while (l + 1 < tb.levels && number >= tb.level[l + 1].tile0) ++l;
     const DenseLevel& level = tb.level[l];
     const u32 local = number - level.tile0;
-    image = local / level.tiles;
+    image = level.per_image.div(local);
     first_group = (local - image * level.tiles) * tb.iterations;
     const DenseRun<T> run(tb, level, image);
     float doubled = 0.f;

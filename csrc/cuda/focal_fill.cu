@@ -13,12 +13,14 @@ void cuda_plan(int64_t iterations) {
   chosen_iterations = iterations;
 }
 
-// The order of the sums follows from the sizes alone: no question to the device here. More than a few groups a tile
-// and the blocks stream through so many places at a time that memory slows down; small batches fill the device by one.
-u32 iterations_of(int64_t elements) {
+// The order of the sums follows from the sizes alone: no question to the device here. Small batches fill the device
+// with a group a tile. With more a block's start costs less, which counts for 16 bits, where arithmetic binds; in
+// float32 memory does, and slows down when blocks stream through many places for long.
+u32 iterations_of(int64_t elements, u32 element) {
   const int64_t chosen = chosen_iterations;
   if (chosen > 0) return static_cast<u32>(chosen);
-  return elements >= (1 << 26) ? 2 : 1;
+  if (element == 4) return elements >= (1 << 26) ? 2 : 1;
+  return elements >= (1 << 27) ? 6 : elements >= (1 << 26) ? 3 : elements >= (1 << 24) ? 2 : 1;
 }
 
 // Blocks of the launch that marks strips, besides the one of the coefficients.
@@ -42,7 +44,7 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
   const u32 vector = 16 / tb.element;
   int64_t elements = 0;
   for (int l = 0; l < tb.levels; ++l) elements += static_cast<int64_t>(tb.level[l].size) * images;
-  tb.iterations = iterations_of(elements);
+  tb.iterations = iterations_of(elements, tb.element);
   tb.tiles = tb.groups = 0;
   for (int l = 0; l < tb.levels; ++l) {
     DenseLevel& level = tb.level[l];
@@ -52,6 +54,7 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
     level.tile0 = tb.tiles;
     level.groups = divide_up(static_cast<int64_t>(level.size) + (aligned ? 0 : vector - 1), kGroupVectors * vector);
     level.tiles = divide_up(level.groups, tb.iterations);
+    level.per_image = FastDiv::make(level.tiles);
     tb.groups += level.groups * images;
     tb.tiles += level.tiles * images;
   }

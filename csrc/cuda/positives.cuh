@@ -71,8 +71,9 @@ struct PositivesTable {
   u32* ignored;   // one bit per anchor: ignored
   u32* clear;     // so many words are to be 0 after the launch
   u32 clear_words;
-  ZeroFill zeros[kMaxLevels];  // and so are these
-  double* partial;             // (tiles, slots, kPartials)
+  ZeroFill zeros[kMaxLevels];  // and so are these, by as many blocks after those of the tiles
+  u32 zero_blocks;
+  double* partial;  // (tiles, slots, kPartials)
 };
 
 // An anchor of a tile.
@@ -244,6 +245,12 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
   __shared__ double scratch[kPositiveWarps * kPartials];
   __shared__ u32 counts[kPositiveWarps];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (number >= tb.tiles) {  // memory is free to write while the positives wait for what they read
+    for (const ZeroFill& zeros : tb.zeros) {
+      if (zeros.bytes > 0) zeros.fill(number - tb.tiles, tb.zero_blocks);
+    }
+    return;
+  }
   int l = 0;
   while (l + 1 < tb.levels && number >= tb.level[l + 1].tile0) ++l;
   const PositivesTile tile(tb, l, number);
@@ -257,9 +264,6 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
     look_at_anchors<int64_t>(tile, problem, bits);
   } else {
     look_at_anchors<int32_t>(tile, problem, bits);
-  }
-  for (const ZeroFill& zeros : tb.zeros) {  // written while the positives wait for their reads
-    if (zeros.bytes > 0) zeros.fill(number, tb.tiles);
   }
   __syncthreads();
   if (tb.special && threadIdx.x < tile.words * tile.groups) {

@@ -27,6 +27,7 @@ struct DenseLevel {
   u32 group0, groups;  // first group; groups per image
   u32 tile0, tiles;    // first tile; tiles per image
   FastDiv plane;       // by locations
+  FastDiv per_image;   // by tiles
   bool planes;
   bool narrow;  // the output lies differently to multiples of 16 bytes than the logits
 
