@@ -153,7 +153,7 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
 }
 
 // Ends a pass that left a loss per tile: the block that finishes last adds them up, in their order; or, where there
-// are so many blocks that their tickets take time, a launch of one block after them.
+// are so many blocks that their tickets take time, a block of a launch after them.
 struct LossSum {
   const float* partial;
   u32 tiles;
@@ -162,10 +162,10 @@ struct LossSum {
   float* loss;  // nullptr: not wanted
 };
 
-template <u32 kBlock>
+template <u32 kBlock, u32 kBatch = 8>
 IOUBAL_DEVICE void add_losses(const LossSum& tb, double* scratch) {
   const auto load = [&](u32 tile) { return load_shared_by_blocks(tb.partial + tile); };
-  const double sum = block_sum<kBlock>(strided_sum<double>(threadIdx.x, tb.tiles, kBlock, load), scratch);
+  const double sum = block_sum<kBlock>(strided_sum<double, kBatch>(threadIdx.x, tb.tiles, kBlock, load), scratch);
   if (threadIdx.x == 0) *tb.loss = static_cast<float>(sum + *tb.positives_loss);
 }
 

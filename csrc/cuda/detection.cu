@@ -87,18 +87,8 @@ class Detection {
     positives_.clear_words = strips.clear_words;
   }
 
-  // grad_deltas: filled with zeros on the way; may be empty.
-  void find_positives(const TensorList& grad_deltas) {
+  void find_positives() {
     if (levels_.empty()) return;
-    int filled = 0;
-    zeroed_ = true;
-    for (const Tensor& grad : grad_deltas) {
-      const int64_t bytes = grad.numel() * static_cast<int64_t>(grad.element_size());
-      if (bytes == 0) continue;
-      zeroed_ = zeroed_ && filled < kMaxLevels && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0;
-      if (!zeroed_) break;
-      positives_.zeros[filled++] = {data_of<char>(grad), bytes};
-    }
     DetectionProblem problem;
     problem.truth = labels_.truth;
     problem.values = labels_.values;
@@ -110,9 +100,7 @@ class Detection {
     problem.loc = a_.loc;
     problem.weight = weight_;
     problem.loc_weight = loc_weight_;
-    positives_.zero_blocks = filled > 0 ? device_.multiprocessors() : 0;
-    device_.launch<kPositiveThreads>(detection_positives_kernel, positives_.tiles + positives_.zero_blocks, positives_,
-                                     problem);
+    device_.launch<kPositiveThreads>(detection_positives_kernel, positives_.tiles, positives_, problem);
   }
 
   // What is asked of the coefficients beyond the arguments.
@@ -150,9 +138,11 @@ class Detection {
     tb.loc = a_.loc;
     tb.dense = dense_;
     tb.dense.scale = cls_scale;
+    tb.dense.plain_scale = static_cast<float>(cls_scale.value);
     tb.dense.expected = expected;
     tb.dense.skip_expected = may_skip;
-    plan_deltas(tb.deltas, grad_deltas, zeroed_ || may_skip);
+    const DeltaTiles deltas = may_skip ? DeltaTiles::kPositives : loss ? DeltaTiles::kZeros : DeltaTiles::kAll;
+    plan_deltas(tb.deltas, grad_deltas, deltas);
     tb.deltas.scale = loc_scale;
     tb.deltas.expected = expected;
     tb.deltas.skip_expected = may_skip;
@@ -168,9 +158,8 @@ class Detection {
     launch_focal_fill(
         device_, tb,
         {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, layout(), may_skip});
-    if (loss) {
-      launch_loss_sum(device_, {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss});
-    }
+    const LossSum losses = {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss};
+    if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses);
   }
 
  private:
@@ -254,11 +243,15 @@ class Detection {
     return rows && planes ? Layout::kMixed : planes ? Layout::kPlanes : Layout::kRows;
   }
 
-  // zeroed: the gradient is 0 but for positives.
-  void plan_deltas(LocTable& tb, const TensorList& grads, bool zeroed) const {
+  void plan_deltas(LocTable& tb, const TensorList& grads, DeltaTiles kind) const {
     tb.levels = 0;
     tb.tiles = 0;
     if (grads.empty()) return;
+    for (const Tensor& grad : grads) {
+      const bool aligned = reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0;
+      if (kind == DeltaTiles::kZeros && !aligned) kind = DeltaTiles::kAll;
+    }
+    tb.kind = kind;
     tb.type = dtype_of(grads[0]);
     tb.weight = loc_weight_ ? loc_weight_ : weight_;
     for (const LevelSource& source : levels_) {
@@ -281,13 +274,18 @@ class Detection {
       level.vector = place.coordinate == 1 && (place.image | place.anchor | place.row | place.column) % 4 == 0 &&
                      reinterpret_cast<uintptr_t>(level.out) % (4 * grad.element_size()) == 0;
       level.tile0 = tb.tiles;
+      if (kind == DeltaTiles::kZeros) {  // a tensor that is cut into levels: all of it by the first one
+        level.bytes = source.first_row == 0 ? grad.numel() * static_cast<int64_t>(grad.element_size()) : 0;
+        level.tiles = divide_up(level.bytes, 16 * kZeroVectors * kFillThreads);
+        tb.tiles += level.tiles;
+        continue;
+      }
       level.tiles = level.planes
-                        ? divide_up(level.locations, kThreads)
-                        : divide_up(static_cast<int64_t>(level.locations) * level.anchors, kLocRepeat * kThreads);
+                        ? divide_up(level.locations, kFillThreads)
+                        : divide_up(static_cast<int64_t>(level.locations) * level.anchors, kLocRepeat * kFillThreads);
       tb.tiles += level.tiles * static_cast<u32>(a_.images());
     }
-    tb.zeroed = zeroed;
-    if (zeroed) tb.tiles = divide_up(dense_.words, kThreads);
+    if (kind == DeltaTiles::kPositives) tb.tiles = divide_up(dense_.words, kFillThreads);
   }
 
   Arguments a_;
@@ -302,7 +300,6 @@ class Detection {
   Labels labels_{};
   AnchorRef anchors_{};
   DenseTable dense_{};
-  bool zeroed_ = false;  // of the deltas' gradient
 };
 
 FocalNumbers focal_numbers(double eta, double alpha, double gamma) { return {eta, alpha, gamma}; }
@@ -318,7 +315,7 @@ void detection_sums(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   Detection op({logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                 focal_numbers(eta, alpha, gamma), loc_numbers(lambda, beta, coder, box_weights)},
                workspace);
-  op.find_positives({});
+  op.find_positives();
   op.find_coefficients(op.coefficients(sums, true), true);
 }
 
@@ -333,7 +330,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   Detection op({logits, deltas, anchors, matched_idxs, gt_boxes, gt_labels, level_sizes, scope,
                 focal_numbers(eta, alpha, gamma), loc_numbers(lambda, beta, coder, box_weights)},
                workspace);
-  if (compute_sums) op.find_positives(grad_deltas);
+  if (compute_sums) op.find_positives();
   CoefficientsTable tb = op.coefficients(sums, compute_sums);
   tb.eps = eps;
   tb.w_loc = w_loc;

@@ -145,15 +145,14 @@ IOUBAL_DEVICE void load_bytes(const void* p, u32* words) {
   }
 }
 // Volatile and a barrier for the compiler: a positive's gradient is stored after the vector that holds its place.
-// Vectors as streaming data (.cs): nothing reads them in this launch.
 template <int kBytes>
 IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
   if constexpr (kBytes == 16) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                  "r"(words[3])
                  : "memory");
   } else if constexpr (kBytes == 8) {
-    asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
   } else if constexpr (kBytes == 4) {
     asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(words[0]) : "memory");
   } else {
@@ -296,9 +295,8 @@ struct NumberRef {
 
 // Sum of load(first), load(first + step), ... below count. Several are loaded before the first is added: what a thread
 // waits for is otherwise one load after the other.
-template <class T, class Load>
+template <class T, u32 kBatch = 8, class Load>
 IOUBAL_DEVICE T strided_sum(u32 first, u32 count, u32 step, Load load) {
-  constexpr u32 kBatch = 8;
   T sum = 0;
 #pragma unroll 1
   for (u32 i = first; i < count; i += kBatch * step) {

@@ -67,6 +67,7 @@ class FlatFocal {
     FillTable tb{};
     tb.dense = dense_;
     tb.dense.scale = scale;
+    tb.dense.plain_scale = static_cast<float>(scale.value);
     tb.dense.expected = expected;
     tb.dense.skip_expected = may_skip;
     for (int l = 0; out && l < tb.dense.levels; ++l) {
@@ -76,10 +77,9 @@ class FlatFocal {
     }
     if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
     launch_focal_fill(device_, tb, {dtype_of(logits_), focal_.gamma, output, Layout::kRows, may_skip});
-    if (loss) {
-      launch_loss_sum(device_,
-                      {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->memory.positives_loss, loss});
-    }
+    const LossSum losses = {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->memory.positives_loss,
+                            loss};
+    if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses);
   }
 
  private:

@@ -37,7 +37,7 @@ struct DenseRun {
         x(static_cast<const T*>(of.x) + number * of.image_stride),
         out(static_cast<T*>(of.out) + number * of.image_stride),
         missing(of.missing(number, sizeof(T))),
-        scale(tb.coefficients.negative[number] * static_cast<float>(tb.scale.get())) {}
+        scale(tb.coefficients.negative[number] * tb.scale_now()) {}
 
   IOUBAL_DEVICE int64_t anchor(const DenseTable& tb, u32 local) const {  // in the whole batch
     return image * tb.anchors_per_image + level->first_anchor + local;
@@ -65,7 +65,7 @@ IOUBAL_DEVICE float positive_weight(const DenseTable& tb, const DenseRun<T>& run
 // What a positive entry leaves in the output.
 template <class T, int kGamma, Output kOutput>
 IOUBAL_DEVICE float positive_value(const DenseTable& tb, const DenseRun<T>& run, float logit, int64_t anchor) {
-  const float weight = positive_weight(tb, run, anchor), scale = static_cast<float>(tb.scale.get());
+  const float weight = positive_weight(tb, run, anchor), scale = tb.scale_now();
   float doubled = 0.f;
   const float gradient = positive_entry<kGamma>(logit, weight * scale, tb.gamma, doubled);
   return kOutput == kLoss ? weighted_loss(weight, kHalf * doubled) * scale : gradient;
@@ -133,7 +133,7 @@ struct Marks {
   u32 off = 0, positive = 0;
   float weight = 1.f;  // of the row
   float* kept;
-  IOUBAL_DEVICE float& value(u32 j) const { return kept[j * kThreads + threadIdx.x]; }
+  IOUBAL_DEVICE float& value(u32 j) const { return kept[j * kFillThreads + threadIdx.x]; }
 
   template <class T, int kGamma, Output kOutput>
   IOUBAL_DEVICE void add_positive(const DenseTable& tb, const DenseRun<T>& run, const T* x, u32 j, int64_t anchor) {
@@ -380,16 +380,23 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 
 // ---- tiles
 
-// The strips with a positive entry of 32 groups, one a warp at a time.
+// The strips with a positive entry of so many groups, four words a lane; one a warp at a time. Many groups, as few have
+// any: a block waits as long for one as for several.
+constexpr u32 kWordsPerLane = 4, kPositiveGroups = kWarp * kWordsPerLane;
 struct PositiveStrips {
-  u32 first_group, own, end, count, next;
+  u32 first_group, own[kWordsPerLane], end, count, next;
 
   IOUBAL_DEVICE void begin(const DenseTable& tb, u32 tile) {
     const u32 lane = threadIdx.x % kWarp;
-    first_group = tile * kWarp;
+    first_group = tile * kPositiveGroups;
     next = threadIdx.x / kWarp;
-    own = first_group + lane < tb.groups ? tb.positive_strips[first_group + lane] : 0;
-    end = __popc(own);
+    end = 0;
+#pragma unroll
+    for (u32 j = 0; j < kWordsPerLane; ++j) {
+      const u32 group = first_group + lane * kWordsPerLane + j;
+      own[j] = group < tb.groups ? tb.positive_strips[group] : 0;
+      end += __popc(own[j]);
+    }
 #pragma unroll
     for (u32 distance = 1; distance < kWarp; distance *= 2) {
       const u32 before = __shfl_up_sync(~0u, end, distance);
@@ -401,12 +408,26 @@ struct PositiveStrips {
   IOUBAL_DEVICE bool take(u32& group, u32& strip) {
     if (next >= count) return false;
     const u32 owner = __ffs(static_cast<int>(__ballot_sync(~0u, end > next))) - 1;
-    u32 bits = __shfl_sync(~0u, own, owner), left = next - (__shfl_sync(~0u, end, owner) - __popc(bits));
+    u32 words[kWordsPerLane], left = next - __shfl_sync(~0u, end, owner);
+#pragma unroll
+    for (u32 j = 0; j < kWordsPerLane; ++j) {
+      words[j] = __shfl_sync(~0u, own[j], owner);
+      left += __popc(words[j]);
+    }
+    u32 bits = words[0], at = 0;
+#pragma unroll
+    for (u32 j = 1; j < kWordsPerLane; ++j) {
+      if (at == j - 1 && left >= static_cast<u32>(__popc(bits))) {
+        left -= __popc(bits);
+        bits = words[j];
+        at = j;
+      }
+    }
 #pragma unroll 1
     for (; left; --left) bits &= bits - 1;
-    group = first_group + owner;
+    group = first_group + owner * kWordsPerLane + at;
     strip = __ffs(static_cast<int>(bits)) - 1;
-    next += kThreads / kWarp;
+    next += kFillWarps;
     return true;
   }
 };

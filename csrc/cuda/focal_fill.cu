@@ -19,8 +19,8 @@ void cuda_plan(int64_t iterations) {
 u32 iterations_of(int64_t elements, u32 element) {
   const int64_t chosen = chosen_iterations;
   if (chosen > 0) return static_cast<u32>(chosen);
-  if (element == 4) return elements >= (1 << 26) ? 2 : 1;
-  return elements >= (1 << 27) ? 6 : elements >= (1 << 26) ? 3 : elements >= (1 << 24) ? 2 : 1;
+  if (element == 4) return elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
+  return elements >= (1 << 27) ? 8 : elements >= (1 << 26) ? 6 : elements >= (1 << 24) ? 4 : 2;
 }
 
 // Blocks of the launch that marks strips, besides the one of the coefficients.
@@ -35,6 +35,15 @@ __global__ void __launch_bounds__(kCoefficientThreads, 1)
   }
   const u32 step = (gridDim.x - 1) * kCoefficientThreads;
   for (u32 i = (blockIdx.x - 1) * kCoefficientThreads + threadIdx.x; i < dense.words; i += step) mark_word(dense, i);
+}
+
+// After the pass of a forward: the sum of its losses, and the gradient of the positives' deltas.
+constexpr u32 kFinishThreads = 512;
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    focal_finish_kernel(const IOUBAL_GRID_CONSTANT FillTable tb, const IOUBAL_GRID_CONSTANT LossSum losses) {
+  __shared__ double scratch[kFinishThreads / kWarp];
+  if (blockIdx.x == 0) return add_losses<kFinishThreads, 16>(losses, scratch);
+  positive_deltas(tb, (blockIdx.x - 1) * kFinishThreads + threadIdx.x);
 }
 
 }  // namespace
@@ -58,7 +67,13 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
     tb.groups += level.groups * images;
     tb.tiles += level.tiles * images;
   }
-  tb.positive_tiles = divide_up(tb.groups, kWarp);
+  tb.positive_tiles = divide_up(tb.groups, kPositiveGroups);
+}
+
+void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses) {
+  const bool deltas = tb.deltas.tiles > 0 && tb.deltas.kind == DeltaTiles::kZeros;
+  const u32 blocks = 1 + (deltas ? divide_up(tb.dense.words, kFinishThreads) : 0);
+  device.launch<kFinishThreads>(focal_finish_kernel, blocks, tb, losses);
 }
 
 StripMemory::StripMemory(Workspace& workspace, DenseTable& tb) {

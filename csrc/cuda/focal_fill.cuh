@@ -14,7 +14,8 @@ struct LocLevel {
   void* out;
   DeltaPlace place, out_place;
   u32 locations, width, anchors, first_anchor;
-  u32 tile0, tiles;     // tiles per image
+  u32 tile0, tiles;     // tiles per image; kZeros: of all images
+  int64_t bytes;        // kZeros: of all images, from `out` on, which is a multiple of 16
   u32 word0, words;     // of `special`, as in Level
   bool special_planes;  // how they lie: as the logits do
   bool planes;          // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
@@ -23,11 +24,15 @@ struct LocLevel {
 
 constexpr u32 kLocRepeat = 4;  // anchors of a thread, rows
 
+// What a tile of the deltas is. kZeros: a piece of memory, whatever is in it. kPositives: words of `special`, the zeros
+// are there already. kAll: anchors, zeros and positives.
+enum class DeltaTiles : int { kZeros, kPositives, kAll };
+
 struct LocTable {
   LocLevel level[kMaxLevels];
   int levels;
-  bool zeroed;  // zeros are there already: the tiles are of the words of `special`
-  u32 tiles;    // 0: the gradient is not wanted
+  DeltaTiles kind;
+  u32 tiles;  // 0: the gradient is not wanted, or not in this launch
   Dtype type;
   const float* weight;  // per anchor; see DetectionProblem
   NumberRef scale, expected;
@@ -86,10 +91,9 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   return out;
 }
 
-// A tile of the deltas' gradient where zeros are there already: the positives of a word a thread.
-IOUBAL_DEVICE void positive_deltas_tile(const FillTable& tb, u32 tile) {
+// The gradient of the positives of a word of `special`.
+IOUBAL_DEVICE void positive_deltas(const FillTable& tb, u32 number) {
   const DenseTable& dense = tb.dense;
-  const u32 number = tile * kThreads + threadIdx.x;
   if (number >= dense.words) return;
 #pragma unroll 1
   for (u32 left = dense.special[number] & ~dense.ignored[number]; left; left &= left - 1) {
@@ -104,9 +108,29 @@ IOUBAL_DEVICE void positive_deltas_tile(const FillTable& tb, u32 tile) {
   }
 }
 
+constexpr u32 kZeroVectors = 8;  // a thread
+IOUBAL_DEVICE void zeros_tile(const LocTable& tb, u32 tile) {
+  int l = 0;
+  while (l + 1 < tb.levels && tile >= tb.level[l + 1].tile0) ++l;
+  const LocLevel& level = tb.level[l];
+  const u32 zero[4] = {0, 0, 0, 0};
+  const int64_t first = (static_cast<int64_t>(tile - level.tile0) * kZeroVectors * kFillThreads + threadIdx.x) * 16;
+#pragma unroll
+  for (u32 k = 0; k < kZeroVectors; ++k) {
+    const int64_t at = first + k * kFillThreads * 16;
+    char* const out = static_cast<char*>(level.out) + at;
+    if (at + 16 <= level.bytes) {
+      store_bytes<16>(out, zero);
+    } else {
+      for (int64_t rest = 0; rest < level.bytes - at; rest += 2) store_bytes<2>(out + rest, zero);
+    }
+  }
+}
+
 // A tile of the deltas' gradient: zeros, but for the positives.
 IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
-  if (tb.deltas.zeroed) return positive_deltas_tile(tb, tile);
+  if (tb.deltas.kind == DeltaTiles::kZeros) return zeros_tile(tb.deltas, tile);
+  if (tb.deltas.kind == DeltaTiles::kPositives) return positive_deltas(tb, tile * kFillThreads + threadIdx.x);
   const LocTable& deltas = tb.deltas;
   int l = 0;
   while (l + 1 < deltas.levels && tile >= deltas.level[l + 1].tile0) ++l;
@@ -118,10 +142,10 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
   for (u32 k = 0; k < repeat; ++k) {
     u32 location, a;
     if (level.planes) {
-      location = chunk * kThreads + threadIdx.x;
+      location = chunk * kFillThreads + threadIdx.x;
       a = k;
     } else {
-      const u32 row = (chunk * kLocRepeat + k) * kThreads + threadIdx.x;
+      const u32 row = (chunk * kLocRepeat + k) * kFillThreads + threadIdx.x;
       location = row / level.anchors;
       a = row - location * level.anchors;
     }
@@ -142,9 +166,9 @@ IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
 
 // The dense pass over the logits and the deltas' gradient. The flat focal loss has no deltas.
 template <class T, int kGamma, Output kOutput, Layout kLayout>
-__global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4)
+__global__ void __launch_bounds__(kFillThreads, kGamma == -1 ? 6 : 8)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
-  __shared__ float kept[kKept * kThreads], scratch[kThreads / kWarp];
+  __shared__ float kept[kKept * kFillThreads], scratch[kFillWarps];
   if ((tb.deltas.tiles == 0 || tb.deltas.filled()) && tb.dense.filled()) return;  // a backward: there is no loss to add
   for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.all_tiles(); tile += gridDim.x) {
     u32 dense;
@@ -156,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kGamma == -1 ? 3 : 4)
     const float loss = dense_tile<T, kGamma, kOutput, kLayout>(tb.dense, dense, kept);
     if (tb.dense.partial == nullptr) continue;
     __syncthreads();  // the scratch of the tile before
-    const float total = block_sum(loss, scratch);
+    const float total = block_sum<kFillThreads>(loss, scratch);
     if (threadIdx.x == 0) tb.dense.partial[dense] = total;
   }
 }

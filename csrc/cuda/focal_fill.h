@@ -26,6 +26,10 @@ inline void launch_focal_fill(const OnDevice& device, const FillTable& tb, const
   }
 }
 
+// After the pass of a forward: adds up the losses of its tiles, and where deltas have been filled with zeros writes the
+// positives'.
+void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses);
+
 // Cuts the levels of so many images, whose places, sizes and layouts are given, into groups and tiles.
 void plan_dense(DenseTable& tb, Dtype type, u32 images);
 

@@ -173,7 +173,6 @@ struct CoefficientMemory {
 };
 
 void launch_coefficients(const OnDevice& device, const CoefficientsTable& tb);
-void launch_loss_sum(const OnDevice& device, const LossSum& tb);
 
 // Blocks of a pass. A pass that may find that there is nothing to do is small: its blocks loop over the tiles.
 inline u32 pass_blocks(const OnDevice& device, u32 tiles, bool may_skip) {

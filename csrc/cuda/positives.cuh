@@ -45,22 +45,6 @@ struct PositiveTerms {
   }
 };
 
-// A tensor to be filled with zeros: data a multiple of 16 bytes.
-struct ZeroFill {
-  void* data;
-  int64_t bytes;  // even
-
-  // A share of the work, by all threads of a block.
-  IOUBAL_DEVICE void fill(u32 share, u32 shares) const {
-    constexpr u32 kZero[4] = {0, 0, 0, 0};
-    const int64_t vectors = bytes / 16, step = static_cast<int64_t>(shares) * kPositiveThreads;
-    const int64_t first = static_cast<int64_t>(share) * kPositiveThreads + threadIdx.x;
-    char* const at = static_cast<char*>(data);
-    for (int64_t i = first; i < vectors; i += step) store_bytes<16>(at + 16 * i, kZero);
-    if (first < (bytes - 16 * vectors) / 2) store_bytes<2>(at + 16 * vectors + 2 * first, kZero);
-  }
-};
-
 struct PositivesTable {
   Level level[kMaxLevels];
   int levels;
@@ -71,8 +55,6 @@ struct PositivesTable {
   u32* ignored;   // one bit per anchor: ignored
   u32* clear;     // so many words are to be 0 after the launch
   u32 clear_words;
-  ZeroFill zeros[kMaxLevels];  // and so are these, by as many blocks after those of the tiles
-  u32 zero_blocks;
   double* partial;  // (tiles, slots, kPartials)
 };
 
@@ -245,12 +227,6 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
   __shared__ double scratch[kPositiveWarps * kPartials];
   __shared__ u32 counts[kPositiveWarps];
   const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (number >= tb.tiles) {  // memory is free to write while the positives wait for what they read
-    for (const ZeroFill& zeros : tb.zeros) {
-      if (zeros.bytes > 0) zeros.fill(number - tb.tiles, tb.zero_blocks);
-    }
-    return;
-  }
   int l = 0;
   while (l + 1 < tb.levels && number >= tb.level[l + 1].tile0) ++l;
   const PositivesTile tile(tb, l, number);

@@ -1,17 +1,19 @@
 // The stream of vectors that the dense pass goes through, and the strips of it that are not plain background.
 //
 // A run, the logits of one level and image, is cut at multiples of 16 bytes into vectors; the first and the last may be
-// partial. 32 neighbouring vectors are a strip, a warp's load; 32 strips a group, a block's. A bit per strip says
-// whether it holds a positive entry, and one, of rows only, whether it holds an ignored one.
+// partial. 32 neighbouring vectors are a strip, a warp's load; 16 strips a group, a block's. A bit per strip says
+// whether it holds a positive entry, and one, of rows only, whether it holds an ignored one: a word of each a group.
 #pragma once
 
 #include "cuda/tables.cuh"
 
 namespace ioubal::cuda {
 
+// Small blocks: the next one starts when the last warp of one is done.
+constexpr u32 kFillThreads = 128, kFillWarps = kFillThreads / kWarp;
 constexpr u32 kStripsPerWarp = 4, kWarpStrips = (1u << kStripsPerWarp) - 1;
-constexpr u32 kGroupVectors = kThreads * kStripsPerWarp;  // 32 strips: a word of their bits
-static_assert(kGroupVectors == kWarp * kWarp);
+constexpr u32 kGroupStrips = kFillWarps * kStripsPerWarp, kGroupVectors = kGroupStrips * kWarp;
+static_assert(kGroupStrips <= 32);
 constexpr u32 kMostIterations = 32 / kStripsPerWarp;  // groups of a tile: a bit each for a thread's vectors
 
 // The logits of a level: of every image, rows of K (flat, channels_last) or planes of H * W (NCHW).
@@ -59,11 +61,13 @@ struct DenseTable {
   FloatRef row_weight;  // per row, or none: of the negatives too
   float gamma;
   NumberRef scale;     // the gradient's factor: grad_output, or in the forward what is expected of it
+  float plain_scale;   // the same where it is no tensor: blocks start sooner without the conversion
   NumberRef expected;  // backward: nothing to do if the scale is this
   bool skip_expected;
   float* partial;  // per tile: the negatives' loss; nullptr: not wanted
 
   IOUBAL_HD u32 all_tiles() const { return positive_tiles + tiles; }
+  IOUBAL_DEVICE float scale_now() const { return scale.tensor.data ? static_cast<float>(scale.get()) : plain_scale; }
   // Whether the buffers hold what is asked for already.
   IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
 };
@@ -75,7 +79,7 @@ IOUBAL_DEVICE void mark_strips(const DenseTable& tb, const DenseLevel& level, u3
   const u32 last = (first + count - 1 + missing) / vector / kWarp;
   u32* const words = strips + level.strips(image);
   for (u32 strip = (first + missing) / vector / kWarp; strip <= last; ++strip) {
-    atomicOr(words + strip / kWarp, 1u << strip % kWarp);
+    atomicOr(words + strip / kGroupStrips, 1u << strip % kGroupStrips);
   }
 }
 
