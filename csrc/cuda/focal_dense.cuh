@@ -46,10 +46,8 @@ struct DenseRun {
   IOUBAL_DEVICE bool usual(const DenseTable& tb) const {
     return usual_scale(scale) && !level->narrow && !tb.row_weight.data;
   }
-  // The loss that a doubled sum stands for.
-  IOUBAL_DEVICE float loss(const DenseTable& tb, float doubled) const {
-    return tb.coefficients.negative[image] * (kHalf * doubled);
-  }
+  // The part in the whole loss of the sum over some entries.
+  IOUBAL_DEVICE float loss(const DenseTable& tb, float sum) const { return tb.coefficients.negative[image] * sum; }
 };
 
 // ---- entries one by one and vectors that may hold anything
@@ -66,14 +64,14 @@ IOUBAL_DEVICE float positive_weight(const DenseTable& tb, const DenseRun<T>& run
 template <class T, int kGamma, Output kOutput>
 IOUBAL_DEVICE float positive_value(const DenseTable& tb, const DenseRun<T>& run, float logit, int64_t anchor) {
   const float weight = positive_weight(tb, run, anchor), scale = tb.scale_now();
-  float doubled = 0.f;
-  const float gradient = positive_entry<kGamma>(logit, weight * scale, tb.gamma, doubled);
-  return kOutput == kLoss ? weighted_loss(weight, kHalf * doubled) * scale : gradient;
+  float loss = 0.f;
+  const float gradient = positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss);
+  return kOutput == kLoss ? weighted_loss(weight, loss) * scale : gradient;
 }
 
 // One entry by itself, whatever it is: ignored, positive, weighted, an infinite logit.
 template <class T, int kGamma, Output kOutput>
-IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e, float& doubled) {
+IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e, float& sum) {
   u32 position, k;
   if (run.level->planes) {
     const u32 plane = run.level->plane.div(e), a = tb.classes.div(plane);
@@ -90,9 +88,9 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e
   float loss = 0.f;
   const float gradient =
       negative_entry<kGamma, false, true>(ignored || positive ? kOff : logit, run.scale, tb.gamma, loss);
-  doubled = fmaf(loss, w, doubled);
+  sum = fmaf(loss, w, sum);
   if constexpr (kOutput == kNone) return;
-  float value = ignored ? 0.f : w * (kOutput == kLoss ? kHalf * loss * run.scale : gradient);  // also for inf
+  float value = ignored ? 0.f : w * (kOutput == kLoss ? loss * run.scale : gradient);  // also for a scale of inf
   if (positive) {
     value = positive_value<T, kGamma, kOutput>(tb, run, logit, anchor);
   }
@@ -100,8 +98,8 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e
   store_one(run.out + e, value);
 }
 
-// kCount negatives, but for those of the bits `off`: in the place of their logits their gradients or losses, and twice
-// the sum of the losses added. Where that is not finite, the derivatives may be NaN, and any_entry has to do them all.
+// kCount negatives: in the place of their logits their gradients or losses, and twice the sum of the losses added.
+// Where that is not good, infinite or NaN, so may the others be, and any_entry has to do them all.
 template <int kGamma, bool kBelow, Output kOutput, int kCount>
 IOUBAL_DEVICE void negative_entries(float scale, float gamma, float (&v)[kCount], float& doubled) {
 #pragma unroll
@@ -121,10 +119,7 @@ IOUBAL_DEVICE void switch_off(float (&v)[kCount], u32 off) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) v[j] = off >> j & 1 ? kOff : v[j];
 }
-template <Output kOutput>
-IOUBAL_DEVICE bool all_good(float doubled) {
-  return kOutput != kGradient || doubled < 1e35f;
-}
+IOUBAL_DEVICE bool all_good(float doubled) { return doubled < 1e35f; }
 
 // A vector's entries that are no negatives, as bits: the values of the positive ones are computed before anything is
 // stored, since in place that takes their logits away, and kept in shared memory, a column a thread.
@@ -198,17 +193,16 @@ IOUBAL_DEVICE void mark_planes(const DenseTable& tb, const DenseRun<T>& run, con
 
 // Does such a vector; false, with nothing stored, where any_entry has to.
 template <class T, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, u32 e, const Marks& marks,
-                                 float& doubled) {
+IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, u32 e, const Marks& marks, float& sum) {
   constexpr int kCount = kVector<T>;
   Vec<T, kCount> in;
   in.load(run.x + e);
-  float v[kCount], loss = 0.f;
+  float v[kCount], doubled = 0.f;
   in.unpack(v);
   switch_off(v, marks.off);
-  negative_entries<kGamma, false, kOutput>(run.scale * marks.weight, tb.gamma, v, loss);
-  if (!all_good<kOutput>(loss)) return false;
-  doubled = fmaf(loss, marks.weight, doubled);
+  negative_entries<kGamma, false, kOutput>(run.scale * marks.weight, tb.gamma, v, doubled);
+  if (!all_good(doubled)) return false;
+  sum = fmaf(kHalf * doubled, marks.weight, sum);
   if constexpr (kOutput != kNone) {
     T* const out = run.out + e;
     in.set(v);
@@ -229,7 +223,7 @@ IOUBAL_DEVICE bool marked_vector(const DenseTable& tb, const DenseRun<T>& run, u
 
 // Does vector number `vector` of the run, whatever is in it; it may lie partly or wholly outside.
 template <class T, int kGamma, Output kOutput>
-IOUBAL_DEVICE void exact_vector(const DenseTable& tb, const DenseRun<T>& run, u32 vector, float* kept, float& doubled) {
+IOUBAL_DEVICE void exact_vector(const DenseTable& tb, const DenseRun<T>& run, u32 vector, float* kept, float& sum) {
   const u32 size = run.level->size, begin = vector * kVector<T>, end = begin + kVector<T>;
   const u32 first = begin < run.missing ? 0 : begin - run.missing;
   const u32 last = end < size + run.missing ? end - run.missing : size;  // vector 0 has entries, so end > missing
@@ -243,10 +237,10 @@ IOUBAL_DEVICE void exact_vector(const DenseTable& tb, const DenseRun<T>& run, u3
     } else {
       could = mark_rows<T, kGamma, kOutput>(tb, run, special, first, marks);
     }
-    if (could && marked_vector<T, kGamma, kOutput>(tb, run, first, marks, doubled)) return;
+    if (could && marked_vector<T, kGamma, kOutput>(tb, run, first, marks, sum)) return;
   }
 #pragma unroll 1
-  for (u32 e = first; e < last; ++e) any_entry<T, kGamma, kOutput>(tb, run, e, doubled);
+  for (u32 e = first; e < last; ++e) any_entry<T, kGamma, kOutput>(tb, run, e, sum);
 }
 
 // ---- the fast loop
@@ -364,7 +358,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
           } else {
             negative_entries<kGamma, false, kOutput>(run.scale, tb.gamma, v, total);
           }
-          if (!all_good<kOutput>(total)) {
+          if (!all_good(total)) {
             left |= 1u << u;
             continue;
           }
@@ -456,7 +450,7 @@ IOUBAL_DEVICE float dense_tile(const DenseTable& tb, u32 tile, float* kept) {
     } else {
       later = dense_groups<T, kGamma, kOutput, false>(tb, run, first_group, doubled);
     }
-    loss = run.loss(tb, doubled);
+    loss = run.loss(tb, kHalf * doubled);
   }
   PositiveStrips strips = {};
   if (positives) strips.begin(tb, tile);
@@ -478,9 +472,9 @@ IOUBAL_DEVICE float dense_tile(const DenseTable& tb, u32 tile, float* kept) {
       strip = warp * kStripsPerWarp + bit % kStripsPerWarp;
     }
     const DenseRun<T> run(tb, tb.level[l], image);
-    float doubled = 0.f;
-    exact_vector<T, kGamma, kOutput>(tb, run, group * kGroupVectors + strip * kWarp + lane, kept, doubled);
-    loss += run.loss(tb, doubled);
+    float sum = 0.f;
+    exact_vector<T, kGamma, kOutput>(tb, run, group * kGroupVectors + strip * kWarp + lane, kept, sum);
+    loss += run.loss(tb, sum);
   }
   return loss;
 }

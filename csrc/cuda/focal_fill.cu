@@ -15,12 +15,12 @@ void cuda_plan(int64_t iterations) {
 
 // The order of the sums follows from the sizes alone: no question to the device here. Small batches fill the device
 // with a group a tile. With more a block's start costs less, which counts for 16 bits, where arithmetic binds; in
-// float32 memory does, and slows down when blocks stream through many places for long.
+// float32 memory does, and slows down when blocks stream through many places for long. Measured on an H200.
 u32 iterations_of(int64_t elements, u32 element) {
   const int64_t chosen = chosen_iterations;
   if (chosen > 0) return static_cast<u32>(chosen);
-  if (element == 4) return elements >= (1 << 26) ? 4 : elements >= (1 << 23) ? 2 : 1;
-  return elements >= (1 << 27) ? 8 : elements >= (1 << 26) ? 6 : elements >= (1 << 24) ? 4 : 2;
+  if (element == 4) return elements >= (1 << 23) ? 2 : 1;
+  return elements >= (1 << 24) ? 4 : 2;
 }
 
 // Blocks of the launch that marks strips, besides the one of the coefficients.

@@ -26,44 +26,48 @@ IOUBAL_DEVICE float log1p_slope(float m) {
 // A gradient's factor for which the fast form is right: with others, 0 times inf at an ignored entry would be NaN.
 IOUBAL_DEVICE bool usual_scale(float s) { return fabsf(s) < 1e30f; }
 
-// What `doubled` sums stand for.
+// What a doubled sum of losses stands for.
 constexpr float kHalf = 0.5f;
 
 // kGamma = 0, 1, 2, or -1 for any gamma. Returns s times the derivative of p^gamma softplus(x), and adds twice the loss
-// to `doubled`. kBelow: x is known to be at most 0. kSafe: right at infinite logits too, where the fast form gives NaN
-// for the derivative (0 * inf) and an infinite loss, by which a caller notices.
+// to `sum`. kBelow: x is known to be at most 0. kSafe: right at infinite logits too, where the fast form gives NaN for
+// the derivative (0 * inf) and an infinite loss, by which a caller notices; and adds the loss once, as twice a huge one
+// is infinite.
 template <int kGamma, bool kBelow, bool kSafe>
-IOUBAL_DEVICE float negative_entry(float x, float s, float gamma, float& doubled) {
+IOUBAL_DEVICE float negative_entry(float x, float s, float gamma, float& sum) {
+  constexpr float kTimes = kSafe ? 1.f : 2.f, kOnce = 1.f / kTimes;  // softplus as it is computed, and what it is
   const float e = ex2(kBelow ? 1.44269504f * x : -1.44269504f * fabsf(x));
   const float r = rcp(1.f + e), other = e * r;
-  const float sum = e + other, m = e - other;
-  const float log1pe = fmaf(sum * m, log1p_slope<kGamma == -1>(m), sum);                       // twice log1p(e)
-  const float softplus = kBelow ? log1pe : fmaf(2.f, fmaxf(x, 0.f), log1pe);                   // twice
-  const float p = kBelow || x < 0.f ? other : r, one_minus_p = kBelow || x < 0.f ? r : other;  // each by itself
+  const float both = e + other, m = e - other;
+  const float log1pe = fmaf(both * m, log1p_slope<kGamma == -1>(m), both);  // twice log1p(e)
+  float softplus = kSafe ? kHalf * log1pe : log1pe;
+  if (!kBelow) softplus = fmaf(kTimes, fmaxf(x, 0.f), softplus);
+  // Each by itself: a large gamma multiplies what cancels in a difference.
+  const float p = kBelow || x < 0.f ? other : r, one_minus_p = kBelow || x < 0.f ? r : other;
   const float capped = kSafe ? fminf(softplus, 1e30f) : softplus;  // 1 - p is 0 where it matters
   if constexpr (kGamma == 0) {
-    doubled += softplus;
+    sum += softplus;
     return p * s;
   } else if constexpr (kGamma == 1) {
-    doubled = fmaf(p, softplus, doubled);
-    return p * s * fmaf(kHalf * one_minus_p, capped, p);
+    sum = fmaf(p, softplus, sum);
+    return p * s * fmaf(kOnce * one_minus_p, capped, p);
   } else if constexpr (kGamma == 2) {
     const float p2 = p * p;
-    doubled = fmaf(p2, softplus, doubled);
-    return s * p2 * fmaf(one_minus_p, capped, p);
+    sum = fmaf(p2, softplus, sum);
+    return s * p2 * fmaf(2.f * kOnce * one_minus_p, capped, p);
   } else {
     // p^gamma through log p = min(x, 0) - log1p(e): one more special function, no logarithm.
     const float log_p = fmaf(-kHalf, log1pe, kBelow ? x : fminf(x, 0.f));
     const float modulator = gamma == 0.f ? 1.f : ex2(1.44269504f * gamma * log_p);
-    doubled = fmaf(modulator, softplus, doubled);
-    return modulator * s * fmaf(kHalf * gamma * one_minus_p, capped, p);
+    sum = fmaf(modulator, softplus, sum);
+    return modulator * s * fmaf(kOnce * gamma * one_minus_p, capped, p);
   }
 }
 
 // The loss and, times s, the derivative of a positive entry: a negative one seen from the other side.
 template <int kGamma>
-IOUBAL_DEVICE float positive_entry(float x, float s, float gamma, float& doubled) {
-  return -negative_entry<kGamma, false, true>(-x, s, gamma, doubled);
+IOUBAL_DEVICE float positive_entry(float x, float s, float gamma, float& loss) {
+  return -negative_entry<kGamma, false, true>(-x, s, gamma, loss);
 }
 
 }  // namespace ioubal::cuda
