@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +67,7 @@ class Work:
     def both(self) -> list[Tensor]:
         """A training step's part: losses, then the gradients of their sum."""
         losses = list(self.losses())
-        return [*(x.detach() for x in losses), *torch.autograd.grad(sum(losses), self.leaves)]
+        return [*(x.detach() for x in losses), *torch.autograd.grad(functools.reduce(operator.add, losses), self.leaves)]
 
     def forward(self) -> list[Tensor]:
         return list(self.losses())
@@ -78,7 +80,7 @@ class Work:
         """The forward whose backward comes next."""
         if self.refill is not None:
             self.refill()
-        self._held = [sum(self.losses())]
+        self._held = [functools.reduce(operator.add, self.losses())]
 
     def release(self) -> None:
         """Lets go of what the last `hold` keeps."""

@@ -60,6 +60,20 @@ def test_logits_below_zero_and_others_agree(gamma):
     torch.testing.assert_close(below[:, rest], grad[:, rest], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("gamma", (2.0, 1.0, 0.0, 0.5))
+@pytest.mark.parametrize("label", (ik.BACKGROUND, 0))
+def test_huge_logits_one_by_one(gamma, label):
+    """Losses up to the largest number, next to small ones: none is infinite before it has to be."""
+    x = every_value(torch.bfloat16).view(-1, 1)[: 2**16]
+    x = torch.where(x.isfinite(), x, 0.0)
+    labels, iou = torch.full((len(x),), label), torch.ones(len(x))
+    for dtype in (torch.bfloat16, torch.float32):
+        options = {"gamma": gamma, "reduction": "none"}
+        got = ik.iou_balanced_sigmoid_focal_loss(x.to(dtype), labels, iou, backend="cpu", **options)
+        want = ik.iou_balanced_sigmoid_focal_loss(x.double(), labels, iou, backend="reference", **options)
+        testing.assert_close_budget(got, want, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_logits_that_are_not_finite(dtype):
     """Next to others and among those of ignored rows."""
