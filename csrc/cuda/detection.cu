@@ -155,9 +155,9 @@ class Detection {
     if (loss == nullptr && grad_logits.empty()) tb.dense.tiles = tb.dense.positive_tiles = 0;
     if (tb.dense.all_tiles() + tb.deltas.tiles == 0) return;
     if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
-    launch_focal_fill(device_, tb,
-                      {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, layout(),
-                       may_skip, loss == nullptr});
+    launch_focal_fill(
+        device_, tb,
+        {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, layout(), may_skip});
     const LossSum losses = {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss};
     if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses);
   }

@@ -71,9 +71,14 @@ void store_bytes(void* p, const u32* words) {
   simt::check_aligned(p, kBytes, "store");
   memcpy(p, words, kBytes);
 }
-inline void wait_for_last_launch() {}
 inline float load_shared_by_blocks(const float* p) { return *p; }
 inline u32 count_up(u32* counter) { return atomicAdd(counter, 1u); }
+// Memory of a block whose size the launch says.
+constexpr u32 kMostShared = 163 * 1024;
+inline char* dynamic_shared() {
+  alignas(16) __shared__ char memory[kMostShared];
+  return memory;
+}
 #else
 IOUBAL_DEVICE float ex2(float t) {
   float r;
@@ -154,14 +159,6 @@ IOUBAL_DEVICE void store_bytes(void* p, const u32* words) {
     asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(static_cast<uint16_t>(words[0])) : "memory");
   }
 }
-// Of a kernel launched by OnDevice::launch_next: it may be there before the last launch has ended, and until then must
-// touch nothing that is not its own. By all threads, at the start. What comes next may then be on its way, too.
-IOUBAL_DEVICE void wait_for_last_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 // What other blocks of the same launch have written lies in L2, not in this multiprocessor's L1.
 IOUBAL_DEVICE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
 // Adds 1 and returns what it was. What this thread has written is there for those who see the new number and then
@@ -170,6 +167,11 @@ IOUBAL_DEVICE u32 count_up(u32* counter) {
   u32 before;
   asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
+}
+// Memory of a block whose size the launch says.
+IOUBAL_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
 }
 #endif
 

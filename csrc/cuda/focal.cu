@@ -76,7 +76,7 @@ class FlatFocal {
       level.narrow = reinterpret_cast<uintptr_t>(level.x) % 16 != reinterpret_cast<uintptr_t>(level.out) % 16;
     }
     if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
-    launch_focal_fill(device_, tb, {dtype_of(logits_), focal_.gamma, output, Layout::kRows, may_skip, loss == nullptr});
+    launch_focal_fill(device_, tb, {dtype_of(logits_), focal_.gamma, output, Layout::kRows, may_skip});
     const LossSum losses = {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->memory.positives_loss,
                             loss};
     if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses);

@@ -29,7 +29,6 @@ constexpr u32 kMostMarkBlocks = 512;
 __global__ void __launch_bounds__(kCoefficientThreads, 1)
     coefficients_and_strips_kernel(const IOUBAL_GRID_CONSTANT CoefficientsTable tb,
                                    const IOUBAL_GRID_CONSTANT DenseTable dense) {
-  wait_for_last_launch();
   if (blockIdx.x == 0) {
     coefficients_block(tb);
     return;
@@ -43,7 +42,6 @@ constexpr u32 kFinishThreads = 512;
 __global__ void __launch_bounds__(kFinishThreads, 1)
     focal_finish_kernel(const IOUBAL_GRID_CONSTANT FillTable tb, const IOUBAL_GRID_CONSTANT LossSum losses) {
   __shared__ double scratch[kFinishThreads / kWarp];
-  wait_for_last_launch();
   if (blockIdx.x == 0) return add_losses<kFinishThreads, 16>(losses, scratch);
   positive_deltas(tb, (blockIdx.x - 1) * kFinishThreads + threadIdx.x);
 }
@@ -75,7 +73,7 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
 void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses) {
   const bool deltas = tb.deltas.tiles > 0 && tb.deltas.kind == DeltaTiles::kZeros;
   const u32 blocks = 1 + (deltas ? divide_up(tb.dense.words, kFinishThreads) : 0);
-  device.launch_next<kFinishThreads>(focal_finish_kernel, blocks, tb, losses);
+  device.launch<kFinishThreads>(focal_finish_kernel, blocks, tb, losses);
 }
 
 StripMemory::StripMemory(Workspace& workspace, DenseTable& tb) {
@@ -89,7 +87,7 @@ StripMemory::StripMemory(Workspace& workspace, DenseTable& tb) {
 
 void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense) {
   const u32 blocks = std::min(divide_up(dense.words, kCoefficientThreads), kMostMarkBlocks);
-  device.launch_next<kCoefficientThreads>(coefficients_and_strips_kernel, 1 + blocks, tb, dense);
+  device.launch<kCoefficientThreads>(coefficients_and_strips_kernel, 1 + blocks, tb, dense);
 }
 
 }  // namespace ioubal::cuda

@@ -169,7 +169,6 @@ template <class T, int kGamma, Output kOutput, Layout kLayout>
 __global__ void __launch_bounds__(kFillThreads, kGamma == -1 ? 6 : 8)
     focal_fill_kernel(const IOUBAL_GRID_CONSTANT FillTable tb) {
   __shared__ float kept[kKept * kFillThreads], scratch[kFillWarps];
-  wait_for_last_launch();
   if ((tb.deltas.tiles == 0 || tb.deltas.filled()) && tb.dense.filled()) return;  // a backward: there is no loss to add
   for (u32 tile = blockIdx.x; tile < tb.deltas.tiles + tb.dense.all_tiles(); tile += gridDim.x) {
     u32 dense;

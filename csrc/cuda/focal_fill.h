@@ -12,7 +12,6 @@ struct FillVariant {
   Output output;
   Layout layout;
   bool may_skip;
-  bool first;  // launch of its op, or it may be
 };
 
 void launch_focal_fill_float32(const OnDevice& device, const FillTable& tb, const FillVariant& variant);

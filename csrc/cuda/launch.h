@@ -38,13 +38,11 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor&) {}
   static u32 multiprocessors() { return 2; }
-  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
+  static u32 most_shared() { return kMostShared; }
+  template <u32 kBlock = kThreads, u32 kShared = 0, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
+    static_assert(kShared <= kMostShared);
     if (blocks > 0) simt::launch(dim3(blocks), dim3(kBlock), [&] { kernel(arguments...); });
-  }
-  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
-  void launch_next(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    launch<kBlock>(kernel, blocks, arguments...);
   }
 };
 #else
@@ -59,31 +57,23 @@ class OnDevice {
     device_ = tensor.get_device_index();
   }
   u32 multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
+  // Bytes that a block may have if it asks.
+  u32 most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  // kShared: bytes for dynamic_shared().
+  template <u32 kBlock = kThreads, u32 kShared = 0, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    if (blocks > 0) start<kBlock>(false, kernel, blocks, arguments...);
-  }
-  // Of a kernel that calls wait_for_last_launch, right after a launch of the same op: its blocks may come as the last
-  // ones of that launch leave.
-  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
-  void launch_next(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    if (blocks > 0) start<kBlock>(attribute(cudaDevAttrComputeCapabilityMajor) >= 9, kernel, blocks, arguments...);
+    if (blocks == 0) return;
+    if constexpr (kShared > 0) {
+      const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, kShared), "cudaFuncSetAttribute");
+    }
+    // clang-format off
+    kernel<<<blocks, kBlock, kShared, stream_>>>(arguments...);  // the formatter takes it for two templates
+    // clang-format on
+    check(cudaGetLastError(), "kernel launch");
   }
 
  private:
-  template <u32 kBlock, class... Parameters, class... Arguments>
-  void start(bool early, void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    cudaLaunchAttribute order[1];
-    order[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    order[0].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kBlock);
-    config.stream = stream_;
-    config.attrs = order;
-    config.numAttrs = early ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
-  }
   u32 attribute(cudaDeviceAttr which) const {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");

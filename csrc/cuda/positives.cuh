@@ -222,7 +222,6 @@ IOUBAL_DEVICE void clear_terms(int64_t slots, double* out) {
 // `PositiveTerms terms(const PositivesTable&, const Place&, int64_t value)`.
 template <class Problem>
 IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& problem, u32 number) {
-  wait_for_last_launch();  // which there is none of; but the next one may come early
   __shared__ TileBits bits;
   __shared__ uint16_t list[kTileAnchors];
   __shared__ double scratch[kPositiveWarps * kPartials];
