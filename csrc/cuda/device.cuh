@@ -73,12 +73,6 @@ void store_bytes(void* p, const u32* words) {
 }
 inline float load_shared_by_blocks(const float* p) { return *p; }
 inline u32 count_up(u32* counter) { return atomicAdd(counter, 1u); }
-// Memory of a block whose size the launch says.
-constexpr u32 kMostShared = 163 * 1024;
-inline char* dynamic_shared() {
-  alignas(16) __shared__ char memory[kMostShared];
-  return memory;
-}
 #else
 IOUBAL_DEVICE float ex2(float t) {
   float r;
@@ -167,11 +161,6 @@ IOUBAL_DEVICE u32 count_up(u32* counter) {
   u32 before;
   asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
-}
-// Memory of a block whose size the launch says.
-IOUBAL_DEVICE char* dynamic_shared() {
-  extern __shared__ __align__(16) char memory[];
-  return memory;
 }
 #endif
 

@@ -38,10 +38,8 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor&) {}
   static u32 multiprocessors() { return 2; }
-  static u32 most_shared() { return kMostShared; }
-  template <u32 kBlock = kThreads, u32 kShared = 0, class... Parameters, class... Arguments>
+  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
-    static_assert(kShared <= kMostShared);
     if (blocks > 0) simt::launch(dim3(blocks), dim3(kBlock), [&] { kernel(arguments...); });
   }
 };
@@ -56,29 +54,21 @@ class OnDevice {
     stream_ = static_cast<cudaStream_t>(stream);
     device_ = tensor.get_device_index();
   }
-  u32 multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // Bytes that a block may have if it asks.
-  u32 most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-  // kShared: bytes for dynamic_shared().
-  template <u32 kBlock = kThreads, u32 kShared = 0, class... Parameters, class... Arguments>
+  u32 multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
+    return static_cast<u32>(count);
+  }
+  template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
     if (blocks == 0) return;
-    if constexpr (kShared > 0) {
-      const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, kShared), "cudaFuncSetAttribute");
-    }
     // clang-format off
-    kernel<<<blocks, kBlock, kShared, stream_>>>(arguments...);  // the formatter takes it for two templates
+    kernel<<<blocks, kBlock, 0, stream_>>>(arguments...);  // the formatter takes it for two templates
     // clang-format on
     check(cudaGetLastError(), "kernel launch");
   }
 
  private:
-  u32 attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
-    return static_cast<u32>(value);
-  }
   static void check(cudaError_t error, const char* what) {
     STD_TORCH_CHECK(error == cudaSuccess, "ioubal_kernels: ", what, ": ", cudaGetErrorString(error));
   }
