@@ -67,7 +67,10 @@ class Work:
     def both(self) -> list[Tensor]:
         """A training step's part: losses, then the gradients of their sum."""
         losses = list(self.losses())
-        return [*(x.detach() for x in losses), *torch.autograd.grad(functools.reduce(operator.add, losses), self.leaves)]
+        return [
+            *(x.detach() for x in losses),
+            *torch.autograd.grad(functools.reduce(operator.add, losses), self.leaves),
+        ]
 
     def forward(self) -> list[Tensor]:
         return list(self.losses())

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from ioubal_kernels import backends
 
 from .. import machine, timing
@@ -27,7 +26,7 @@ from . import edges as gpu_edges
 from . import large as gpu_large
 from . import opcheck as gpu_opcheck
 from . import training as gpu_training
-from .sections import FAILED, NOT_RUN, PARTLY, PASSED, NotRun, Plan, Section, Tally, run_all, run_section
+from .sections import FAILED, NOT_RUN, PARTLY, PASSED, Plan, Section, Tally, run_all, run_section
 
 PROGRAM = "gpu-check"
 FEWEST_CASES = 400

@@ -189,7 +189,7 @@ def choose_cuda_plan(iterations: int = -1) -> None:
     """Chooses how the focal loss's dense pass is launched on GPUs. For tests and measurements.
 
     Args:
-        iterations: groups of 1,024 vectors of 16 bytes that a block takes, at most 8; negative: by rule.
+        iterations: groups of 512 vectors of 16 bytes that a block takes, at most 8; negative: by rule.
     """
     torch.ops.ioubal.cuda_plan.cpp(iterations)
 

@@ -6,7 +6,6 @@ Leaves are used where they lie, so that tests choose addresses, strides and ends
 
 from __future__ import annotations
 
-
 from dataclasses import fields, replace
 from typing import Any
 

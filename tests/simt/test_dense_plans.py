@@ -61,7 +61,7 @@ def test_the_losses_one_by_one(classes, gamma):
         cases.check_focal(cases.placed(inputs.logits, offset), inputs, **options)
 
 
-# H x W for every width of access: 8, 4, 2, 1 elements; from a plane of one location to more than 256 vectors.
+# H x W whose planes start at multiples of 8, 4, 2 and 1 elements; from one location to more than 256 vectors.
 PLANES = {"8": (4, 6), "4": (2, 10), "2": (3, 2), "1": (3, 5), "one": (1, 1), "many": (24, 96)}
 
 
@@ -69,7 +69,7 @@ PLANES = {"8": (4, 6), "4": (2, 10), "2": (3, 2), "1": (3, 5), "one": (1, 1), "m
 @pytest.mark.parametrize("classes", (1, 3, 16, 17, 80))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_planes_of_every_width(dtype, classes, size):
-    """NCHW maps; K = 17 and 80 are several chunks of classes, 80 whole groups of four and 17 not."""
+    """NCHW maps: vectors across planes, and planes shorter than a vector."""
     height, width = PLANES[size] if classes < 80 or size != "many" else (12, 48)
     inputs = testing.detection_inputs(
         seed=classes,
@@ -86,7 +86,7 @@ def test_planes_of_every_width(dtype, classes, size):
 @pytest.mark.parametrize("offset", (1, 2, 4))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_planes_at_any_address(dtype, offset):
-    """A storage offset narrows the access of this level only."""
+    """A storage offset: the gradient of this level lies otherwise, and in place the first vector is partial."""
     inputs = testing.detection_inputs(seed=offset, classes=5, levels=((4, 8), (4, 4)), layout="nchw", dtype=dtype)
     logits = [cases.placed(inputs.cls_logits[0], offset), cases.placed(inputs.cls_logits[1])]
     inputs.cls_logits = logits
@@ -97,7 +97,7 @@ def test_planes_at_any_address(dtype, offset):
 @pytest.mark.parametrize("classes", (1, 16, 17, 80, 91))
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_detection_over_several_tiles(layout, classes):
-    """More than 16,384 entries per image and level: several tiles of both kinds, and several chunks of classes."""
+    """More than 16,384 entries per image and level: several tiles."""
     height = 16_500 // (classes * 3 * 16) + 1
     inputs = testing.detection_inputs(
         seed=classes, images=2, classes=classes, per_location=3, levels=((height, 16), (3, 5)), layout=layout
@@ -119,7 +119,7 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("scope", ("batch", "level", "image"))
 def test_heads_of_several_layouts(mix, scope):
-    """Some levels NCHW, some channels_last, some of one location: two launches, one loss."""
+    """Some levels NCHW, some channels_last, some of one location: one launch and one loss."""
     levels = [(1, 1) if kind == "1" else (3 + i, 4) for i, kind in enumerate(mix)]
     flat = testing.detection_inputs(seed=len(mix), images=3, classes=6, per_location=2, levels=levels)
     maps = {"r": flat.in_layout("channels_last"), "p": flat.in_layout("nchw"), "1": flat.in_layout("nchw")}
