@@ -177,7 +177,7 @@ def test_triton_checks_every_two_options_together_in_parts():
     assert len(set(chosen)) == len(chosen) < len(cases) / 4 and pairs(chosen) == pairs(cases)
     sections = gpu_check.sections_of("triton")
     parts = [section for section in sections if section.name.startswith("parity")]
-    assert len(parts) == gpu_check.TRITON_PARTS and len(sections) == len(gpu_check.SECTIONS) - 2 + len(parts)
+    assert len(parts) == gpu_check.TRITON_PARTS and len(sections) == len(gpu_check.SECTIONS) - 1 + len(parts)
     done = []
     for section in parts:
         tally = gpu_sections.Tally(gpu_sections.Plan("cpu", "cpu", False, time.monotonic() + 60.0))
