@@ -144,7 +144,8 @@ def rows_tile(
             z = tl.where(off, OFF, z)
         loss, slope = focal_negative(z, gamma, GAMMA)
         if WEIGHTED:
-            weight = tl.load(nu.row_weight + anchor0 + row, mask=mask, other=0.0).to(tl.float32)
+            counts = mask & (load_marks(mark, row, mask) != IGNORED)  # the others' may be NaN
+            weight = tl.load(nu.row_weight + anchor0 + row, mask=counts, other=0.0).to(tl.float32)
             loss *= weight[:, None]
             slope *= weight[:, None]
         if WANT_LOSS:

@@ -51,7 +51,7 @@ struct FlatFocal {
     }
   }
 
-  // One run, or with sample weights one per stretch of equal weights.
+  // One run, or with sample weights one per stretch of equal weights of rows that are not ignored.
   DensePass dense(const Tensor* out, double loss_scale, double out_scale) const {
     const int64_t rows = logits.size(0), columns = logits.size(1), size = logits.element_size();
     DensePass pass;
@@ -68,11 +68,19 @@ struct FlatFocal {
     std::vector<int64_t> starts = {0};
     if (weight) {
       const FloatReader& w = weight.reader();
-      for (int64_t r = 1; r < rows; ++r) {
-        if (w[r] != w[r - 1]) starts.push_back(r);
+      std::vector<double> weights;
+      auto next = ignored.begin();
+      for (int64_t r = 0; r < rows; ++r) {
+        if (next != ignored.end() && *next == r) {  // in any run: its weight, which may be NaN, does not count
+          ++next;
+        } else if (weights.empty() || w[r] != weights.back()) {
+          if (!weights.empty()) starts.push_back(r);
+          weights.push_back(w[r]);
+        }
       }
+      if (weights.empty()) weights.push_back(0.0);
       for (size_t i = 0; i < starts.size() && rows > 0; ++i) {
-        add_run(starts[i], i + 1 < starts.size() ? starts[i + 1] : rows, w[starts[i]]);
+        add_run(starts[i], i + 1 < starts.size() ? starts[i + 1] : rows, weights[i]);
       }
     } else {
       add_run(0, rows, 1.0);

@@ -33,11 +33,11 @@ struct CoefficientsTable {
   NumberRef cls_divisor, loc_divisor;  // a value of 0: the default
 
   float *negative, *positive, *location, *cls_norm, *loc_norm;  // see Coefficients
-  u32* ticket;                                                  // of the dense pass: set to 0
-  float* cls_loss;                                              // the positives' part; NaN for bad labels
-  float* loc_loss;                                              // or nullptr
-  int64_t* count;                                               // or nullptr
-  float* mean_iou;                                              // or nullptr
+  u32* ticket;            // of a fill kernel that adds up its losses itself: set to 0
+  float* cls_loss;        // the positives' part; NaN for bad labels
+  float* loc_loss;        // or nullptr
+  int64_t* count;         // or nullptr
+  float* mean_iou;        // or nullptr
   float* positives_loss;  // kept for the pass over the rows, which adds it to its own sum
   bool rows_count_all;    // that pass counts the positives too: then this is 0, or NaN for bad labels
 

@@ -199,6 +199,12 @@ class Detection {
       first_anchor += static_cast<int64_t>(level.anchors) * level.locations;
       levels_.push_back({i, 0, level});
     }
+    // A map of one location is rows and planes alike: as the others are, so that no kernel for both is needed.
+    bool any_planes = false;
+    for (const LevelSource& source : levels_) any_planes |= source.level.planes && source.level.locations > 1;
+    for (LevelSource& source : levels_) {
+      if (a_.logits[source.tensor].dim() == 4 && source.level.locations == 1) source.level.planes = any_planes;
+    }
     levels_.erase(
         std::remove_if(levels_.begin(), levels_.end(), [](const LevelSource& s) { return s.level.positions() == 0; }),
         levels_.end());

@@ -1,10 +1,10 @@
 // The dense pass of the sigmoid focal loss: one read of the logits, one write of their gradient, sums in a fixed order.
 //
 // The logits of a level and image, rows of K (flat, channels_last) or planes of H * W (NCHW), are one stream of aligned
-// vectors. All are negatives to the fast loop: ignored entries are masked in place. Only strips of 32 vectors with a
-// positive entry are left to tiles of their own, whose warps ask the labels, and vectors whose loss is not finite to
-// the end of their tile. No vector of the stream is left out otherwise: memory written in pieces costs more than it
-// saves.
+// vectors. All are negatives to the fast loop: ignored entries are masked in place, as memory written in pieces costs
+// more than is saved by leaving something out. Whole strips of 32 vectors with a positive entry are left to tiles of
+// their own, whose warps ask the labels; to the end of the tile, vector by vector, what is rare: a loss that is not
+// finite, a warp's share that lies partly outside, rows with weights, unusual scales, an output that lies differently.
 #pragma once
 
 #include "cuda/focal_math.cuh"
@@ -41,10 +41,6 @@ struct DenseRun {
 
   IOUBAL_DEVICE int64_t anchor(const DenseTable& tb, u32 local) const {  // in the whole batch
     return image * tb.anchors_per_image + level->first_anchor + local;
-  }
-  // What is not usual is done vector by vector.
-  IOUBAL_DEVICE bool usual(const DenseTable& tb) const {
-    return usual_scale(scale) && !level->narrow && !tb.row_weight.data;
   }
   // The part in the whole loss of the sum over some entries.
   IOUBAL_DEVICE float loss(const DenseTable& tb, float sum) const { return tb.coefficients.negative[image] * sum; }
@@ -88,7 +84,7 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e
   float loss = 0.f;
   const float gradient =
       negative_entry<kGamma, false, true>(ignored || positive ? kOff : logit, run.scale, tb.gamma, loss);
-  sum = fmaf(loss, w, sum);
+  if (!ignored) sum = fmaf(loss, w, sum);  // whose weight may be NaN
   if constexpr (kOutput == kNone) return;
   float value = ignored ? 0.f : w * (kOutput == kLoss ? loss * run.scale : gradient);  // also for a scale of inf
   if (positive) {
@@ -325,10 +321,11 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
   // The warp's first element; one that lies before the run is a large number.
   u32 start = (first_group * kGroupVectors + shift * kWarp) * kCount - run.missing;
   const u32 last = level.size - kReach;
+  const bool stream = level.size >= kReach && !level.narrow && !tb.row_weight.data;
   u32 later = 0;
 #pragma unroll 1
   for (u32 i = 0; i < groups; ++i, start += kGroupVectors * kCount) {
-    const bool whole = level.size >= kReach && start <= last;  // the same for all lanes: they vote below
+    const bool whole = stream && start <= last;  // the same for all lanes: they vote below
     u32 left = kWarpStrips;
     if (whole) {
       const u32 e = start + lane * kCount;
@@ -343,7 +340,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
       } else {
         off = ignored_of_rows<kCount, kStep>(tb, ignored, e, ignored_strips[i] >> shift & kWarpStrips);
       }
-      if (run.usual(tb)) {
+      if (usual_scale(run.scale)) {
         left = 0;
         T* const out = run.out + e;
 #pragma unroll
@@ -374,21 +371,21 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 
 // ---- tiles
 
-// The strips with a positive entry of so many groups, four words a lane; one a warp at a time. Many groups, as few have
-// any: a block waits as long for one as for several.
-constexpr u32 kWordsPerLane = 4, kPositiveGroups = kWarp * kWordsPerLane;
+// The strips with a positive entry of `positive_groups` groups, up to four words a lane; one a warp at a time. Many
+// groups where there are many, as few have any: a block waits as long for one strip as for several.
+constexpr u32 kWordsPerLane = 4, kMostPositiveGroups = kWarp * kWordsPerLane;
 struct PositiveStrips {
   u32 first_group, own[kWordsPerLane], end, count, next;
 
   IOUBAL_DEVICE void begin(const DenseTable& tb, u32 tile) {
     const u32 lane = threadIdx.x % kWarp;
-    first_group = tile * kPositiveGroups;
+    first_group = tile * tb.positive_groups;
     next = threadIdx.x / kWarp;
     end = 0;
 #pragma unroll
     for (u32 j = 0; j < kWordsPerLane; ++j) {
-      const u32 group = first_group + lane * kWordsPerLane + j;
-      own[j] = group < tb.groups ? tb.positive_strips[group] : 0;
+      const u32 at = lane * kWordsPerLane + j, group = first_group + at;
+      own[j] = at < tb.positive_groups && group < tb.groups ? tb.positive_strips[group] : 0;
       end += __popc(own[j]);
     }
 #pragma unroll

@@ -14,7 +14,7 @@ void cuda_plan(int64_t iterations) {
 }
 
 // The order of the sums follows from the sizes alone: no question to the device here. Small batches fill the device
-// with a group a tile. With more a block's start costs less, which counts for 16 bits, where arithmetic binds; in
+// with short tiles. With longer ones a block's start costs less, which counts for 16 bits, where arithmetic binds; in
 // float32 memory does, and slows down when blocks stream through many places for long. Measured on an H200.
 u32 iterations_of(int64_t elements, u32 element) {
   const int64_t chosen = chosen_iterations;
@@ -22,6 +22,10 @@ u32 iterations_of(int64_t elements, u32 element) {
   if (element == 4) return elements >= (1 << 23) ? 2 : 1;
   return elements >= (1 << 24) ? 4 : 2;
 }
+
+// Tiles of strips with a positive, about, and more for large batches: enough to do many side by side where classes are
+// few and most strips have one, and few enough not to count where hardly any has.
+constexpr u32 kPositiveTiles = 512;
 
 // Blocks of the launch that marks strips, besides the one of the coefficients.
 constexpr u32 kMostMarkBlocks = 512;
@@ -67,7 +71,11 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
     tb.groups += level.groups * images;
     tb.tiles += level.tiles * images;
   }
-  tb.positive_tiles = divide_up(tb.groups, kPositiveGroups);
+  tb.positive_groups = 1;
+  while (tb.positive_groups < kMostPositiveGroups && tb.positive_groups * kPositiveTiles < tb.groups) {
+    tb.positive_groups *= 2;
+  }
+  tb.positive_tiles = divide_up(tb.groups, tb.positive_groups);
 }
 
 void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses) {

@@ -125,7 +125,7 @@ class Workspace {
     at_ = static_cast<char*>(tensors[0].mutable_data_ptr());
     end_ = at_ + tensors[0].numel() * tensors[0].element_size();
   }
-  // Aligned to T only: a piece follows one of the same type without a gap, as the losses of two launches must.
+  // Aligned to T only: a piece follows one of the same type without a gap, as the word after `ignored` must.
   template <class T>
   T* take(int64_t count) {
     char* const start = at_ + (0 - reinterpret_cast<uintptr_t>(at_)) % alignof(T);

@@ -45,9 +45,10 @@ struct DenseLevel {
 struct DenseTable {
   DenseLevel level[kMaxLevels];
   int levels;
-  u32 tiles, positive_tiles, groups;  // of all levels
-  u32 words;                          // of `special`
-  u32 element;                        // bytes
+  u32 tiles, groups;                    // of all levels
+  u32 positive_tiles, positive_groups;  // and tiles of the strips with a positive, of so many groups each
+  u32 words;                            // of `special`
+  u32 element;                          // bytes
   int64_t anchors_per_image;
   FastDiv classes;
   u32 iterations;      // groups of a tile

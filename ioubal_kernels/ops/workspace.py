@@ -14,7 +14,7 @@ _PARTIALS = 9
 _WORD = 32
 _TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
 _ROWS = 256
-_GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, a loss, and of 32 another
+_GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 

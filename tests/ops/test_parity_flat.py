@@ -213,6 +213,20 @@ def test_unchecked_bad_scopes_poison_the_loss(label, monkeypatch):
             assert loss(inputs.logits, labels, inputs.iou, **given).isnan()
 
 
+@pytest.mark.parametrize("weight", (float("nan"), float("inf"), 1e38))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_the_weight_of_an_ignored_row_does_not_count(reduction, weight):
+    """Whatever it is: at the start, among others, and where nothing else is left."""
+    inputs = testing.classification_inputs(seed=8, rows=300, classes=8)
+    for ignored in ([0, 1, 150, 151, 299], range(300)):
+        labels, weights = inputs.labels.clone(), inputs.weight.clone()
+        labels[list(ignored)], weights[list(ignored)] = ik.IGNORE, weight
+        options = {"weight": weights, "reduction": reduction}
+        compare(ik.iou_balanced_sigmoid_focal_loss, inputs.logits, labels, inputs.iou, what="focal", **options)
+        labels = torch.where(labels == ik.BACKGROUND, 0, labels)
+        compare(ik.iou_balanced_cross_entropy, inputs.logits, labels, inputs.iou, what="softmax", **options)
+
+
 def test_a_weight_of_zero_does_not_hide_an_infinite_loss():
     inputs = testing.classification_inputs(rows=6, classes=3, softmax=True)
     logits, labels, weight = inputs.logits.clone(), torch.tensor([1, 2, 0, 1, 2, 0]), torch.ones(6)

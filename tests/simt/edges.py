@@ -79,7 +79,7 @@ def extreme(layout, dtype, gamma):
 
 
 def mixed(seed):
-    """Heads of both layouts: two launches, one loss."""
+    """Heads of both layouts: one launch, one loss."""
     inputs = testing.detection_inputs(seed=seed, images=3, classes=6, levels=((4, 5), (3, 4), (1, 1)), layout="nchw")
     inputs.cls_logits[seed % 2] = inputs.cls_logits[seed % 2].contiguous(memory_format=torch.channels_last)
     cases.check_detection(inputs, normalizer_scope="image")

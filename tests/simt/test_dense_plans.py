@@ -182,7 +182,7 @@ def test_deltas_over_several_tiles(layout):
 @pytest.mark.parametrize("classes, layout", ((80, "flat"), (7, "flat"), (33, "nchw"), (16, "channels_last")))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_tiles_of_several_groups(dtype, classes, layout, iterations):
-    """Some 15 groups an image, 8 of 16 bits: as many tiles, or fewer, the last one short."""
+    """Some 30 groups an image, 15 of 16 bits: as many tiles, or fewer, the last one short."""
     height = 60_000 // (classes * 3 * 20)
     inputs = testing.detection_inputs(
         seed=classes,
@@ -201,3 +201,21 @@ def test_plans_that_there_are_not():
     for wrong in (0, 9):
         with pytest.raises(RuntimeError, match="no such plan"), emulation.plan(wrong):
             pass
+
+
+@pytest.mark.parametrize("rows, classes", ((9000, 1), (600_000, 2)))
+def test_positives_everywhere(rows, classes):
+    """Every strip has positives: a tile for each of few groups, and tiles of two groups where there are many."""
+    generator = torch.Generator().manual_seed(rows)
+    inputs = testing.classification_inputs(seed=rows, rows=rows, classes=classes)
+    inputs.labels = torch.randint(-1, classes, (rows,), generator=generator)
+    cases.check_focal(inputs.logits, inputs)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_one_location_among_maps(layout):
+    """Rows and planes coincide there."""
+    inputs = testing.detection_inputs(
+        seed=2, images=2, classes=5, per_location=3, levels=((4, 6), (1, 1), (3, 3)), layout=layout, positive_share=0.3
+    )
+    cases.check_detection(inputs, (2.0, 1.0))
