@@ -128,6 +128,64 @@ def extreme_rows(gamma, offset):
         cases.check_focal(cases.placed(x, offset), inputs, gamma=gamma)
 
 
+def stream_rows(what):
+    """What the loop over whole vectors meets: 2,048 float32 logits or more a problem."""
+    inputs = testing.classification_inputs(seed=8, rows=300, classes=8)
+    options = {}
+    if what == "signs":  # of most vectors all are below 0 but the last; of some warps all
+        inputs.logits = -inputs.logits.abs() - 1
+        inputs.logits[40:, 3::4] *= -1
+    elif what == "infinite":
+        inputs.labels[:] = ik.BACKGROUND
+        inputs.logits[20:280:50, 5], inputs.logits[7::30, 2] = float("inf"), float("-inf")
+    elif what == "a whole group, misaligned":
+        inputs = testing.classification_inputs(seed=8, rows=256, classes=8)
+    elif what == "weights across vectors":
+        inputs = testing.classification_inputs(seed=8, rows=500, classes=5)
+        options["weight"] = inputs.weight
+    elif what == "scopes over tiles":  # of 4,096 rows
+        inputs = testing.classification_inputs(seed=8, rows=9000, classes=1)
+        options |= {"scope_ids": inputs.scope_ids, "num_scopes": 3}
+    offset = 1 if "misaligned" in what else 0
+    cases.check_focal(cases.placed(inputs.logits, offset), inputs, inplace=offset > 0, **options)
+
+
+def long_planes(dtype):
+    """Four vectors of a thread in one plane, ignored locations in any of them."""
+    inputs = testing.detection_inputs(
+        seed=9, classes=2, per_location=2, levels=((33, 40),), layout="nchw", dtype=dtype, ignored_share=0.2
+    )
+    cases.check_detection(inputs, (2.0, 1.0))
+
+
+def many_anchors_a_location():
+    """More than a tile of the positives has units."""
+    inputs = testing.detection_inputs(
+        seed=9, classes=1, per_location=131, levels=((2, 3), (1, 1)), layout="nchw", positive_share=0.5
+    )
+    cases.check_detection(inputs, (2.0, 1.0))
+
+
+def backward_again(layout):
+    """The second backward of a graph finds no filled buffer: zeros and positives anew, for whatever factor."""
+    inputs = testing.detection_inputs(
+        seed=9, images=2, classes=3, per_location=3, levels=((20, 21), (2, 3)), layout=layout, positive_share=0.3
+    )
+    results = []
+    for backend, used in (("reference", inputs.double()), ("cpu", inputs)):
+        used = used.requiring_grad()
+        heads = used.heads()
+        out = ik.iou_balanced_detection_loss(*used.arguments(), backend=backend)
+        total = out.classification + out.localization
+        total.backward(retain_graph=True)
+        for head in heads:
+            head.grad = None
+        (3 * total).backward()
+        results.append([head.grad for head in heads])
+    for want, got in zip(*results, strict=True):
+        testing.assert_close_budget(got, want, torch.float32, what=f"the second backward, {layout}")
+
+
 def infinite_logits(classes):
     """Rows whose softmax is a limit, between others: one lane of each does them."""
     inputs = testing.classification_inputs(seed=classes, rows=70, classes=classes, softmax=True)
@@ -186,6 +244,12 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "edges", partial(extreme_rows, gamma, offset)
     for layout in testing.LAYOUTS:
         yield "edges", partial(untouched, layout)
+        yield "edges", partial(backward_again, layout)
+    for what in ("signs", "infinite", "a whole group, misaligned", "weights across vectors", "scopes over tiles"):
+        yield "edges", partial(stream_rows, what)
+    for dtype in (F32, BF16):
+        yield "edges", partial(long_planes, dtype)
+    yield "edges", many_anchors_a_location
 
     for seed, layout in enumerate(testing.LAYOUTS):
         yield "poison", partial(poisoned, seed, layout)

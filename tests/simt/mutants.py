@@ -77,7 +77,7 @@ _POSITIVES = (
         "positives past 128 dropped",
     ),
     ("tb.ignored[word] = special & «~bits.collected[threadIdx.x]»;", "~0u", "positives count as ignored"),
-    ("i < tb.clear_words; «i += tb.tiles * kPositiveThreads») {", "i = tb.clear_words", "words not cleared"),
+    ("«tb.clear[i] = 0;»", ";", "words not cleared"),
     ("first < count; «first += kStretch») {", "first = count", "anchors past a thread's first 16"),
     ("terms.slot == slot || («terms.slot < 0 && slot == 0»)", "false", "bad rows are not counted"),
     (
@@ -163,7 +163,6 @@ _DENSE = (
         "the sign of a positive's gradient",
     ),
     ("ignored || positive ? kOff : «logit»", "logit + 1.f", "the one-by-one path's logit"),
-    ("«ignored || positive» ? kOff", "positive", "ignored entries count"),
     ("if («positive») { value = positive_value", "false", "positives keep a negative's place"),
     (
         "tb.coefficients.positive[run.image] * «tb.coefficients.cls_norm[scope]»",
@@ -208,18 +207,12 @@ _DENSE = (
         "planes after the first one's unseen",
     ),
     ("v.words[0] & «v.words[1]» & v.words[2]", "v.words[0]", "logits above 0 unseen"),
-    ("groups = «rest < tb.iterations ? rest : tb.iterations»;", "tb.iterations", "groups past the last"),
     ("whole = stream && «start <= last»;", "true", "a warp past the end"),
     ("if («positive >> u & 1») continue;", "false", "positive entries done as negatives"),
     ("if (!all_good(total)) { «left |= 1u << u;»", ";", "vectors whose loss is not finite left as they were"),
     ("(left & «~(positive_strips[i] >> shift)») <<", "~0u", "strips with a positive done twice"),
     ("later |= (left & ~(positive_strips[i] >> shift)) << «i * kStripsPerWarp»;", "0", "later vectors elsewhere"),
     ("end += «lane >= distance ? before : 0»;", "before", "strips counted twice"),
-    (
-        "left >= «static_cast<u32>(__popc(bits))») {",
-        "static_cast<u32>(__popc(bits)) + 1",
-        "a word's last strip for the next's",
-    ),
     ("own[j] = «at < tb.positive_groups» &&", "true", "strips of the next tiles, too"),
     ("«next += kFillWarps;»", "next += 2 * kFillWarps;", "every second strip of a warp"),
     ("group -= «image * tb.level[l].groups»;", "0", "strips of the first image for all"),
@@ -239,7 +232,6 @@ _STRIPS = (
     ("of.first_anchor + position * of.anchors + «a»;", "0", "the first anchor of a location in a word"),
     ("if («!level.planes») mark_strips", "false", "ignored rows unmarked"),
     ("(level.planes) { if («label < 0») continue;", "false", "planes of no class"),
-    ("«label < 0 || tb.scope.get(level.scope_level, at.image, at.anchor) < 0») {", "label < 0", "rows of no scope"),
     ("at.position * classes + «static_cast<u32>(label)», 1", "0", "the strip of a row's first class"),
     ("plane * level.locations + «at.position», 1", "0", "the strip of a plane's first location"),
     ("(planes ? «anchors * words» : words)", "words", "an image's planes over each other"),
@@ -254,7 +246,6 @@ _MATH = (
     ("fmaf(«kOnce * one_minus_p», capped, p); } else if", "one_minus_p", "a term of gamma 1's derivative"),
     ("log_p = fmaf(«-kHalf», log1pe", "-1.f", "a squared probability for any gamma"),
     ("fmaf(both * m, «log1p_slope<kGamma == -1>(m)», both);", "0.f", "log1p without its polynomial"),
-    ("return «fabsf(s) < 1e30f»;", "true", "scales that are not usual"),
 )
 _FILL = (
     ("«if (weight == 0.f) return out;»", ";", "a positive without area gets a gradient"),
