@@ -124,7 +124,7 @@ def test_flat_losses_again(rows, reduction):
     """The same for the losses over rows, over one tile and over more than the small grid has blocks."""
     c = testing.classification_inputs(seed=1, rows=rows, classes=6, softmax=True)
     pred, target = testing.delta_inputs(seed=1, rows=rows)
-    for function, x, rest, launches in (
+    for function, x, rest, _ in (
         (ik.iou_balanced_sigmoid_focal_loss, c.logits, (c.labels, c.iou), 4),
         (ik.iou_balanced_cross_entropy, c.logits, (c.labels, c.iou), 3),
         (ik.iou_balanced_smooth_l1_loss, pred, (target,), 3),
