@@ -137,10 +137,7 @@ class Detection {
     tb.anchors = anchors_;
     tb.loc = a_.loc;
     tb.dense = dense_;
-    tb.dense.scale = cls_scale;
-    tb.dense.plain_scale = static_cast<float>(cls_scale.value);
-    tb.dense.expected = expected;
-    tb.dense.skip_expected = may_skip;
+    tb.dense.set_scale(cls_scale, expected, may_skip);
     const DeltaTiles deltas = may_skip ? DeltaTiles::kPositives : loss ? DeltaTiles::kZeros : DeltaTiles::kAll;
     plan_deltas(tb.deltas, grad_deltas, deltas);
     tb.deltas.scale = loc_scale;
@@ -148,9 +145,7 @@ class Detection {
     tb.deltas.skip_expected = may_skip;
     for (int l = 0; l < tb.dense.levels && !grad_logits.empty(); ++l) {
       const Tensor& grad = grad_logits[levels_[l].tensor];
-      DenseLevel& level = tb.dense.level[l];
-      level.out = data_of<char>(grad) + levels_[l].first_row * classes_ * grad.element_size();
-      level.narrow = reinterpret_cast<uintptr_t>(level.x) % 16 != reinterpret_cast<uintptr_t>(level.out) % 16;
+      tb.dense.level[l].write_to(data_of<char>(grad) + levels_[l].first_row * classes_ * grad.element_size());
     }
     if (loss == nullptr && grad_logits.empty()) tb.dense.tiles = tb.dense.positive_tiles = 0;
     if (tb.dense.all_tiles() + tb.deltas.tiles == 0) return;

@@ -66,14 +66,10 @@ class FlatFocal {
             float* loss) {
     FillTable tb{};
     tb.dense = dense_;
-    tb.dense.scale = scale;
-    tb.dense.plain_scale = static_cast<float>(scale.value);
-    tb.dense.expected = expected;
-    tb.dense.skip_expected = may_skip;
+    tb.dense.set_scale(scale, expected, may_skip);
     for (int l = 0; out && l < tb.dense.levels; ++l) {
       DenseLevel& level = tb.dense.level[l];
-      level.out = data_of<char>(*out) + (static_cast<const char*>(level.x) - first_logit());
-      level.narrow = reinterpret_cast<uintptr_t>(level.x) % 16 != reinterpret_cast<uintptr_t>(level.out) % 16;
+      level.write_to(data_of<char>(*out) + (static_cast<const char*>(level.x) - first_logit()));
     }
     if (loss) tb.dense.partial = memory_.take<float>(tb.dense.all_tiles());
     launch_focal_fill(device_, tb, {dtype_of(logits_), focal_.gamma, output, Layout::kRows, may_skip});

@@ -33,6 +33,10 @@ struct DenseLevel {
   bool planes;
   bool narrow;  // the output lies differently to multiples of 16 bytes than the logits
 
+  void write_to(void* output) {
+    out = output;
+    narrow = reinterpret_cast<uintptr_t>(x) % 16 != reinterpret_cast<uintptr_t>(out) % 16;
+  }
   // How many elements of the image's first vector lie before it.
   IOUBAL_HD u32 missing(u32 image, u32 size_of_element) const {
     const uintptr_t start = reinterpret_cast<uintptr_t>(x) + image * image_stride * size_of_element;
@@ -68,6 +72,12 @@ struct DenseTable {
   float* partial;  // per tile: the negatives' loss; nullptr: not wanted
 
   IOUBAL_HD u32 all_tiles() const { return positive_tiles + tiles; }
+  void set_scale(const NumberRef& now, const NumberRef& then, bool may_skip) {
+    scale = now;
+    plain_scale = static_cast<float>(now.value);
+    expected = then;
+    skip_expected = may_skip;
+  }
   IOUBAL_DEVICE float scale_now() const { return scale.tensor.data ? static_cast<float>(scale.get()) : plain_scale; }
   // Whether the buffers hold what is asked for already.
   IOUBAL_DEVICE bool filled() const { return skip_expected && scale.get() == expected.get(); }
