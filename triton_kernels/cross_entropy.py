@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import MAX_REGISTERS, Workspace, cdiv, number, on_device, pack, pointer, power_of_two, programs_of, widest
-from ._math import LOG2E, balance_share, ex2, iou_power, log1p_over, weighted_loss
+from ._math import LOG2E, balance_share, ex2, iou_power, rcp, twice_log1p, weighted_loss
 from .coefficients import BY_ID, Coefficients, clear_tickets, finish_loss, take_scratch
 from .focal import no_rows
 from .positives import store_sums
@@ -44,7 +44,7 @@ def sum_others(x, k, top, target, K: tl.constexpr):
 @triton.jit
 def log_plus_one(r):
     """log(1 + r) for r in [0, 1], relative to its size."""
-    return log1p_over(r, True) * r
+    return 0.5 * twice_log1p(r, r * rcp(1.0 + r), True)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""Launches of the fused detection loss: positives, coefficients, logits (focal_dense.py), deltas; logits of mixed
-layouts or widths take another one."""
+"""Launches of the fused detection loss: positives, coefficients, logits (focal_pass.py; mixed layouts or widths take
+another one), and what is left: the sum, the positives' entries, the deltas."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from .detection_kernels import (
     PLANES,
     ROWS,
     STRIDED,
+    FinishNumbers,
     Levels,
-    deltas_kernel,
+    detection_finish_kernel,
     detection_positives_kernel,
 )
-from .focal_dense import GRADIENT, NOTHING, DenseLevel, DensePass
+from .focal_dense import GRADIENT, NOTHING
+from .focal_pass import DenseLevel, DensePass
 
-LOC_BLOCK = 256  # anchors of a program of the deltas' gradient
+FINISH_BLOCK = 256  # anchors of a program of the last kernel
 
 
 def _delta_strides(t: Tensor) -> tuple[int, int, int, int, int]:
@@ -202,7 +204,7 @@ class _Detection:
             alpha=self.alpha,
         )
 
-    def fill_logits(self, grads: Sequence[Tensor], **options: Any) -> None:
+    def fill_logits(self, grads: Sequence[Tensor], **options: Any) -> DensePass:
         """The pass over the logits; no gradients: only the loss."""
         levels = [
             DenseLevel(
@@ -212,15 +214,14 @@ class _Detection:
                 self.logits[level.tensor].numel() // max(self.images, 1),
                 level.positions,
                 level.first_anchor,
-                i,
                 level.planes,
                 level.positions // max(level.anchors, 1),
                 level.anchors,
             )
-            for i, level in enumerate(self.levels)
+            for level in self.levels
             if level.positions > 0
         ]
-        DensePass(
+        dense = DensePass(
             self.marks,
             self.scratch,
             levels,
@@ -229,47 +230,75 @@ class _Detection:
             self.per_image,
             self.gamma,
             self.scope,
-            self.scopes,
             GRADIENT.value if grads else NOTHING.value,
             **options,
-        ).launch(self.memory)
+        )
+        dense.launch(self.memory)
+        return dense
 
-    def fill_deltas(self, grads: Sequence[Tensor], scale: Any, expected: Any, may_skip: bool) -> None:
-        common = _common_layout(grads)
+    def finish(
+        self,
+        dense: DensePass | None,
+        grad_logits: Sequence[Tensor],
+        grad_deltas: Sequence[Tensor],
+        scales: tuple[Tensor | None, Tensor | None, float],
+        expected: tuple[Tensor | None, float],
+        may_skip: bool,
+    ) -> None:
+        """What is left after the pass over the logits. dense: that of a forward, whose losses are added up; scales: the
+        factors of the logits' and of the deltas' gradient, in tensors (of what is not wanted: None) or one number."""
+        deltas = grad_deltas or self.deltas
+        common = _common_layout(deltas)
         counts = []
         for level in self.levels:
             if common == PLANES.value:
-                counts.append(cdiv(level.positions // max(level.anchors, 1), LOC_BLOCK) * level.anchors)
+                counts.append(cdiv(level.positions // max(level.anchors, 1), FINISH_BLOCK) * level.anchors)
             else:
-                counts.append(cdiv(level.positions, LOC_BLOCK))
+                counts.append(cdiv(level.positions, FINISH_BLOCK))
         starts = [sum(counts[:i]) * self.images for i in range(len(counts))]
-        tiles = sum(counts) * self.images
+        tiles = sum(counts) * self.images if grad_logits or grad_deltas else 0
         addresses, strides = [], []
         for level in self.levels:
-            grad = grads[level.tensor]
+            grad = deltas[level.tensor]
             strides.append(_delta_strides(grad))
             addresses.append(grad.data_ptr() + level.first_row * strides[-1][2] * grad.element_size())
-        size = grads[0].element_size()
+        size = deltas[0].element_size()
         distances = [stride[0] * size for stride in strides]
-        deltas_kernel[(programs_of(tiles, may_skip, grads[0]),)](
+        logits = grad_logits or self.logits
+        out_logits = [
+            logits[level.tensor].data_ptr() + level.first_row * self.classes * logits[level.tensor].element_size()
+            for level in self.levels
+        ]
+        *tensors, scale = scales
+        given = [tensor for tensor in tensors if tensor is not None]
+        cls_scale, loc_scale = (tensor if tensor is not None else [*given, logits[0]][0] for tensor in tensors)
+        programs = programs_of(tiles, may_skip, logits[0]) + (dense is not None)
+        detection_finish_kernel[(programs,)](
             self.table._replace(tile0=pack(*starts), tiles=pack(*counts)),
+            pack(*out_logits),
             pack(*addresses),
             tuple(pack(*column) for column in zip(*strides)),
             self.truth,
             self.marks,
             self.scratch,
+            FinishNumbers(
+                cls_scale,
+                loc_scale,
+                logits[0] if expected[0] is None else expected[0],
+            ),
             self.matched,
             self.anchors,
-            grads[0] if scale[0] is None else scale[0],
-            grads[0] if expected[0] is None else expected[0],
+            pack(dense.partial, dense.loss.data_ptr()) if dense else pack(0, 0),
+            pack(dense.tiles if dense else 0),
             self.per_image,
             tiles,
-            scale[1],
+            scale,
             expected[1],
             self.lambda_,
             self.beta,
             *self.weights,
-            DELTA_T=TYPES[grads[0].dtype],
+            T=TYPES[logits[0].dtype],
+            DELTA_T=TYPES[deltas[0].dtype],
             BOX_T=self.gt_options["BOX_T"],
             PADDED=self.gt_options["PADDED"],
             OWN_ANCHORS=self.anchors.ndim == 3,
@@ -277,12 +306,15 @@ class _Detection:
             SCOPE=self.scope,
             LAYOUT=common,
             ALIGNED=widest(size, *addresses, *distances) * size >= min(4 * size, 16),
+            WANT_LOSS=dense is not None,
+            LOGITS=len(grad_logits) > 0,
+            DELTAS=len(grad_deltas) > 0,
             MAY_SKIP=may_skip,
-            SCALE_GIVEN=scale[0] is not None,
+            SCALE_GIVEN=len(given) > 0,
             EXPECTED_GIVEN=expected[0] is not None,
             CLASSES=self.classes,
-            BLOCK=LOC_BLOCK,
-            num_warps=4,
+            BLOCK=FINISH_BLOCK,
+            num_warps=8,
             maxnreg=MAX_REGISTERS,
         )
 
@@ -329,9 +361,8 @@ def detection_fill(*arguments: Any) -> None:
         coefficients.outputs = tuple(out.data_ptr() for out in outputs)
         coefficients.launch()
         scale = (scale_tensor, grad_scale)
-        op.fill_logits(grad_logits, scale=scale, loss=outputs[0])
-        if grad_deltas:
-            op.fill_deltas(grad_deltas, scale, scale, False)
+        dense = op.fill_logits(grad_logits, scale=scale, loss=outputs[0])
+        op.finish(dense, grad_logits, grad_deltas, (scale_tensor, scale_tensor, grad_scale), scale, False)
 
 
 def detection_backward(*arguments: Any) -> None:
@@ -346,5 +377,5 @@ def detection_backward(*arguments: Any) -> None:
         expected = (scale_tensor, grad_scale)
         if grad_logits:
             op.fill_logits(grad_logits, scale=(grad_cls, 0.0), expected=expected, may_skip=filled)
-        if grad_deltas:
-            op.fill_deltas(grad_deltas, (grad_loc, 0.0), expected, filled)
+        if grad_logits or grad_deltas:
+            op.finish(None, grad_logits, grad_deltas, (grad_cls, grad_loc, 0.0), expected, filled)

@@ -1,8 +1,8 @@
-"""The fused detection loss: its positives and the gradient of the deltas. Launched by detection.py."""
+"""The fused detection loss: its positives, and what is left after the pass over the logits. See detection.py."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,6 +19,8 @@ from ._math import (
     weighted_loss,
 )
 from .coefficients import IMAGE, LEVEL, clear_tickets
+from .focal_dense import GRADIENT
+from .focal_finish import own_value, scope_norm, sum_tiles
 from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, load_marks, marks_at, store_marks, store_sums
 
 ROWS, PLANES, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a gradient of deltas lies
@@ -226,18 +228,28 @@ def detection_positives_kernel(
     )
 
 
+class FinishNumbers(NamedTuple):
+    """Tensors of one number, or anything."""
+
+    cls_scale: Any  # the factor of the logits' gradient
+    loc_scale: Any  # and of the deltas'
+    expected: Any  # the factor that filled buffers have
+
+
 @triton.jit(do_not_specialize=["anchors_per_image", "tiles"])
-def deltas_kernel(
+def detection_finish_kernel(
     lv,  # tile0 and tiles: of this launch
-    out,  # packed addresses of the gradients
-    strides,  # packed: of the gradients; per level image, anchor, row, column, coordinate
+    out_logits,  # packed addresses of the logits' gradients
+    out,  # and of the deltas'
+    strides,  # packed: of the latter; per level image, anchor, row, column, coordinate
     gt,
     marks,
     sc,
+    nu,
     matched_idxs,
     anchors,
-    scale_tensor,
-    expected_tensor,
+    addresses,  # packed: of the dense pass's losses, and of the loss
+    count,  # packed: how many losses of tiles
     anchors_per_image: tl.int64,
     tiles,
     scale: tl.float64,
@@ -248,6 +260,7 @@ def deltas_kernel(
     w1: tl.float64,
     w2: tl.float64,
     w3: tl.float64,
+    T: tl.constexpr,
     DELTA_T: tl.constexpr,
     BOX_T: tl.constexpr,
     PADDED: tl.constexpr,
@@ -256,17 +269,33 @@ def deltas_kernel(
     SCOPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WANT_LOSS: tl.constexpr,
+    LOGITS: tl.constexpr,  # which gradients are wanted
+    DELTAS: tl.constexpr,
     MAY_SKIP: tl.constexpr,
     SCALE_GIVEN: tl.constexpr,
     EXPECTED_GIVEN: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of the deltas: zeros, but for the positives."""
+    """The sum of the tiles' losses, by the first program; by the others the positives' own entries of the logits'
+    gradient, and the gradient of the deltas: zeros, but for the positives."""
     tile = tl.program_id(0)
-    wanted = number(scale_tensor, scale, SCALE_GIVEN)
+    if WANT_LOSS:
+        if tile == 0:
+            sum_tiles(addresses[0], pick(count, 0), sc, addresses[1])
+            tile = tiles
+        else:
+            tile -= 1
+    cls_wanted = number(nu.cls_scale, scale, SCALE_GIVEN)
+    loc_wanted = number(nu.loc_scale, scale, SCALE_GIVEN)
+    cls_due = True
+    loc_due = True
     if MAY_SKIP:
-        if wanted == number(expected_tensor, expected, EXPECTED_GIVEN):
+        there = number(nu.expected, expected, EXPECTED_GIVEN)
+        cls_due = cls_wanted != there
+        loc_due = loc_wanted != there
+        if ((cls_due & LOGITS) | (loc_due & DELTAS)) == 0:
             tile = tiles
     while tile < tiles:
         level = level_of(lv.tile0, tile)
@@ -289,50 +318,80 @@ def deltas_kernel(
             inside = position < positions
             location = position // per_location
             a = position - location * per_location
-        place = tl.where(pick(lv.planes, level) != 0, a * locations + location, position)
-        found = load_marks(marks_at(marks, anchor0, CLASSES), place, inside) >= 0
+        planes = pick(lv.planes, level)
+        place = tl.where(planes != 0, a * locations + location, position)
+        seen = load_marks(marks_at(marks, anchor0, CLASSES), place, inside)
+        found = seen >= 0
         g0 = tl.zeros((BLOCK,), tl.float32)
         g1 = tl.zeros((BLOCK,), tl.float32)
         g2 = tl.zeros((BLOCK,), tl.float32)
         g3 = tl.zeros((BLOCK,), tl.float32)
         if tl.max(found.to(tl.int32), 0) > 0:
             anchor = anchor0 + position
-            value = tl.load(matched_idxs + anchor, mask=found, other=0)
-            t0, t1, t2, t3, degenerate = load_target(
-                lv, gt, anchors, level, image, position, value, found, anchors_per_image, w0, w1, w2, w3, BOX_T,
-                PADDED, OWN_ANCHORS, FOVEA,
-            )  # fmt: skip
-            found = found & (degenerate == 0)
-            p0, p1, p2, p3 = load_deltas(lv, level, image, position, found, DELTA_T)
-            weight = iou_power(delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA), lambda_)
-            found = found & (weight != 0.0)
-            weight = weight.to(tl.float32)
-            norm = pointer(sc.loc_norm, tl.float32) + (image if SCOPE == IMAGE else (level if SCOPE == LEVEL else 0))
-            factor = tl.load(pointer(sc.location, tl.float32) + image) * tl.load(norm) * wanted.to(tl.float32)
-            l0, s0 = smooth_l1(p0 - t0, beta)
-            l1, s1 = smooth_l1(p1 - t1, beta)
-            l2, s2 = smooth_l1(p2 - t2, beta)
-            l3, s3 = smooth_l1(p3 - t3, beta)
-            g0 = tl.where(found, s0.to(tl.float32) * (weight * factor), 0.0)
-            g1 = tl.where(found, s1.to(tl.float32) * (weight * factor), 0.0)
-            g2 = tl.where(found, s2.to(tl.float32) * (weight * factor), 0.0)
-            g3 = tl.where(found, s3.to(tl.float32) * (weight * factor), 0.0)
-        start = pointer_at(out, level, DELTA_T) + tl.cast(image, tl.int64) * pick(strides[0], level)
-        if LAYOUT == ROWS:  # four neighbours of each anchor: one access
-            four = tl.join(tl.join(g0, g2), tl.join(g1, g3)).reshape((BLOCK, 4)).to(DELTA_T)
-            at = start + (4 * position)[:, None] + tl.arange(0, 4)[None, :]
-            if ALIGNED:
-                at = tl.multiple_of(at, (1, 4 * (DELTA_T.primitive_bitwidth // 8)))
-            tl.store(at, four, mask=inside[:, None])
-        else:
-            width = pick(lv.width, level)
-            at = a.to(tl.int64) * pick(strides[1], level) + (location // width).to(tl.int64) * pick(strides[2], level)
-            at += (location % width).to(tl.int64) * pick(strides[3], level)
-            if LAYOUT == PLANES:
-                at = tl.cast(a, tl.int64) * pick(strides[1], level) + location
-            step = pick(strides[4], level)
-            tl.store(start + at, g0.to(DELTA_T), mask=inside)
-            tl.store(start + at + step, g1.to(DELTA_T), mask=inside)
-            tl.store(start + at + 2 * step, g2.to(DELTA_T), mask=inside)
-            tl.store(start + at + 3 * step, g3.to(DELTA_T), mask=inside)
+            if LOGITS:
+                if cls_due:
+                    entry = tl.where(
+                        planes != 0,
+                        (a * CLASSES + seen).to(tl.int64) * locations + location,
+                        position.to(tl.int64) * CLASSES + seen,
+                    )
+                    entry += tl.cast(image, tl.int64) * pick(lv.image_stride, level)
+                    positive = tl.load(pointer(sc.positive, tl.float32) + image)
+                    cls_norm = scope_norm(sc, matched_idxs, level, image, anchor, found, 0, SCOPE)
+                    value = own_value(marks, positive, cls_norm, cls_wanted.to(tl.float32), anchor, found, GRADIENT)
+                    tl.store(pointer_at(out_logits, level, T) + entry, value.to(T), mask=found)
+            if DELTAS:
+                matched = tl.load(matched_idxs + anchor, mask=found, other=0)
+                t0, t1, t2, t3, degenerate = load_target(
+                    lv, gt, anchors, level, image, position, matched, found, anchors_per_image, w0, w1, w2, w3, BOX_T,
+                    PADDED, OWN_ANCHORS, FOVEA,
+                )  # fmt: skip
+                found = found & (degenerate == 0)
+                p0, p1, p2, p3 = load_deltas(lv, level, image, position, found, DELTA_T)
+                weight = iou_power(delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA), lambda_)
+                found = found & (weight != 0.0)
+                weight = weight.to(tl.float32)
+                norm = pointer(sc.loc_norm, tl.float32) + (
+                    image if SCOPE == IMAGE else (level if SCOPE == LEVEL else 0)
+                )
+                factor = tl.load(pointer(sc.location, tl.float32) + image) * tl.load(norm) * loc_wanted.to(tl.float32)
+                l0, s0 = smooth_l1(p0 - t0, beta)
+                l1, s1 = smooth_l1(p1 - t1, beta)
+                l2, s2 = smooth_l1(p2 - t2, beta)
+                l3, s3 = smooth_l1(p3 - t3, beta)
+                g0 = tl.where(found, s0.to(tl.float32) * (weight * factor), 0.0)
+                g1 = tl.where(found, s1.to(tl.float32) * (weight * factor), 0.0)
+                g2 = tl.where(found, s2.to(tl.float32) * (weight * factor), 0.0)
+                g3 = tl.where(found, s3.to(tl.float32) * (weight * factor), 0.0)
+        if DELTAS:
+            if loc_due:
+                store_deltas(
+                    lv, out, strides, level, image, position, location, a, inside, g0, g1, g2, g3, DELTA_T, LAYOUT,
+                    ALIGNED, BLOCK,
+                )  # fmt: skip
         tile += tl.num_programs(0)
+
+
+@triton.jit
+def store_deltas(
+    lv, out, strides, level, image, position, location, a, inside, g0, g1, g2, g3,
+    T: tl.constexpr, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = pointer_at(out, level, T) + tl.cast(image, tl.int64) * pick(strides[0], level)
+    if LAYOUT == ROWS:  # four neighbours of each anchor: one access
+        four = tl.join(tl.join(g0, g2), tl.join(g1, g3)).reshape((BLOCK, 4)).to(T)
+        at = start + (4 * position)[:, None] + tl.arange(0, 4)[None, :]
+        if ALIGNED:
+            at = tl.multiple_of(at, (1, 4 * (T.primitive_bitwidth // 8)))
+        tl.store(at, four, mask=inside[:, None])
+    else:
+        width = pick(lv.width, level)
+        at = a.to(tl.int64) * pick(strides[1], level) + (location // width).to(tl.int64) * pick(strides[2], level)
+        at += (location % width).to(tl.int64) * pick(strides[3], level)
+        if LAYOUT == PLANES:
+            at = tl.cast(a, tl.int64) * pick(strides[1], level) + location
+        step = pick(strides[4], level)
+        tl.store(start + at, g0.to(T), mask=inside)
+        tl.store(start + at + step, g1.to(T), mask=inside)
+        tl.store(start + at + 2 * step, g2.to(T), mask=inside)
+        tl.store(start + at + 3 * step, g3.to(T), mask=inside)

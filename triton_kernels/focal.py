@@ -1,4 +1,5 @@
-"""Flat IoU-balanced sigmoid focal loss and binary cross entropy: positives, coefficients, the pass over the logits."""
+"""Flat IoU-balanced sigmoid focal loss and binary cross entropy: positives, coefficients, the pass over the logits, and
+what is left: sum and positive entries."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from . import positives
 from ._launch import MAX_REGISTERS, Workspace, cdiv, on_device, pointer
 from ._math import balance_share, focal_positive, iou_power, weighted_loss
 from .coefficients import BATCH, BY_ID, Coefficients, clear_tickets, take_scratch
-from .focal_dense import GRADIENT, LOSS, NOTHING, DenseLevel, DensePass
+from .focal_dense import GRADIENT, LOSS, NOTHING
+from .focal_finish import finish_rows
+from .focal_pass import DenseLevel, DensePass
 from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, marks_at, store_marks, store_sums
 
 RUN = 1 << 30  # logits of a level of the dense pass: it counts in 32 bits
@@ -151,10 +154,10 @@ class _FlatFocal:
     def fill(self, out: Tensor | None, output: int, **options: Any) -> None:
         step = max(RUN // max(self.classes, 1) // 1024, 1) * 1024
         levels = [
-            DenseLevel(self.logits, out, first * self.classes, 0, min(step, self.rows - first), first, 0)
+            DenseLevel(self.logits, out, first * self.classes, 0, min(step, self.rows - first), first)
             for first in range(0, self.rows, step)
         ]
-        DensePass(
+        dense = DensePass(
             self.marks,
             self.scratch,
             levels,
@@ -163,12 +166,12 @@ class _FlatFocal:
             self.rows,
             self.gamma,
             BATCH.value if self.scope_ids is None else BY_ID.value,
-            self.scopes,
             output,
-            scope_ids=self.scope_ids,
             row_weight=self.weight,
             **options,
-        ).launch(self.memory)
+        )
+        dense.launch(self.memory)
+        finish_rows(self, dense, out)
 
 
 def focal_sums(*arguments: Any) -> None:

@@ -21,7 +21,7 @@ from . import matching_cases
 from .cases import Case, Figure, check, short
 from .sections import NotRun, Plan, Tally
 
-# Most launches forward and backward. Triton has one of its own for the deltas, and one more for odd maps in NCHW.
+# Most launches forward and backward. Triton has one of its own for positives and deltas, and one more for odd maps.
 LAUNCHES = {"cuda": (4, 1), "triton": (5, 3)}
 MEMORY_EXTRA, MEMORY_IN_PLACE = 1.1, 0.05  # x logits
 MATCHING_LAUNCHES = 3  # at most, for a batch

@@ -15,6 +15,7 @@ _WORD = 32
 _TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
+_TRITON_TILE = 1024  # logits of a tile of the Triton kernels' dense pass, at least
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -38,7 +39,7 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         tiles = rows // tile + 1
         kept = rows + tiles
         if name == "focal":
-            kept = rows * (8 + _mark_size(columns)) // 4 + 512 * tiles + rows * columns // 4096 + rows // 4096
+            kept = rows * (8 + _mark_size(columns)) // 4 + 512 * tiles + rows * columns // _TRITON_TILE + 1
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES
@@ -63,9 +64,8 @@ def detection_workspace(
         return []
     if backend == "triton":
         tiles = images * (anchors // 1024 + levels)
-        # Rows: a tile is at least 4,096 entries, or a level. Planes: 512 locations, or all, and 16 classes, or all.
-        dense_tiles = images * (anchors * classes // 4096 + 2 * levels)
-        dense_tiles += images * (anchors // 512 + groups) * (classes // 16 + 1)
+        # A loss of each tile; of planes one a class more for an anchor, and as many again that are not full.
+        dense_tiles = images * (2 * anchors * classes // _TRITON_TILE + 2 * levels + groups * (classes + 1))
         floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * (4 + _mark_size(classes)) // 4
         return _tensor(_PARTIALS * (tiles + images * levels), floats, device)
     words = images * (anchors // _WORD + groups)

@@ -3,6 +3,7 @@ runs the kernels in FOLDER until one fails, and prints "alive" or "dead"; FIRST 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -41,6 +42,23 @@ def detection() -> None:
     check_detection(empty)
     wide = testing.detection_inputs(images=1, classes=16, per_location=2, levels=((4, 8), (3, 5)), layout="nchw")
     check_detection(wide, inplace=True, grad_scale=0.5)
+    # Tiles that are full and plain, marks at their ends, vectors that reach from one plane into the next.
+    focal_pass = importlib.import_module("ioubal_kernels.triton_kernels.focal_pass")
+    for layout, classes, groups, vectors, factors in (
+        ("flat", 7, 3, 2, (1.0, 2.0)),
+        ("nchw", 8, 3, 1, (1.0, 2.0)),
+        ("nchw", 8, 1, 1, (2.0, 1.0)),
+    ):
+        focal_pass.choice = focal_pass.Choice(groups, vectors)
+        inputs = testing.detection_inputs(
+            seed=5, images=1, classes=classes, per_location=1, levels=((23, 89),), positive_share=0.0,
+            ignored_share=0.0,
+        )  # fmt: skip
+        ignored, positive = (0, 100) if layout == "nchw" else (877, 880)
+        inputs.matched_idxs[0, [ignored, positive]] = torch.tensor([-2, 0])
+        inputs.gt_labels[0][0] = 6
+        inputs.cls_logits[0, positive, 6] = 3.0
+        check_detection(inputs.in_layout(layout), factors)
 
 
 def focal() -> None:

@@ -24,16 +24,16 @@ LIST = """
 _math.py focal
     softplus = log1pe + tl.maximum(x, 0.0)
     softplus = log1pe + tl.maximum(x, 1e-4)
-    q = e * 0.0145883197 - 0.0678512082
-    q = e * 0.0145883197 - 0.0698512082
-    p = tl.where(x >= 0.0, r, e * r)
+    slope = m * -5.83051238e-3 + 3.29733118e-2
+    slope = m * -5.83051238e-3 + 3.39733118e-2
+    p = tl.where(x >= 0.0, r, other)
     p = tl.where(x >= 0.0, r, r)
     p2 * ((capped - p * capped) * 2.0 + p)
     p2 * ((capped - p * capped) + p)
     return p * softplus, p * (p + (capped - p * capped))
     return p * softplus, p * (p + capped)
-    one_minus_p = tl.where(x >= 0.0, e * r, r)
-    one_minus_p = tl.where(x >= 0.0, r, e * r)
+    one_minus_p = tl.where(x >= 0.0, other, r)
+    one_minus_p = tl.where(x >= 0.0, r, other)
     modulator * softplus, -modulator * (p + gamma * tail)
     modulator * softplus, -modulator * p
     tl.where(exponent == 0.0, 1.0, tl.exp2
@@ -130,27 +130,66 @@ detection_kernels.py detection
     tl.join(tl.join(g0, g1), tl.join(g2, g3))
     boxes = pointer(gt.boxes[0], BOX_T) + 4 * tl.cast(image
     boxes = pointer(gt.boxes[0], BOX_T) + 3 * tl.cast(image
+    (a * CLASSES + seen).to(tl.int64) * locations + location
+    (a * CLASSES + seen).to(tl.int64) * locations
+    position.to(tl.int64) * CLASSES + seen
+    position.to(tl.int64) * CLASSES
+    loc_due = loc_wanted != there
+    loc_due = cls_wanted != there
 focal_dense.py detection
-    left = tl.minimum(size - first, BLOCK * LOOP)
-    left = size * 0 + BLOCK * LOOP
-    off = (seen[:, None] == column) | (seen == IGNORED)[:, None]
-    off = seen[:, None] == column
-    value = tl.where(seen[:, None] == column, own[:, None], value)
-    value = value
-    inside = i < locations // VECTOR * VECTOR
-    inside = i < locations // VECTOR * VECTOR + 1
-    mask = (first_class + k < K)[:, None] & inside[None, :]
-    mask = (first_class + k <= K)[:, None] & inside[None, :]
-    anchor = anchor0 + i * anchors + a
-    anchor = anchor0 + i * anchors
+    special = (entry < 0) | (entry + VECTORS * VECTOR > size)
+    special = entry < 0
+    special = (entry < 0) | (entry + VECTORS * VECTOR > size)
+    special = entry + VECTORS * VECTOR > size
+    any_marked(mark, first_row, last_row + 1 - first_row
+    any_marked(mark, first_row, last_row - first_row
+    at = tl.where(at >= wrap, at - wrap, at)
+    at = tl.where(at >= wrap, wrap - 1, at)
+    off = (seen == column) | (seen == IGNORED)
+    off = seen == column
+    off = (seen == column) | (seen == IGNORED)
+    off = seen == IGNORED
+    loss, slope = focal_negative(logits[u].to(tl.float32), gamma, GAMMA)
+    loss, slope = focal_negative(logits[0].to(tl.float32), gamma, GAMMA)
+    acc += tl.sum(loss, 1)  # along
+    acc = tl.sum(loss, 1)  # along
+    x += UNROLL * THREADS * VECTOR
+    x += THREADS * VECTOR
+    window = local - rest * windows
+    window = 0 * local
+    periods = tl.minimum(K // classes - period, LOOP)
+    periods = LOOP
+    inside = (vector < end)[:, None]
+    inside = (vector <= end)[:, None]
+    next_plane = location >= locations
+    next_plane = location > locations
+    own = seen - number_of[:, None] - next_plane.to(tl.int32)
+    own = seen - number_of[:, None]
+    off = (own == (period + i) * classes)
+    off = (own == i * classes)
+    first * VECTOR % locations, tl.minimum
+    (first * VECTOR + 200) % locations, tl.minimum
+    slope *= weight
+    slope *= 1.0
+    if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
+    if True:
+focal_finish.py detection
     return slope * (positive * norm * scale)
     return slope * (positive * norm)
     return tl.load(norm + image)
     return tl.load(norm)
-    slope *= weight[:, None]
-    slope *= 1.0
-    if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
-    if True:
+    + tl.load(pointer(sc.positives_loss, tl.float32))
+    + 0.0 * tl.load(pointer(sc.positives_loss, tl.float32))
+focal_finish.py focal
+    tl.store(out + row * K + seen
+    tl.store(out + row * K
+    tile -= 1
+    tile -= 0
+focal_pass.py detection
+    fewest = vector // math.gcd(locations, vector)
+    fewest = 1
+    entries = [level.rows * self.classes +
+    entries = [level.rows * (self.classes - 1) +
 focal.py focal
     mask = mask & (tl.load(scope_ids + at, mask=mask, other=-1).to(tl.int64) == slot)
     mask = mask & (slot == 0)

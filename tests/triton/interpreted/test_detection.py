@@ -7,6 +7,7 @@ import torch
 from checks import DTYPES, check_detection, ids
 
 from ioubal_kernels import testing
+from ioubal_kernels.triton_kernels import focal_pass
 
 LEVELS = ((3, 4), (1, 1))
 GAMMAS = (2.0, 1.5, 0.0, 1.0)
@@ -85,6 +86,28 @@ def test_many_locations(layout):
         seed=1, images=1, classes=16, per_location=2, levels=((20, 32), (3, 5)), positive_share=0.02, ignored_share=0.02
     )
     check_detection(inputs.in_layout(layout))
+
+
+@pytest.mark.parametrize("groups, vectors", ((1, 4), (3, 2), (8, 4)))
+@pytest.mark.parametrize("layout", ("flat", "nchw"))
+def test_launch_choices(monkeypatch, layout, groups, vectors):
+    """Groups of a program, and vectors that reach from one plane into the next: a map of 2,047 locations."""
+    monkeypatch.setattr(focal_pass, "choice", focal_pass.Choice(groups, vectors))
+    inputs = testing.detection_inputs(
+        seed=groups, images=2, classes=8, per_location=1, levels=((23, 89), (3, 5)), positive_share=0.002,
+        ignored_share=0.002, dtype=torch.bfloat16 if groups == 3 else torch.float32,
+    )  # fmt: skip
+    check_detection(inputs.in_layout(layout))
+
+
+def test_periods_are_whole_vectors_that_fill_their_groups():
+    """Classes of a period for the maps of an 800 x 1333 image, for vectors of 4 and 8 logits."""
+    for locations, vector in itertools.product((16700, 4200, 1050, 273, 77, 8), (4, 8)):
+        classes = focal_pass.period_of(locations, 80, vector, 512)
+        vectors = classes * locations / vector
+        assert 80 % classes == 0 and vectors == int(vectors)
+        assert vectors > 0.75 * 512 * -(-vectors // 512) or classes == 80
+    assert focal_pass.period_of(16700, 80, 4, 512) == 1 and focal_pass.period_of(16700, 80, 8, 512) == 2
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

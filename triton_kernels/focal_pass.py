@@ -1,0 +1,214 @@
+"""Launches of the pass over the logits: which levels go together, in vectors of what width, in tiles of what size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ._launch import TYPES, cdiv, gamma_case, pack, power_of_two, programs_of, widest
+from .coefficients import Scratch
+from .focal_dense import NOTHING, THREADS, WARPS, DenseLevels, DenseNumbers, dense_kernel
+from .positives import Marks
+
+# Registers of a thread: eight programs on a multiprocessor, for any gamma six.
+REGISTERS, REGISTERS_ANY_GAMMA = 64, 80
+READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
+MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
+MOST_ROWS = 1024  # of a program of several groups
+PLANE_GROUPS = 8  # of a program: it looks at marks once for all
+FULL = 0.9  # share of a program's slots that should be in use
+
+
+class Choice(NamedTuple):
+    """How the pass is launched; 0: by rule."""
+
+    groups: int = 0  # of a program
+    vectors: int = 0  # of a thread in a group
+    registers: int = 0  # of a thread, at most
+
+
+choice = Choice()  # for `make gpu-tune` and tests
+
+
+@dataclass
+class DenseLevel:
+    """A level as the launcher sees it."""
+
+    x: Tensor
+    out: Tensor | None
+    x_offset: int  # elements from the tensor's start
+    image_stride: int
+    rows: int  # anchors of an image
+    first_anchor: int
+    planes: bool = False
+    locations: int = 0
+    anchors: int = 1  # per location
+
+    def addresses(self) -> tuple[int, int]:
+        start = self.x_offset * self.x.element_size()
+        x = self.x.data_ptr() + start
+        return x, x if self.out is None else self.out.data_ptr() + start
+
+
+def period_of(locations: int, classes: int, vector: int, group: int) -> int:
+    """Classes of a period: as few as make whole vectors and fill the groups of a program well."""
+    fewest = vector // math.gcd(locations, vector)
+
+    def share(n: int) -> float:  # of the slots of the groups that a period takes
+        vectors = n * locations // vector
+        return vectors / (cdiv(vectors, group) * group)
+
+    choices = [n for n in range(fewest, classes + 1, fewest) if classes % n == 0]
+    return next((n for n in choices if share(n) >= FULL), max(choices, key=share))
+
+
+@dataclass
+class DensePass:
+    """All launches of the pass over the logits of one loss. ``launch`` sets `partial` and `tiles`."""
+
+    marks: Marks
+    scratch: Scratch
+    levels: Sequence[DenseLevel]
+    images: int
+    classes: int
+    anchors_per_image: int
+    gamma: float
+    scope: int
+    output: int = NOTHING.value
+    row_weight: Tensor | None = None
+    scale: tuple[Tensor | None, float] = (None, 1.0)
+    expected: tuple[Tensor | None, float] = (None, 1.0)
+    may_skip: bool = False
+    loss: Tensor | None = None
+    partial: int = 0  # address of the tiles' losses
+    tiles: int = 0
+
+    def launch(self, memory: Any) -> None:
+        plans = [plan for plan in (self.plan(*group) for group in self.groups()) if plan["tiles"] > 0]
+        self.tiles = sum(plan["tiles"] for plan in plans)
+        self.partial = memory.take(self.tiles, 4) if self.loss is not None else 0
+        done = 0
+        for plan in plans:
+            self.run(plan, self.partial + 4 * done)
+            done += plan["tiles"]
+
+    def groups(self) -> list[tuple[int, list[DenseLevel]]]:
+        """Levels of one launch and their vectors' width: rows and planes apart, and apart from those that the width of
+        the largest does not suit the others."""
+        found = []
+        for planes in (False, True):
+            levels = [level for level in self.levels if level.planes == planes]
+            if not levels:
+                continue
+            width = self.vector(max(levels, key=lambda level: level.rows))
+            wide = [level for level in levels if self.vector(level) >= width]
+            narrow = [level for level in levels if self.vector(level) < width]
+            found.append((width, wide))
+            if narrow:
+                found.append((min(map(self.vector, narrow)), narrow))
+        return found
+
+    def vector(self, level: DenseLevel) -> int:
+        """Elements of a vector. Rows need not begin with a whole one; planes must, those of an anchor together, and be
+        as large as a vector."""
+        size = level.x.element_size()
+        x, out = level.addresses()
+        if not level.planes:
+            return widest(size, x - out) if (x - out) % 16 == 0 else 1
+        strides = [level.image_stride * size] if self.images > 1 else []
+        width = widest(size, x, out, self.classes * level.locations * size, *strides)
+        while width > max(level.locations, 1):
+            width //= 2
+        return width
+
+    def plan(self, vector: int, levels: Sequence[DenseLevel]) -> dict[str, Any]:
+        """Tiles and constants of a launch."""
+        size = levels[0].x.element_size()
+        planes = levels[0].planes
+        unroll = choice.vectors or min(READ_AHEAD // (vector * size), MOST_VECTORS)
+        group = unroll * THREADS.value  # vectors
+        addresses = [level.addresses() for level in levels]
+        one_row, periods = True, [0] * len(levels)
+        if planes:
+            loop = choice.groups or PLANE_GROUPS
+            periods = [period_of(level.locations, self.classes, vector, group) for level in levels]
+            tiles = [cdiv(n * level.locations // vector, group) for n, level in zip(periods, levels)]
+            counts = [
+                self.images * level.anchors * tile * cdiv(self.classes // n, loop)
+                for n, level, tile in zip(periods, levels, tiles)
+            ]
+            most = min(max(level.locations for level in levels), group * vector)
+        else:
+            starts = [x for x, _ in addresses]
+            if self.images > 1:
+                starts += [level.image_stride * size for level in levels]
+            one_row = self.classes % vector == 0 and all(start % (vector * size) == 0 for start in starts)
+            logits = sum(self.images * level.rows * self.classes for level in levels)
+            loop = (2 if logits >= 1 << 23 else 1) if size == 4 else (4 if logits >= 1 << 24 else 2)
+            entries = [level.rows * self.classes + (0 if one_row else vector - 1) for level in levels]
+            loop = choice.groups or loop
+            while loop > 1 and group * vector * loop > MOST_ROWS * self.classes:
+                loop //= 2
+            tiles = [cdiv(cdiv(n, vector), group * loop) for n in entries]
+            counts = [self.images * tile for tile in tiles]
+            most = (group * vector * loop - 1) // self.classes + 2
+        table = DenseLevels(
+            pack(*(x for x, _ in addresses)),
+            pack(*(out for _, out in addresses)),
+            pack(*(level.image_stride for level in levels)),
+            pack(*(level.locations for level in levels)),
+            pack(*(level.anchors if planes else level.rows for level in levels)),
+            pack(*(level.first_anchor for level in levels)),
+            pack(*periods),
+            pack(*(sum(counts[:i]) for i in range(len(counts)))),
+            pack(*tiles),
+        )
+        return {
+            "tiles": sum(counts),
+            "table": table,
+            "x": levels[0].x,
+            "consts": {
+                "PLANES": planes,
+                "VECTOR": vector,
+                "ONE_ROW": one_row,
+                "UNROLL": unroll,
+                "LOOP": loop,
+                "SPAN": power_of_two(most),
+            },
+        }
+
+    def run(self, plan: dict[str, Any], partial: int) -> None:
+        x, gamma = plan["x"], gamma_case(self.gamma)
+        numbers = DenseNumbers(
+            x if self.row_weight is None else self.row_weight,
+            x if self.scale[0] is None else self.scale[0],
+            x if self.expected[0] is None else self.expected[0],
+        )
+        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x),)](
+            plan["table"],
+            self.marks,
+            self.scratch,
+            numbers,
+            pack(partial),
+            self.anchors_per_image,
+            plan["tiles"],
+            self.gamma,
+            self.scale[1],
+            self.expected[1],
+            T=TYPES[x.dtype],
+            K=self.classes,
+            GAMMA=gamma,
+            OUTPUT=self.output,
+            WEIGHTED=self.row_weight is not None,
+            WANT_LOSS=self.loss is not None,
+            MAY_SKIP=self.may_skip,
+            SCALE_GIVEN=self.scale[0] is not None,
+            EXPECTED_GIVEN=self.expected[0] is not None,
+            num_warps=WARPS,
+            maxnreg=choice.registers or (REGISTERS_ANY_GAMMA if gamma < 0 else REGISTERS),
+            **plan["consts"],
+        )
