@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ._launch import Workspace, pack, pointer
 
-TILE = 1024  # anchors of a program
+TILE = 2048  # anchors of a program
 LANES = 128  # positives computed at once
 MOST_8, MOST_16 = tl.constexpr(128), tl.constexpr(32768)  # classes that marks of as many bits can tell apart
 PLAIN, IGNORED, INVALID = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)  # marks of what has no class

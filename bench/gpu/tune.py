@@ -1,9 +1,9 @@
 """How the dense pass is best launched on this GPU: ``make gpu-tune``.
 
 Or ``python -m ioubal_kernels.bench.gpu.tune --help``. The same loss under one launch plan after the other, checked
-against the oracle, then timed side by side beside a copy of the logits. The defaults of csrc/cuda/focal_fill.cu are to
-be chosen from what it finds; nothing is chosen here. Exit status 0, 1 when a plan was wrong or failed, 2 without a
-usable GPU.
+against the oracle, then timed side by side beside a copy of the logits. The rules of csrc/cuda/focal_fill.cu and, with
+--backend triton, of triton_kernels/focal_pass.py are to be chosen from what it finds; nothing is chosen here. Exit
+status 0, 1 when a plan was wrong or failed, 2 without a usable GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ioubal_kernels.ops import library
+from ioubal_kernels.ops import library, with_triton
 
 from .. import machine, measure, timing
 from ..cases import all_cases
@@ -33,33 +33,45 @@ Plan = dict[str, int]
 
 
 # What is tried: the rule first.
-PLANS: tuple[Plan, ...] = ({}, *({"iterations": groups} for groups in (1, 2, 3, 4, 6, 8)))
+PLANS: dict[str, tuple[Plan, ...]] = {
+    "cuda": ({}, *({"iterations": groups} for groups in (1, 2, 3, 4, 6, 8))),
+    "triton": (
+        {},
+        *({"groups": groups} for groups in (1, 2, 4, 8, 16)),
+        {"vectors": 2},
+        {"vectors": 2, "registers": 40},
+        {"vectors": 8, "registers": 96},
+        {"registers": 80},
+        {"registers": 128},
+    ),
+}
 
 
 @contextmanager
-def chosen(plan: Plan) -> Iterator[None]:
+def chosen(backend: str, plan: Plan) -> Iterator[None]:
     """The plan, for what is launched or captured inside."""
-    library.choose_cuda_plan(**plan)
+    choose = with_triton.choose_plan if backend == "triton" else library.choose_cuda_plan
+    choose(**plan)
     try:
         yield
     finally:
-        library.choose_cuda_plan()
+        choose()
 
 
 def label(plan: Plan) -> str:
     return ", ".join(f"{name} {value}" for name, value in plan.items()) or "by rule"
 
 
-def try_plans(problem: Problem, bench: Bench, case: Case) -> list[Row]:
+def try_plans(problem: Problem, bench: Bench, case: Case, backend: str) -> list[Row]:
     """A row each; a plan that is wrong or fails has one without figures."""
     ours = problem.contenders[0]
     rows: list[Row] = []
     timed: dict[Any, TimedPath] = {}
-    for plan in PLANS:
+    for plan in PLANS[backend]:
         contender = replace(ours, path=label(plan), phases=(BOTH,), facts={**ours.facts, "plan": plan})
         head = {"name": case.name, **problem.facts, "path": contender.path, **contender.facts}
         try:
-            with chosen(plan):
+            with chosen(backend, plan):
                 timed |= measure.prepared(contender, problem, bench, head)
                 if bench.device == "cpu":  # not captured: nothing to time under another plan
                     rows.append({**head, "result": measure.MEASURED})
@@ -76,16 +88,17 @@ def show(rows: list[Row]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=gpu_device.BACKENDS, default="cuda", help="default cuda")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default 480)")
     parser.add_argument("--only", nargs="+", default=CASES, metavar="NAME", help="cases of `ioubal bench list`")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of every plan (default 15)")
-    parser.add_argument("--output", type=Path, help="the report; default bench/results/gpu_tune-<device>.json")
+    parser.add_argument("--output", type=Path, help="default bench/results/gpu_tune[-triton]-<device>.json")
     parser.add_argument("--dry-run", action="store_true", help="tiny inputs on the CPU, where no plan changes anything")
     options = parser.parse_args(arguments)
     device = "cpu" if options.dry_run else "cuda"
-    if device == "cuda" and gpu_device.refuse_without_gpu(PROGRAM):
+    if device == "cuda" and gpu_device.refuse_without_gpu(PROGRAM, options.backend):
         return 2
-    if reason := library.load_error("cuda"):
+    if options.backend == "cuda" and (reason := library.load_error("cuda")):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return 2
     cases = {case.name: case for case in all_cases(device)}
@@ -95,13 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--rounds and --budget must be positive")
     began = time.monotonic()
     facts = gpu_device.facts(device)
-    path = options.output or timing.RESULTS / f"gpu_tune-{machine.slug(facts['device'])}.json"
-    bench = Bench(device, (device,), options.dry_run, options.rounds, peers=False)
-    report = {"report": "gpu_tune", **facts, "not_run": list(options.only), "rows": []}
+    stem = f"gpu_tune-{'triton-' if options.backend == 'triton' else ''}{machine.slug(facts['device'])}"
+    path = options.output or timing.RESULTS / f"{stem}.json"
+    bench = Bench(
+        device, ("cpu" if options.dry_run else options.backend,), options.dry_run, options.rounds, peers=False
+    )
+    report = {"report": "gpu_tune", "backend": options.backend, **facts, "not_run": list(options.only), "rows": []}
     for name in options.only:
         if time.monotonic() - began > options.budget:
             break
-        rows = try_plans(cases[name].build(bench), bench, cases[name])
+        rows = try_plans(cases[name].build(bench), bench, cases[name], options.backend)
         print(f"  {name}")
         show(rows)
         report["rows"] += rows

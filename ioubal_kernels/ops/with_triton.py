@@ -125,6 +125,12 @@ def unavailable() -> str | None:
     return _import_reason()
 
 
+def choose_plan(**plan: int) -> None:
+    """Launches the dense pass as these fields of ``focal_pass.Choice`` say; without any by rule. For measurements."""
+    focal_pass = importlib.import_module(_KERNELS + ".focal_pass")
+    focal_pass.choice = focal_pass.Choice(**plan)
+
+
 # ---------------------------------------------------------------------------------------------- registration
 
 

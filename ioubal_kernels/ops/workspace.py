@@ -15,6 +15,7 @@ _WORD = 32
 _TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
+_TRITON_ANCHORS = 2048  # of a tile of the Triton kernels' positives
 _TRITON_TILE = 1024  # logits of a tile of the Triton kernels' dense pass, at least
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
@@ -35,11 +36,16 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
     if backend == "triton":
         # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 4 (cross entropy).
         wide = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1
-        tile = {"focal": 1024, "cross_entropy": wide, "smooth_l1": 128}[name]
+        tile = {"focal": _TRITON_ANCHORS, "cross_entropy": wide, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
         kept = rows + tiles
         if name == "focal":
-            kept = rows * (8 + _mark_size(columns)) // 4 + 512 * tiles + rows * columns // _TRITON_TILE + 1
+            kept = (
+                rows * (8 + _mark_size(columns)) // 4
+                + _TRITON_ANCHORS // 2 * tiles
+                + rows * columns // _TRITON_TILE
+                + 1
+            )
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES
@@ -63,7 +69,7 @@ def detection_workspace(
     if backend == "cpu":
         return []
     if backend == "triton":
-        tiles = images * (anchors // 1024 + levels)
+        tiles = images * (anchors // _TRITON_ANCHORS + levels)
         # A loss of each tile; of planes one a class more for an anchor, and as many again that are not full.
         dense_tiles = images * (2 * anchors * classes // _TRITON_TILE + 2 * levels + groups * (classes + 1))
         floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * (4 + _mark_size(classes)) // 4

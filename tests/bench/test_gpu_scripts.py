@@ -21,7 +21,7 @@ from ioubal_kernels.bench.gpu import sanitize as gpu_sanitize
 from ioubal_kernels.bench.gpu import sections as gpu_sections
 from ioubal_kernels.bench.gpu import training as gpu_training
 from ioubal_kernels.bench.gpu import tune as gpu_tune
-from ioubal_kernels.ops import library
+from ioubal_kernels.ops import library, with_triton
 
 pytestmark = pytest.mark.skipif(ops.load_error("cpu") is not None, reason="needs the CPU library")
 NEEDS_CUDA_LIBRARY = pytest.mark.skipif(ops.load_error("cuda") is not None, reason="needs the CUDA library")
@@ -253,14 +253,21 @@ def test_the_sanitizers_cases_run(capsys):
 # ---------------------------------------------------------------------------------------------- gpu_tune
 
 
-@NEEDS_CUDA_LIBRARY
-def test_the_dry_run_of_every_plan(tmp_path, monkeypatch, capsys):
+TUNED = (
+    pytest.param("cuda", library, "choose_cuda_plan", marks=NEEDS_CUDA_LIBRARY),
+    pytest.param("triton", with_triton, "choose_plan"),
+)
+
+
+@pytest.mark.parametrize("backend, module, function", TUNED)
+def test_the_dry_run_of_every_plan(backend, module, function, tmp_path, monkeypatch, capsys):
     """Each plan is in force while its path is checked, and none afterwards."""
     plans = []
-    monkeypatch.setattr(library, "choose_cuda_plan", lambda **plan: plans.append(plan))
+    monkeypatch.setattr(module, function, lambda **plan: plans.append(plan))
     path, name = tmp_path / "tune.json", "retinanet/b16/flat/bfloat16"
-    assert gpu_tune.main(["--dry-run", "--only", name, "--output", str(path)]) == 0
+    assert gpu_tune.main(["--dry-run", "--backend", backend, "--only", name, "--output", str(path)]) == 0
     report = json.loads(path.read_text())
+    assert report["backend"] == backend
     rows = report["rows"]
     assert report["dry_run"] and report["not_run"] == [] and {row["name"] for row in rows} == {name}
     assert plans[::2] == [row["plan"] for row in rows] and set(map(len, plans[1::2])) == {0}

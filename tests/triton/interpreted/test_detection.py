@@ -7,6 +7,7 @@ import torch
 from checks import DTYPES, check_detection, ids
 
 from ioubal_kernels import testing
+from ioubal_kernels.ops import with_triton
 from ioubal_kernels.triton_kernels import focal_pass
 
 LEVELS = ((3, 4), (1, 1))
@@ -92,7 +93,8 @@ def test_many_locations(layout):
 @pytest.mark.parametrize("layout", ("flat", "nchw"))
 def test_launch_choices(monkeypatch, layout, groups, vectors):
     """Groups of a program, and vectors that reach from one plane into the next: a map of 2,047 locations."""
-    monkeypatch.setattr(focal_pass, "choice", focal_pass.Choice(groups, vectors))
+    monkeypatch.setattr(focal_pass, "choice", focal_pass.choice)
+    with_triton.choose_plan(groups=groups, vectors=vectors)
     inputs = testing.detection_inputs(
         seed=groups, images=2, classes=8, per_location=1, levels=((23, 89), (3, 5)), positive_share=0.002,
         ignored_share=0.002, dtype=torch.bfloat16 if groups == 3 else torch.float32,
