@@ -40,12 +40,8 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         tiles = rows // tile + 1
         kept = rows + tiles
         if name == "focal":
-            kept = (
-                rows * (8 + _mark_size(columns)) // 4
-                + _TRITON_ANCHORS // 2 * tiles
-                + rows * columns // _TRITON_TILE
-                + 1
-            )
+            kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ANCHORS // 2 * tiles
+            kept += rows * columns // _TRITON_TILE + 1  # a loss of each tile
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES

@@ -84,7 +84,7 @@ def test_options(name, layout):
 def test_many_locations(layout):
     """Several programs of every kernel, 16-byte accesses, and levels of other widths."""
     inputs = testing.detection_inputs(
-        seed=1, images=1, classes=16, per_location=2, levels=((20, 32), (3, 5)), positive_share=0.02, ignored_share=0.02
+        seed=1, images=1, classes=16, per_location=2, levels=((24, 48), (3, 5)), positive_share=0.02, ignored_share=0.02
     )
     check_detection(inputs.in_layout(layout))
 
