@@ -42,7 +42,10 @@ def detection() -> None:
     check_detection(empty)
     wide = testing.detection_inputs(images=1, classes=16, per_location=2, levels=((4, 8), (3, 5)), layout="nchw")
     check_detection(wide, inplace=True, grad_scale=0.5)
-    # Tiles that are full and plain, marks at their ends, vectors that reach from one plane into the next.
+
+
+def dense() -> None:
+    """Tiles that are full and plain, marks at their ends, vectors that reach from one plane into the next."""
     focal_pass = importlib.import_module("ioubal_kernels.triton_kernels.focal_pass")
     for layout, classes, groups, vectors, factors in (
         ("flat", 7, 3, 2, (1.0, 2.0)),
@@ -59,6 +62,7 @@ def detection() -> None:
         inputs.gt_labels[0][0] = 6
         inputs.cls_logits[0, positive, 6] = 3.0
         check_detection(inputs.in_layout(layout), factors)
+    focal_pass.choice = focal_pass.Choice()
 
 
 def focal() -> None:
@@ -107,7 +111,7 @@ def boxes() -> None:
         testing.assert_close_budget(results[1][1], results[0][1], torch.float32)
 
 
-def matching() -> None:
+def anchors_and_boxes() -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(8)
     corner = torch.arange(140).unsqueeze(1) * torch.tensor([3.0, 0.5])
     anchors = torch.cat([corner, corner + 24 + torch.rand(140, 2, generator=g)], 1)
@@ -115,6 +119,11 @@ def matching() -> None:
     boxes[20:] += torch.rand(16, 4, generator=g) * 6
     boxes[31] = anchors[137]
     boxes[7] = torch.tensor([20.0, 3, 10, 30])
+    return anchors, boxes
+
+
+def matching() -> None:
+    anchors, boxes = anchors_and_boxes()
     few, far = anchors[[5, 5, 90]] + 2, anchors[[0]] - 900
     odd = torch.tensor([[0.0, 0, math.inf, 40], [30, 20, 30, 50], [40, 15, 61, 41]])
     kinked = anchors.clone()
@@ -122,10 +131,7 @@ def matching() -> None:
     kinked[135, 3] = math.nan  # no regular box touches its block
     nowhere = torch.tensor([[math.inf, 0, math.inf, 40], [5, 5, 5, 5]])  # no area: NaN, and 0 with anchors
     halves, box = torch.tensor([[0.0, 0, 4, 8], [0, 0, 2, 8], [9, 9, 10, 10]]), torch.tensor([[0.0, 0, 8, 8]])
-    for given, images, high, low in (
-        (anchors, [boxes, boxes[:1]], 0.5, 0.4),
-        (anchors, [few, boxes[:0], far], 0.5, 0.4),
-        (torch.stack([kinked, kinked]), [odd, few], 0.3, 0.2),
+    for given, images, high, low in (  # the shortest first
         (anchors[:9], [nowhere, nowhere[1:], boxes[:2]], 0.0, 0.0),
         (anchors[:9], [boxes[:0], torch.cat([few, nowhere[:1]])], 0.5, 0.0),
         (halves, [box], 0.5, 0.25),  # met exactly, as the next one by its last bit
@@ -135,6 +141,9 @@ def matching() -> None:
             0.5306329131126404,
             0.1,
         ),
+        (torch.stack([kinked, kinked]), [odd, few], 0.3, 0.2),
+        (anchors, [few, boxes[:0], far], 0.5, 0.4),
+        (anchors, [boxes, boxes[:1]], 0.5, 0.4),
     ):
         labels = [torch.arange(len(b)) % 6 - 1 for b in images]
         padded = testing_matching.padded_boxes(images, 4)
@@ -148,7 +157,10 @@ def matching() -> None:
                 want = ik.match_anchors(given, gt, gt_labels=gt_labels, backend="reference", **options)
                 got = ik.match_anchors(given, gt, gt_labels=gt_labels, backend="triton", **options)
                 assert torch.equal(got, want), (options, got, want)
-    boxes = boxes * torch.tensor([0.25, 1.2, 0.25, 1.2])
+
+
+def fovea() -> None:
+    boxes = anchors_and_boxes()[1] * torch.tensor([0.25, 1.2, 0.25, 1.2])
     boxes[33], boxes[34], boxes[35] = boxes[32], torch.tensor([-9.0, -9, 30, 30]), torch.tensor([4.0, 69, 24, 89])
     levels = [(12, 14), (6, 7)], (8, 16), ((1, 20), (16, 64))
     for gt, gt_labels in (([boxes, boxes[5:9]], None), (boxes[None], torch.arange(36)[None] % 7 - 1)):
@@ -157,7 +169,7 @@ def matching() -> None:
         assert torch.equal(ik.match_fovea(gt, levels[0], backend="triton", **options), want), want
 
 
-ALL = (focal, smooth_l1, boxes, softmax, detection, matching)
+ALL = (focal, smooth_l1, boxes, softmax, detection, dense, matching, fovea)
 
 
 def main(folder: str, first: str) -> None:

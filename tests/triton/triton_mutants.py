@@ -82,6 +82,7 @@ _math.py matching
     tl.where(iou <= low, UNMATCHED
     tl.where(iou < high, BETWEEN
     tl.where(iou <= high, BETWEEN
+_math.py fovea
     (area >= smallest_squared) & (area <= largest_squared)
     (area >= smallest_squared) & (area < largest_squared)
     first = tl.ceil(low + rounded_product(from_, half) - 0.5)
@@ -136,7 +137,7 @@ detection_kernels.py detection
     position.to(tl.int64) * CLASSES
     loc_due = loc_wanted != there
     loc_due = cls_wanted != there
-focal_dense.py detection
+focal_dense.py dense
     special = (entry < 0) | (entry + VECTORS * VECTOR > size)
     special = entry < 0
     special = (entry < 0) | (entry + VECTORS * VECTOR > size)
@@ -169,8 +170,6 @@ focal_dense.py detection
     off = (own == i * classes)
     first * VECTOR % locations, tl.minimum
     (first * VECTOR + 200) % locations, tl.minimum
-    slope *= weight
-    slope *= 1.0
     if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
     if True:
 focal_finish.py detection
@@ -180,12 +179,15 @@ focal_finish.py detection
     return tl.load(norm)
     + tl.load(pointer(sc.positives_loss, tl.float32))
     + 0.0 * tl.load(pointer(sc.positives_loss, tl.float32))
+focal_dense.py focal
+    slope *= weight
+    slope *= 1.0
 focal_finish.py focal
     tl.store(out + row * K + seen
     tl.store(out + row * K
     tile -= 1
     tile -= 0
-focal_pass.py detection
+focal_pass.py dense
     fewest = vector // math.gcd(locations, vector)
     fewest = 1
     entries = [level.rows * self.classes +
@@ -247,7 +249,7 @@ matching.py matching
     restored |= (iou >= 0.5 * iou_of(largest, KEPT)).to(tl.int32)
     tl.load(box_index, mask=count > 0, other=UNMATCHED)
     tl.zeros((), tl.int32)
-matching_fovea.py matching
+matching_fovea.py fovea
     (top <= last_row)
     (top < last_row)
     (bottom >= first_row)
