@@ -209,8 +209,11 @@ def boxes_problems() -> Iterator[Problem]:
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def problems(reduced: bool = False) -> Iterator[Problem]:
-    """All of them; reduced: every seventh of each family, and the edges."""
+def problems(reduced: bool = False, most: int | None = None) -> Iterator[Problem]:
+    """All of them; reduced: every seventh of each family, and the edges; most: so many of a family at most, spread."""
+    if most is not None:
+        yield from spread(list(problems(reduced)), most)
+        return
     seen: dict[str, int] = collections.Counter()
     for make in (
         rows_problems,
@@ -227,10 +230,21 @@ def problems(reduced: bool = False) -> Iterator[Problem]:
                 yield family, problem
 
 
-def run_all(reduced: bool = False) -> dict[str, int]:
-    """Runs them; the number of problems of each family. AssertionError for the first that is wrong."""
+def spread(everything: list[Problem], most: int) -> Iterator[Problem]:
+    """Of each family `most` problems, or all, at equal distances."""
+    total = collections.Counter(family for family, _ in everything)
+    seen: dict[str, int] = collections.Counter()
+    for family, problem in everything:
+        number, seen[family] = seen[family], seen[family] + 1
+        if number * most // total[family] != (number - 1) * most // total[family] or total[family] <= most:
+            yield family, problem
+
+
+def run_all(reduced: bool = False, most: int | None = None, first: str = "") -> dict[str, int]:
+    """Runs them, those of family `first` before the others; the number of problems of each family. AssertionError for
+    the first that is wrong."""
     counts: dict[str, int] = collections.Counter()
-    for family, problem in problems(reduced):
+    for family, problem in sorted(problems(reduced, most), key=lambda problem: not problem[0].endswith(first or "?")):
         try:
             problem()
         except AssertionError as error:
@@ -251,6 +265,7 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("seed", type=int)
     parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--most", type=int, help="problems of a family")
     parser.add_argument("--probe", choices=("read", "write"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -260,7 +275,7 @@ def main() -> None:
             probe(given.probe)
             print("not found")
         else:
-            print(json.dumps(run_all(given.reduced)))
+            print(json.dumps(run_all(given.reduced, given.most)))
 
 
 if __name__ == "__main__":
