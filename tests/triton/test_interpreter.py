@@ -20,7 +20,7 @@ QUICK = {
 }
 SLOW = {
     "extreme logits": ("test_hostile.py", "extreme", 24),
-    "matching": ("test_matching.py", "drawn_batches", 80),
+    "matching": ("test_matching.py", "drawn_batches", 40),
     "detection": ("test_detection.py", "not (parity or nothing_there or bitwise)", 50),
 }
 
