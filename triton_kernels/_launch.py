@@ -160,11 +160,12 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def programs_of(tiles: int, may_skip: bool, x: Tensor) -> int:
-    """Programs of a pass. One that may find that there is nothing to do is small: its programs loop over the tiles."""
+def programs_of(tiles: int, may_skip: bool, x: Tensor, resident: int = 4) -> int:
+    """Programs of a pass. One that may find that there is nothing to do is small: `resident` programs a multiprocessor,
+    which loop over the tiles."""
     if not may_skip:
         return tiles
-    return min(tiles, 4 * _multiprocessors(x.device.index) if x.is_cuda else 2)
+    return min(tiles, resident * _multiprocessors(x.device.index) if x.is_cuda else 2)
 
 
 def on_device(x: Tensor) -> Any:

@@ -15,7 +15,7 @@ from .focal_dense import NOTHING, THREADS, WARPS, DenseLevels, DenseNumbers, den
 from .positives import Marks
 
 # Registers of a thread: eight programs on a multiprocessor, for any gamma six.
-REGISTERS, REGISTERS_ANY_GAMMA = 64, 80
+REGISTERS, REGISTERS_ANY_GAMMA, RESIDENT = 64, 80, 8
 READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
 MOST_ROWS = 1024  # of a program of several groups
@@ -188,7 +188,7 @@ class DensePass:
             x if self.scale[0] is None else self.scale[0],
             x if self.expected[0] is None else self.expected[0],
         )
-        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x),)](
+        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, RESIDENT),)](
             plan["table"],
             self.marks,
             self.scratch,
