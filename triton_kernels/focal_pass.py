@@ -18,7 +18,7 @@ from .positives import Marks
 REGISTERS, REGISTERS_ANY_GAMMA, RESIDENT = 64, 80, 8
 READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
-MOST_ROWS = 1024  # of a program of several groups
+MOST_ROWS = 1024  # of a program of several groups, and twice as many of one: marks that are looked at at once
 PLANE_GROUPS = 8  # of a program: it looks at marks once for all
 FULL = 0.9  # share of a program's slots that should be in use
 
@@ -130,6 +130,8 @@ class DensePass:
         size = levels[0].x.element_size()
         planes = levels[0].planes
         unroll = choice.vectors or min(READ_AHEAD // (vector * size), MOST_VECTORS)
+        while not planes and unroll > 1 and unroll * THREADS.value * vector > 2 * MOST_ROWS * self.classes:
+            unroll //= 2
         group = unroll * THREADS.value  # vectors
         addresses = [level.addresses() for level in levels]
         one_row, periods = True, [0] * len(levels)
