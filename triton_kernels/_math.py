@@ -48,7 +48,7 @@ def twice_log1p(e, p, PRECISE: tl.constexpr):
     """2 log1p(e) on [0, 1], given p = e / (1 + e); exactly e + p as e vanishes: a bias there would be the whole sum's.
 
     With y = log1p(e): e + p = 2 sinh(y), m = e - p = 4 sinh(y / 2)^2, and y / sinh(y) is so smooth a function of m that
-    a short polynomial has it. Degree 2 is off by 7e-7 at most; PRECISE, degree 3, by 2e-8: a large gamma multiplies it.
+    a short polynomial has it. Degree 2 is off by 8e-7 at most; PRECISE, degree 3, by 3e-8: a large gamma multiplies it.
     """
     both = e + p
     m = e - p

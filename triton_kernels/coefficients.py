@@ -1,5 +1,5 @@
 """The second kernel of every loss: from the positives' sums to the coefficients of the dense pass, and to what is known
-of the losses by then. And the end of the dense pass: the sum of its tiles.
+of the losses by then. And the end of the softmax pass: the sum of its tiles.
 
 Sums run in a fixed order, so that every run gives the same bits: the only atomic operation is the integer counter by
 which the program that finishes last knows that it does.
@@ -35,8 +35,8 @@ class Scratch(NamedTuple):
     location: int  # float32 per image: factor of the localisation loss
     cls_norm: int  # float32 per scope: normaliser of Eq. 4
     loc_norm: int  # float32 per scope: normaliser of Eq. 7, or 1
-    positives_loss: int  # float32: what the dense pass adds to its own sum
-    tickets: int  # int32: programs that have finished, of the coefficients' kernel and of the dense pass
+    positives_loss: int  # float32: what is added to the sum of the dense pass's tiles
+    tickets: int  # int32: programs that have finished, of the coefficients' kernel and of the softmax pass
 
 
 def take_scratch(memory: Workspace, tiles: int, slots: int, segments: int, images: int, scopes: int) -> Scratch:

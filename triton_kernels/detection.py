@@ -229,7 +229,6 @@ class _Detection:
             self.classes,
             self.per_image,
             self.gamma,
-            self.scope,
             GRADIENT.value if grads else NOTHING.value,
             **options,
         )
@@ -288,8 +287,7 @@ class _Detection:
             ),
             self.matched,
             self.anchors,
-            pack(dense.partial, dense.loss.data_ptr()) if dense else pack(0, 0),
-            pack(dense.tiles if dense else 0),
+            *(dense.losses() if dense else (pack(0, 0), pack(0))),
             self.per_image,
             tiles,
             scale,

@@ -20,7 +20,7 @@ from ._math import (
 )
 from .coefficients import IMAGE, LEVEL, clear_tickets
 from .focal_dense import GRADIENT
-from .focal_finish import own_value, scope_norm, sum_tiles
+from .focal_finish import first_tile, own_value, scope_norm
 from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, load_marks, marks_at, store_marks, store_sums
 
 ROWS, PLANES, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a gradient of deltas lies
@@ -280,13 +280,7 @@ def detection_finish_kernel(
 ):
     """The sum of the tiles' losses, by the first program; by the others the positives' own entries of the logits'
     gradient, and the gradient of the deltas: zeros, but for the positives."""
-    tile = tl.program_id(0)
-    if WANT_LOSS:
-        if tile == 0:
-            sum_tiles(addresses[0], pick(count, 0), sc, addresses[1])
-            tile = tiles
-        else:
-            tile -= 1
+    tile = first_tile(addresses, count, sc, tiles, WANT_LOSS)
     cls_wanted = number(nu.cls_scale, scale, SCALE_GIVEN)
     loc_wanted = number(nu.loc_scale, scale, SCALE_GIVEN)
     cls_due = True

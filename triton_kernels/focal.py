@@ -11,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import positives
-from ._launch import MAX_REGISTERS, Workspace, cdiv, on_device, pointer
+from ._launch import MAX_REGISTERS, Workspace, cdiv, on_device, pointer, programs_of
 from ._math import balance_share, focal_positive, iou_power, weighted_loss
 from .coefficients import BATCH, BY_ID, Coefficients, clear_tickets, take_scratch
 from .focal_dense import GRADIENT, LOSS, NOTHING
-from .focal_finish import finish_rows
+from .focal_finish import focal_finish_kernel
 from .focal_pass import DenseLevel, DensePass
 from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, marks_at, store_marks, store_sums
 
+FINISH_ROWS = 1024  # of a program of the last kernel
 RUN = 1 << 30  # logits of a level of the dense pass: it counts in 32 bits
 
 
@@ -165,13 +166,44 @@ class _FlatFocal:
             self.classes,
             self.rows,
             self.gamma,
-            BATCH.value if self.scope_ids is None else BY_ID.value,
             output,
             row_weight=self.weight,
             **options,
         )
         dense.launch(self.memory)
-        finish_rows(self, dense, out)
+        self.finish(dense, out)
+
+    def finish(self, dense: DensePass, out: Tensor | None) -> None:
+        """What is left after the pass over the logits, which wrote `out`."""
+        x, want_loss = self.logits, dense.loss is not None
+        tiles = cdiv(self.rows, FINISH_ROWS) if out is not None else 0
+        programs = programs_of(tiles, dense.may_skip, x) + want_loss
+        if programs == 0:
+            return
+        focal_finish_kernel[(programs,)](
+            self.marks,
+            self.scratch,
+            x if out is None else out,
+            self.labels if self.scope_ids is None else self.scope_ids,
+            x if dense.scale[0] is None else dense.scale[0],
+            x if dense.expected[0] is None else dense.expected[0],
+            *dense.losses(),
+            self.rows,
+            self.scopes,
+            tiles,
+            dense.scale[1],
+            dense.expected[1],
+            K=self.classes,
+            OUTPUT=dense.output,
+            SCOPE=BATCH.value if self.scope_ids is None else BY_ID.value,
+            WANT_LOSS=want_loss,
+            MAY_SKIP=dense.may_skip,
+            SCALE_GIVEN=dense.scale[0] is not None,
+            EXPECTED_GIVEN=dense.expected[0] is not None,
+            ROWS=FINISH_ROWS,
+            num_warps=4,
+            maxnreg=MAX_REGISTERS,
+        )
 
 
 def focal_sums(*arguments: Any) -> None:

@@ -2,9 +2,10 @@
 
 The logits are streams of aligned vectors, whatever the layout. A program takes groups of them, each thread several
 vectors, all read before the first is computed: so much is under way that memory does not wait. Every entry is computed
-as a negative. Where the positives' kernel has marked something in a program's tile it goes a longer way, on which
-ignored and positive entries are computed with a logit that gives exactly 0, and leave 0. Nothing is left out: memory
-written with holes costs more. The positives' own entries are put there afterwards (focal_finish.py).
+as a negative. Where the positives' kernel has marked something in a program's tile, a vector of rows is not whole, or
+rows have weights, it goes a longer way, on which ignored and positive entries are computed with a logit that gives
+exactly 0, and leave 0. Nothing is left out: memory written with holes costs more. The positives' own entries are put
+there afterwards (focal_finish.py).
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ._launch import MAX_REGISTERS, cdiv, number, pack, pick, pointer, programs_of
+from ._launch import number, pick, pointer
 from ._math import weighted_loss
 from .coefficients import BATCH, IMAGE, LEVEL
 from .focal_dense import LOSS, NOTHING
@@ -15,7 +13,6 @@ from .positives import load_marks, marks_at
 
 SUM_BLOCK = tl.constexpr(128)  # losses of tiles added side by side,
 SUM_DEPTH = tl.constexpr(32)  # and how many of each are read at once
-ROWS = 1024  # of a program
 
 
 @triton.jit
@@ -29,6 +26,19 @@ def sum_tiles(partial, count, sc, loss):
         i0 += SUM_DEPTH * SUM_BLOCK
     total = tl.sum(acc, 0) + tl.load(pointer(sc.positives_loss, tl.float32)).to(tl.float64)
     tl.store(pointer(loss, tl.float32), total.to(tl.float32))
+
+
+@triton.jit
+def first_tile(addresses, count, sc, tiles, WANT_LOSS: tl.constexpr):
+    """A program's first tile. WANT_LOSS: the first program adds up the losses and has none, the others' count on."""
+    tile = tl.program_id(0)
+    if WANT_LOSS:
+        if tile == 0:
+            sum_tiles(addresses[0], pick(count, 0), sc, addresses[1])
+            tile = tiles
+        else:
+            tile -= 1
+    return tile
 
 
 @triton.jit
@@ -82,13 +92,7 @@ def focal_finish_kernel(
     ROWS: tl.constexpr,
 ):
     """Of flat rows. WANT_LOSS: the sum is the first program's, the rows are the others'."""
-    tile = tl.program_id(0)
-    if WANT_LOSS:
-        if tile == 0:
-            sum_tiles(addresses[0], pick(count, 0), sc, addresses[1])
-            tile = tiles
-        else:
-            tile -= 1
+    tile = first_tile(addresses, count, sc, tiles, WANT_LOSS)
     wanted = number(scale_tensor, scale, SCALE_GIVEN)
     if MAY_SKIP:
         if wanted == number(expected_tensor, expected, EXPECTED_GIVEN):
@@ -104,37 +108,3 @@ def focal_finish_kernel(
                 value = own_value(marks, positive, norm, wanted.to(tl.float32), row, found, OUTPUT)
                 tl.store(out + row * K + seen, value.to(out.dtype.element_ty), mask=found)
             tile += tl.num_programs(0)
-
-
-def finish_rows(op: Any, dense: Any, out: Any) -> None:
-    """Launches it for a flat loss. op: its arguments; dense: its DensePass; out: what was written, or None."""
-    want_loss, x = dense.loss is not None, op.logits
-    tiles = cdiv(op.rows, ROWS) if out is not None else 0
-    programs = programs_of(tiles, dense.may_skip, x) + want_loss
-    if programs == 0:
-        return
-    focal_finish_kernel[(programs,)](
-        op.marks,
-        op.scratch,
-        x if out is None else out,
-        op.labels if op.scope_ids is None else op.scope_ids,
-        x if dense.scale[0] is None else dense.scale[0],
-        x if dense.expected[0] is None else dense.expected[0],
-        pack(dense.partial, dense.loss.data_ptr() if want_loss else 0),
-        pack(dense.tiles),
-        op.rows,
-        op.scopes,
-        tiles,
-        dense.scale[1],
-        dense.expected[1],
-        K=op.classes,
-        OUTPUT=dense.output,
-        SCOPE=dense.scope,
-        WANT_LOSS=want_loss,
-        MAY_SKIP=dense.may_skip,
-        SCALE_GIVEN=dense.scale[0] is not None,
-        EXPECTED_GIVEN=dense.expected[0] is not None,
-        ROWS=ROWS,
-        num_warps=4,
-        maxnreg=MAX_REGISTERS,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from .coefficients import Scratch
 from .focal_dense import NOTHING, THREADS, WARPS, DenseLevels, DenseNumbers, dense_kernel
 from .positives import Marks
 
-# Registers of a thread: eight programs on a multiprocessor, for any gamma six.
-REGISTERS, REGISTERS_ANY_GAMMA, RESIDENT = 64, 80, 8
+# Registers of a thread, and the programs that a multiprocessor holds with so many; for any gamma.
+REGISTERS, RESIDENT = 64, 8
+REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 6
 READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
 MOST_ROWS = 1024  # of a program of several groups, and twice as many of one: marks that are looked at at once
@@ -54,6 +56,7 @@ class DenseLevel:
         return x, x if self.out is None else self.out.data_ptr() + start
 
 
+@functools.lru_cache(maxsize=1024)
 def period_of(locations: int, classes: int, vector: int, group: int) -> int:
     """Classes of a period: as few as make whole vectors and fill the groups of a program well."""
     fewest = vector // math.gcd(locations, vector)
@@ -77,7 +80,6 @@ class DensePass:
     classes: int
     anchors_per_image: int
     gamma: float
-    scope: int
     output: int = NOTHING.value
     row_weight: Tensor | None = None
     scale: tuple[Tensor | None, float] = (None, 1.0)
@@ -95,6 +97,10 @@ class DensePass:
         for plan in plans:
             self.run(plan, self.partial + 4 * done)
             done += plan["tiles"]
+
+    def losses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Packed, for the last kernel: addresses of the tiles' losses and of their sum, and how many there are."""
+        return pack(self.partial, 0 if self.loss is None else self.loss.data_ptr()), pack(self.tiles)
 
     def groups(self) -> list[tuple[int, list[DenseLevel]]]:
         """Levels of one launch and their vectors' width: rows and planes apart, and apart from those that the width of
@@ -190,7 +196,8 @@ class DensePass:
             x if self.scale[0] is None else self.scale[0],
             x if self.expected[0] is None else self.expected[0],
         )
-        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, RESIDENT),)](
+        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (REGISTERS, RESIDENT)
+        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident),)](
             plan["table"],
             self.marks,
             self.scratch,
@@ -211,6 +218,6 @@ class DensePass:
             SCALE_GIVEN=self.scale[0] is not None,
             EXPECTED_GIVEN=self.expected[0] is not None,
             num_warps=WARPS,
-            maxnreg=choice.registers or (REGISTERS_ANY_GAMMA if gamma < 0 else REGISTERS),
+            maxnreg=choice.registers or registers,
             **plan["consts"],
         )

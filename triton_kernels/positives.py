@@ -2,7 +2,7 @@
 
 A program looks through a tile of anchors, collects its positives, which cluster, and works on them side by side. It
 leaves, per anchor, a mark (a positive's class, or that it is none) and, at positives only, the slope of the weighted
-loss, so that the dense pass needs neither boxes nor a second evaluation.
+loss, so that the kernels which follow need neither the logit nor a second evaluation.
 """
 
 from __future__ import annotations

@@ -209,11 +209,8 @@ def boxes_problems() -> Iterator[Problem]:
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def problems(reduced: bool = False, most: int | None = None) -> Iterator[Problem]:
-    """All of them; reduced: every seventh of each family, and the edges; most: so many of a family at most, spread."""
-    if most is not None:
-        yield from spread(list(problems(reduced)), most)
-        return
+def problems(reduced: bool = False) -> Iterator[Problem]:
+    """All of them; reduced: every seventh of each family, and the edges."""
     seen: dict[str, int] = collections.Counter()
     for make in (
         rows_problems,
@@ -241,10 +238,11 @@ def spread(everything: list[Problem], most: int) -> Iterator[Problem]:
 
 
 def run_all(reduced: bool = False, most: int | None = None, first: str = "") -> dict[str, int]:
-    """Runs them, those of family `first` before the others; the number of problems of each family. AssertionError for
-    the first that is wrong."""
+    """Runs them, of each family at most `most`, those with `first` in their name before the others; the number of
+    problems of each family. AssertionError for the first that is wrong."""
     counts: dict[str, int] = collections.Counter()
-    for family, problem in sorted(problems(reduced, most), key=lambda problem: not problem[0].endswith(first or "?")):
+    chosen = list(problems(reduced)) if most is None else spread(list(problems(reduced)), most)
+    for family, problem in sorted(chosen, key=lambda problem: first not in problem[0]):
         try:
             problem()
         except AssertionError as error:

@@ -3,7 +3,6 @@ runs the kernels in FOLDER until one fails, and prints "alive" or "dead"; FIRST 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
@@ -18,7 +17,7 @@ from checks import check_detection, check_flat
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing, testing_matching
-from ioubal_kernels.ops import workspace
+from ioubal_kernels.ops import with_triton, workspace
 
 TIMEOUT = 600  # seconds for one line
 
@@ -46,13 +45,12 @@ def detection() -> None:
 
 def dense() -> None:
     """Tiles that are full and plain, marks at their ends, vectors that reach from one plane into the next."""
-    focal_pass = importlib.import_module("ioubal_kernels.triton_kernels.focal_pass")
     for layout, classes, groups, vectors, factors in (
         ("flat", 7, 3, 2, (1.0, 2.0)),
         ("nchw", 8, 3, 1, (1.0, 2.0)),
         ("nchw", 8, 1, 1, (2.0, 1.0)),
     ):
-        focal_pass.choice = focal_pass.Choice(groups, vectors)
+        with_triton.choose_plan(groups=groups, vectors=vectors)
         inputs = testing.detection_inputs(
             seed=5, images=1, classes=classes, per_location=1, levels=((23, 89),), positive_share=0.0,
             ignored_share=0.0,
@@ -62,7 +60,7 @@ def dense() -> None:
         inputs.gt_labels[0][0] = 6
         inputs.cls_logits[0, positive, 6] = 3.0
         check_detection(inputs.in_layout(layout), factors)
-    focal_pass.choice = focal_pass.Choice()
+    with_triton.choose_plan()
 
 
 def focal() -> None:
