@@ -87,6 +87,9 @@ def _triton_reason() -> str | None:
         return f"ioubal_kernels.ops cannot be imported ({error})"
 
 
+# Its answer is a constant to torch.compile, which cannot trace what looks for a compiler on the disk; see _override.
+_triton_reason._dynamo_marked_constant = True
+
 # Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors, slowly: for tests, so only by name.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 

@@ -15,6 +15,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A logit whose loss and gradient as a negative are exactly 0 (2^-14427 = 0). Ignored and positive entries are computed
 # with it, so that NaN logits of ignored anchors vanish too.
 OFF = tl.constexpr(-1e4)
+# The same as words of memory; in bfloat16 it is -9984.
+OFF_32, OFF_BF16, OFF_16 = (tl.constexpr(word - 2**32) for word in (0xC61C4000, 0xC61CC61C, 0xF0E2F0E2))
 MAX_LOG_RATIO = tl.constexpr(4.135166556742356)  # log(1000 / 16)
 MAX_FOVEA_DISTANCE = tl.constexpr(16.0)
 NO_LABEL = tl.constexpr(-1)
@@ -76,7 +78,92 @@ def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     return tl.where(x < LOW, tl.full((), LOW, x.dtype), tl.where(x > HIGH, tl.full((), HIGH, x.dtype), x))
 
 
+# ---------------------------------------------------------------------------------------------- words of memory
+#
+# Four bytes as an integer: a float32, or two 16-bit elements, the first one in the lower half.
+
+
+@triton.jit
+def off_word(T: tl.constexpr):
+    """OFF, once or twice."""
+    if T == tl.float32:
+        return OFF_32
+    elif T == tl.bfloat16:
+        return OFF_BF16
+    else:
+        return OFF_16
+
+
+@triton.jit
+def first_half(words, T: tl.constexpr):
+    """The first of two 16-bit elements, in float32."""
+    if T == tl.bfloat16:
+        return (words << 16).to(tl.float32, bitcast=True)
+    else:
+        return words.to(tl.int16).to(T, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def second_half(words, T: tl.constexpr):
+    if T == tl.bfloat16:
+        return (words & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return (words >> 16).to(tl.int16).to(T, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack_halves(first, second, T: tl.constexpr):
+    """Two float32 as 16-bit elements of a word."""
+    if INTERPRET:
+        low = first.to(T).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (second.to(T).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    elif T == tl.bfloat16:  # one instruction instead of three
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def all_negative(words, T: tl.constexpr):
+    """Whether all elements have their sign bits set, as a scalar."""
+    if INTERPRET:  # which takes long for reductions that are not its own
+        if T.primitive_bitwidth == 16:
+            words = tl.maximum(words, words << 16)
+        return tl.max(tl.max(words, 1), 0) < 0
+    clear = tl.reduce_or(~words, 1)
+    if T.primitive_bitwidth == 16:
+        clear |= clear << 16
+    return tl.reduce_or(clear, 0) >= 0
+
+
+@triton.jit
+def anew(x):
+    """x (32 bits); what follows from it is computed where it stands, not before a loop and kept for it."""
+    if INTERPRET:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def any_bits(words):
+    """All bits that are in one of the words (a matrix) at least."""
+    if INTERPRET:
+        bits = tl.zeros((), tl.int32)
+        for k in tl.static_range(32):
+            bits |= tl.max(tl.max((words >> k) & 1, 1), 0) << k
+        return bits
+    return tl.reduce_or(tl.reduce_or(words, 1), 0)
+
+
 # ---------------------------------------------------------------------------------------------- focal loss
+
+
+@triton.jit
+def is_usual(factor):
+    """Whether a gradient's factor may meet an entry whose derivative is 0: 0 times infinity would be NaN."""
+    return tl.abs(factor) < 1e30
 
 
 @triton.jit
@@ -103,6 +190,25 @@ def focal_negative(x, gamma, GAMMA: tl.constexpr):
         # 1 - p by itself: a large gamma multiplies what cancels in a difference.
         one_minus_p = tl.where(x >= 0.0, other, r)
         return modulator * softplus, modulator * (gamma * one_minus_p * capped + p)
+
+
+@triton.jit
+def focal_below(x, gamma, GAMMA: tl.constexpr):
+    """The same where x is known to be at most 0, its loss doubled: a third of the operations less."""
+    e = ex2(x * LOG2E)
+    r = rcp(1.0 + e)
+    p = e * r
+    softplus = twice_log1p(e, p, GAMMA == -1)
+    if GAMMA == 0:
+        return softplus, p
+    elif GAMMA == 1:
+        return p * softplus, p * (0.5 * r * softplus + p)
+    elif GAMMA == 2:
+        p2 = p * p
+        return p2 * softplus, p2 * (r * softplus + p)
+    else:
+        modulator = ex2((x - 0.5 * softplus) * (gamma * LOG2E))
+        return modulator * softplus, modulator * (0.5 * gamma * r * softplus + p)
 
 
 @triton.jit

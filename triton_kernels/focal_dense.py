@@ -16,12 +16,22 @@ import triton
 import triton.language as tl
 
 from ._launch import entry_of, level_of, number, pick, pointer, unpack
-from ._math import OFF, focal_negative
+from ._math import (
+    OFF,
+    all_negative,
+    anew,
+    any_bits,
+    first_half,
+    focal_below,
+    focal_negative,
+    is_usual,
+    off_word,
+    pack_halves,
+    second_half,
+)
 from .positives import IGNORED, INVALID, PLAIN, load_marks, marks_at
 
 NOTHING, GRADIENT, LOSS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what the pass writes per entry
-WARPS = 4
-THREADS = tl.constexpr(32 * WARPS)
 
 
 class DenseLevels(NamedTuple):
@@ -55,73 +65,154 @@ class DenseNumbers(NamedTuple):
 
 
 @triton.jit
-def vectors_at(start, VECTOR: tl.constexpr):
-    """Pointers to the elements of neighbouring vectors, (THREADS, VECTOR)."""
-    at = start + (tl.arange(0, THREADS) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    if VECTOR > 1:
-        at = tl.multiple_of(at, (1, VECTOR * (start.dtype.element_ty.primitive_bitwidth // 8)))
+def vectors_at(start, THREADS: tl.constexpr, LENGTH: tl.constexpr):
+    """Pointers to the elements, or words, of neighbouring vectors, (THREADS, LENGTH)."""
+    at = start + (tl.arange(0, THREADS) * LENGTH)[:, None] + tl.arange(0, LENGTH)[None, :]
+    if LENGTH > 1:
+        at = tl.multiple_of(at, (1, LENGTH * (start.dtype.element_ty.primitive_bitwidth // 8)))
     return at
 
 
 @triton.jit
-def plain_group(
-    x, out, left, acc, gamma, factor, T: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr,
-    WANT_LOSS: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+def load_words(x, left, T: tl.constexpr, THREADS: tl.constexpr, WORDS: tl.constexpr):
+    """The words of a vector a thread, for the first `left` threads; the others' logits are OFF."""
+    at = vectors_at(x.to(tl.pointer_type(tl.int32)), THREADS, WORDS)
+    if left >= THREADS:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=tl.arange(0, THREADS)[:, None] < left, other=off_word(T))
+    return words
+
+
+@triton.jit
+def mask_of(first, second, T: tl.constexpr):
+    """The bits of flagged elements: of a word its first and its second; of 32 bits there is no second."""
+    if T.primitive_bitwidth == 32:
+        return tl.where(first, -1, 0)
+    else:
+        return tl.where(first, 0xFFFF, 0) | tl.where(second, -0x10000, 0)
+
+
+@triton.jit
+def switch_off(words, mask, T: tl.constexpr):
+    """The words with OFF for the elements whose bits are in the mask."""
+    return (words & ~mask) | (off_word(T) & mask)
+
+
+@triton.jit
+def add_negatives(
+    words, out, left, acc, twice, gamma, factor,
+    T: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WANT_LOSS: tl.constexpr, THREADS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A group of vectors without a mark, from x and out on; returns acc and their losses. MASKED: only the first `left`
-    vectors are to be touched."""
-    lane = tl.arange(0, THREADS)[:, None]
-    logits = ()
-    for u in tl.static_range(UNROLL):
-        if MASKED:
-            logits += (
-                tl.load(vectors_at(x + u * (THREADS * VECTOR), VECTOR), mask=lane < left - u * THREADS, other=OFF),
-            )
+    """Computes the words of a vector a thread as negatives and writes what they get, for the first `left` threads.
+    Returns acc, to which their losses are added, and `twice`, to which they are added doubled: one or the other."""
+    # One way for all: a branch is a program's, not a thread's. Most of a detector's logits are below 0.
+    if all_negative(words, T):
+        if T.primitive_bitwidth == 32:
+            loss, slope = focal_below(words.to(tl.float32, bitcast=True), gamma, GAMMA)
+            value = ((0.5 * loss if OUTPUT == LOSS else slope) * factor).to(tl.int32, bitcast=True)
         else:
-            logits += (tl.load(vectors_at(x + u * (THREADS * VECTOR), VECTOR)),)
-    for u in tl.static_range(UNROLL):
-        if left > u * THREADS:
-            loss, slope = focal_negative(logits[u].to(tl.float32), gamma, GAMMA)
-            if WANT_LOSS:
-                acc += tl.sum(loss, 1)  # along registers: no exchange between threads
-            if OUTPUT != NOTHING:
-                value = ((loss if OUTPUT == LOSS else slope) * factor).to(T)
-                if MASKED:
-                    tl.store(vectors_at(out + u * (THREADS * VECTOR), VECTOR), value, mask=lane < left - u * THREADS)
-                else:
-                    tl.store(vectors_at(out + u * (THREADS * VECTOR), VECTOR), value)
+            loss, slope = focal_below(first_half(words, T), gamma, GAMMA)
+            second_loss, second = focal_below(second_half(words, T), gamma, GAMMA)
+            if OUTPUT == LOSS:
+                value = pack_halves(0.5 * loss * factor, 0.5 * second_loss * factor, T)
+            else:
+                value = pack_halves(slope * factor, second * factor, T)
+            loss += second_loss
+        if WANT_LOSS:
+            twice += tl.sum(loss, 1)  # along registers: no exchange between threads
+    else:
+        if T.primitive_bitwidth == 32:
+            loss, slope = focal_negative(words.to(tl.float32, bitcast=True), gamma, GAMMA)
+            value = ((loss if OUTPUT == LOSS else slope) * factor).to(tl.int32, bitcast=True)
+        else:
+            loss, slope = focal_negative(first_half(words, T), gamma, GAMMA)
+            second_loss, second = focal_negative(second_half(words, T), gamma, GAMMA)
+            if OUTPUT == LOSS:
+                value = pack_halves(loss * factor, second_loss * factor, T)
+            else:
+                value = pack_halves(slope * factor, second * factor, T)
+            loss += second_loss
+        if WANT_LOSS:
+            acc += tl.sum(loss, 1)
+    if OUTPUT != NOTHING:
+        if left >= THREADS:
+            tl.store(vectors_at(out, THREADS, WORDS), value)
+        else:
+            tl.store(vectors_at(out, THREADS, WORDS), value, mask=tl.arange(0, THREADS)[:, None] < left)
+    return acc, twice
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@triton.jit
+def marks_of_rows(mark, entry, count, K: tl.constexpr, SPAN: tl.constexpr):
+    """The marks of the rows, at most SPAN, that `count` entries from `entry` on lie in."""
+    row = entry // K + tl.arange(0, SPAN)
+    return load_marks(mark, row, row <= (entry + count - 1) // K)
+
+
+@triton.jit
+def is_any_marked(seen):
+    return tl.max((seen != PLAIN).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def off_in_row(mark, e, row, K: tl.constexpr):
+    """Which entries e of rows are ignored, or a positive's own."""
+    seen = tl.load(mark + row).to(tl.int32)
+    return (seen == e - row * K) | (seen == IGNORED)
+
+
+@triton.jit
+def any_rows_vector(
+    mark, x, out, e, size, acc, gamma, factor, row_weight,
+    T: tl.constexpr, K: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    WANT_LOSS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """A vector a thread, entry by entry, whatever is in it: from entry e on, which may lie outside. row_weight: from
+    the run's first row on."""
+    e += (tl.arange(0, THREADS) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+    inside = (e >= 0) & (e < size)
+    z = tl.load(vectors_at(x, THREADS, VECTOR), mask=inside, other=OFF).to(tl.float32)
+    row = e // K
+    seen = load_marks(mark, row, inside)
+    off = (seen == e - row * K) | (seen == IGNORED)
+    loss, slope = focal_negative(tl.where(off, OFF, z), gamma, GAMMA)
+    if WEIGHTED:
+        counts = inside & (seen != IGNORED)  # the others' may be NaN
+        weight = tl.load(row_weight + row, mask=counts, other=0.0).to(tl.float32)
+        loss *= weight
+        slope *= weight
+    if WANT_LOSS:
+        acc += tl.sum(loss, 1)  # 0 where nothing is
+    if OUTPUT != NOTHING:
+        value = tl.where(off, 0.0, (loss if OUTPUT == LOSS else slope) * factor)  # also for a factor of inf
+        if OUTPUT == LOSS:
+            value = tl.where(seen == INVALID, float("nan"), value)
+        tl.store(vectors_at(out, THREADS, VECTOR), value.to(T), mask=inside)
     return acc
 
 
 @triton.jit
-def any_marked(mark, first, count, wrap, SPAN: tl.constexpr):
-    """Whether one of `count` <= SPAN marks from `first` on, which go on at 0 behind wrap - 1, is not of plain
-    background."""
-    i = tl.arange(0, SPAN)
-    at = first + i
-    at = tl.where(at >= wrap, at - wrap, at)
-    return tl.max((load_marks(mark, at, i < count) != PLAIN).to(tl.int32), 0) > 0
-
-
-# ---------------------------------------------------------------------------------------------- tiles
-
-
-@triton.jit
 def rows_tile(
-    lv, marks, sc, nu, anchors_per_image, gamma, scale, tile,
+    lv, marks, sc, nu, anchors_per_image, gamma, scale, tile, loop,
     T: tl.constexpr, K: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WEIGHTED: tl.constexpr,
-    WANT_LOSS: tl.constexpr, VECTOR: tl.constexpr, ONE_ROW: tl.constexpr, UNROLL: tl.constexpr, LOOP: tl.constexpr,
-    SPAN: tl.constexpr,
+    WANT_LOSS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, ONE_ROW: tl.constexpr,
+    UNROLL: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """LOOP groups of the rows of one image and level. ONE_ROW: no vector lies in two of them."""
+    """`loop` groups of the rows of one image and level. ONE_ROW: no vector lies in two of them."""
     BYTES: tl.constexpr = T.primitive_bitwidth // 8
-    VECTORS: tl.constexpr = UNROLL * THREADS * LOOP
+    STEP: tl.constexpr = THREADS * VECTOR
+    REACH: tl.constexpr = UNROLL * STEP
+    WORDS: tl.constexpr = VECTOR * BYTES // 4
     level = level_of(lv.tile0, tile)
     local = tile - pick(lv.tile0, level)
     per_image = pick(lv.tiles, level)
     image = local // per_image
-    rows = pick(lv.anchors, level)
-    size = rows * K
+    size = pick(lv.anchors, level) * K
     offset = tl.cast(image, tl.int64) * pick(lv.image_stride, level) * BYTES
     x_address = unpack(entry_of(lv.x, level)) + offset
     out_address = unpack(entry_of(lv.out, level)) + offset
@@ -133,76 +224,110 @@ def rows_tile(
     negative = tl.load(pointer(sc.negative, tl.float32) + image)
     factor = negative * scale
 
-    first = (local - image * per_image) * VECTORS
-    entry = first * VECTOR - missing
+    entry = (local - image * per_image) * (loop * REACH) - missing
     x = x_address.to(tl.pointer_type(T)) + entry
     out = out_address.to(tl.pointer_type(T)) + entry
-    first_row = tl.maximum(entry, 0) // K
-    last_row = (tl.minimum(entry + VECTORS * VECTOR, size) - 1) // K
     acc = tl.zeros((THREADS,), tl.float32)
-    special = True
-    if not WEIGHTED:
-        # Vectors that are not whole go the long way too: then no mask stands in the short one.
-        special = (entry < 0) | (entry + VECTORS * VECTOR > size)
-        special = special | any_marked(mark, first_row, last_row + 1 - first_row, rows, SPAN)
-    if special:
-        lane = tl.arange(0, THREADS)
-        for i in range(UNROLL * LOOP):
-            by = i * (THREADS * VECTOR)
-            e = (entry + by + lane * VECTOR)[:, None]
-            if not ONE_ROW:
-                e += tl.arange(0, VECTOR)[None, :]
-            inside = (e >= 0) & (e < size)
-            z = tl.load(vectors_at(x + by, VECTOR), mask=inside, other=OFF).to(tl.float32)
-            row = e // K
-            column = e - row * K
-            if ONE_ROW:
-                column += tl.arange(0, VECTOR)[None, :]
-            seen = load_marks(mark, row, inside)
-            off = (seen == column) | (seen == IGNORED)
-            loss, slope = focal_negative(tl.where(off, OFF, z), gamma, GAMMA)
-            if WEIGHTED:
-                counts = inside & (seen != IGNORED)  # the others' may be NaN
-                weight = tl.load(nu.row_weight + anchor0 + row, mask=counts, other=0.0).to(tl.float32)
-                loss *= weight
-                slope *= weight
-            if WANT_LOSS:
-                acc += tl.sum(loss, 1)  # 0 where nothing is
-            if OUTPUT != NOTHING:
-                value = tl.where(off, 0.0, (loss if OUTPUT == LOSS else slope) * factor)  # also for a factor of inf
-                if OUTPUT == LOSS:
-                    value = tl.where(seen == INVALID, float("nan"), value)
-                tl.store(vectors_at(out + by, VECTOR), value.to(T), mask=inside)
+    twice = tl.zeros((THREADS,), tl.float32)
+    i = tl.zeros((), tl.int32)
+    while (i < loop) & (entry < size):
+        # What is not whole goes the long way: then no mask stands in the short one.
+        short = is_usual(factor) & (entry >= 0) & (entry <= size - REACH)
+        if WEIGHTED or WORDS == 0:
+            short = False
+        elif OUTPUT == LOSS:  # a row without a valid label gets NaN
+            if short:
+                short = is_any_marked(marks_of_rows(mark, entry, REACH, K, SPAN)) == 0
+        if short:
+            seen = marks_of_rows(mark, entry, REACH, K, SPAN)
+            group = ()  # all under way before the first is used
+            for u in tl.static_range(UNROLL):
+                group += (tl.load(vectors_at((x + u * STEP).to(tl.pointer_type(tl.int32)), THREADS, WORDS)),)
+            marked = is_any_marked(seen)
+            for u in tl.static_range(UNROLL):
+                words = group[u]
+                if marked:
+                    start = (entry + u * STEP + tl.arange(0, THREADS) * VECTOR)[:, None]
+                    e = start + tl.arange(0, WORDS)[None, :] * (4 // BYTES)
+                    first = off_in_row(mark, e, (start if ONE_ROW else e) // K, K)
+                    second = first
+                    if BYTES == 2:
+                        e += 1
+                        second = off_in_row(mark, e, (start if ONE_ROW else e) // K, K)
+                    words = switch_off(words, mask_of(first, second, T), T)
+                acc, twice = add_negatives(
+                    words, (out + u * STEP).to(tl.pointer_type(tl.int32)), THREADS, acc, twice, gamma, factor, T, GAMMA,
+                    OUTPUT, WANT_LOSS, THREADS, WORDS,
+                )  # fmt: skip
+        else:
+            for u in range(UNROLL):
+                by = u * STEP
+                acc = any_rows_vector(
+                    mark, x + by, out + by, entry + by, size, acc, gamma, factor, nu.row_weight + anchor0, T, K, GAMMA,
+                    OUTPUT, WEIGHTED, WANT_LOSS, THREADS, VECTOR,
+                )  # fmt: skip
+        x += REACH
+        out += REACH
+        entry += REACH
+        i += 1
+    return (tl.sum(acc, 0) + 0.5 * tl.sum(twice, 0)) * negative
+
+
+# ---------------------------------------------------------------------------------------------- planes
+
+
+@triton.jit
+def slots_of(first, step: tl.constexpr, COUNT: tl.constexpr, locations):
+    """Planes and locations of the elements first, first + step, ... of a period, (THREADS, COUNT): those of a vector
+    from `first` (THREADS,) on, which reaches into the next plane at most."""
+    plane = first // locations
+    location = (first - plane * locations)[:, None] + (tl.arange(0, COUNT) * step)[None, :]
+    over = location >= locations
+    return plane[:, None] + over.to(tl.int32), tl.where(over, location - locations, location)
+
+
+@triton.jit
+def seen_in_period(mark, vector, half, lane, left, locations, PER_WORD: tl.constexpr, WORDS: tl.constexpr):
+    """The marks of a vector a thread from `vector` of a period on, for the first `left` threads, of each word that of its
+    first element or, half 1, of its second; and the planes these lie in. lane: the threads' numbers."""
+    plane, location = slots_of((vector + lane) * (WORDS * PER_WORD) + half, PER_WORD, WORDS, locations)
+    return load_marks(mark, location, (lane < left)[:, None]), plane
+
+
+@triton.jit
+def periods_with(seen, plane, period, classes, K: tl.constexpr):
+    """A bit for each of the 32 periods from `period` on in which the slot of this plane is a positive's own entry."""
+    first = seen - plane  # the class of the period's first plane
+    if K < 1 << 20:
+        number_of = ((first.to(tl.float32) + 0.5) * (1.0 / classes.to(tl.float32))).to(tl.int32)
     else:
-        left = (size - entry) // VECTOR
-        i = tl.zeros((), tl.int32)
-        while i < LOOP:
-            acc = plain_group(x, out, left, acc, gamma, factor, T, GAMMA, OUTPUT, WANT_LOSS, False, VECTOR, UNROLL)
-            x += UNROLL * THREADS * VECTOR
-            out += UNROLL * THREADS * VECTOR
-            left -= UNROLL * THREADS
-            i += 1
-    return tl.sum(acc, 0) * negative
+        number_of = first // classes
+    after = number_of - period
+    found = (seen >= 0) & (first >= 0) & (number_of * classes == first) & (after >= 0) & (after < 32)
+    return tl.where(found, 1 << (after & 31), 0)
 
 
 @triton.jit
 def planes_tile(
-    lv, marks, sc, anchors_per_image, gamma, scale, tile,
+    lv, marks, sc, anchors_per_image, gamma, scale, tile, loop,
     T: tl.constexpr, K: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WANT_LOSS: tl.constexpr,
-    VECTOR: tl.constexpr, UNROLL: tl.constexpr, LOOP: tl.constexpr, SPAN: tl.constexpr,
+    THREADS: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A window of one (image, anchor) of a map (N, A * K, H, W): the same group of LOOP periods."""
+    """A window of one (image, anchor) of a map (N, A * K, H, W): the same group of `loop` periods, at most 32."""
     VECTORS: tl.constexpr = UNROLL * THREADS
+    STEP: tl.constexpr = THREADS * VECTOR
+    PER_WORD: tl.constexpr = 32 // T.primitive_bitwidth
+    WORDS: tl.constexpr = VECTOR // PER_WORD
     level = level_of(lv.tile0, tile)
     local = tile - pick(lv.tile0, level)
     windows = pick(lv.tiles, level)
-    rest = local // windows
-    window = local - rest * windows  # fastest: neighbouring programs have neighbouring memory
+    chunk = local // windows
+    window = local - chunk * windows  # fastest: neighbouring programs have neighbouring memory
     classes = pick(lv.classes, level)
-    chunks = (K // classes + LOOP - 1) // LOOP
-    plane = rest // chunks
-    period = (rest - plane * chunks) * LOOP
-    periods = tl.minimum(K // classes - period, LOOP)
+    chunks = (K // classes + loop - 1) // loop
+    plane = chunk // chunks
+    period = (chunk - plane * chunks) * loop
+    periods = tl.minimum(K // classes - period, loop)
     anchors = pick(lv.anchors, level)
     image = plane // anchors
     a = plane - image * anchors
@@ -210,7 +335,8 @@ def planes_tile(
     step = classes * locations
     end = step // VECTOR  # vectors of a period
     start = tl.cast(image, tl.int64) * pick(lv.image_stride, level) + tl.cast(a, tl.int64) * K * locations
-    start += tl.cast(period, tl.int64) * step
+    first = window * VECTORS
+    start += tl.cast(period, tl.int64) * step + first * VECTOR
     x = unpack(entry_of(lv.x, level)).to(tl.pointer_type(T)) + start
     out = unpack(entry_of(lv.out, level)).to(tl.pointer_type(T)) + start
     mark = marks_at(
@@ -219,49 +345,78 @@ def planes_tile(
     negative = tl.load(pointer(sc.negative, tl.float32) + image)
     factor = negative * scale
 
-    first = window * VECTORS
-    slots = tl.minimum(VECTORS, end - first) * VECTOR
+    left = end - first  # vectors
     acc = tl.zeros((THREADS,), tl.float32)
-    if any_marked(mark, first * VECTOR % locations, tl.minimum(slots, locations), locations, SPAN):
+    twice = tl.zeros((THREADS,), tl.float32)
+    i = tl.zeros((), tl.int32)
+    short = is_usual(factor)
+    if WORDS == 0:
+        short = False
+    if short:
+        ignored = ()
+        own = tl.zeros((THREADS, WORDS), tl.int32)  # a bit for each period that has a positive's own entry here
+        for u in tl.static_range(UNROLL):
+            vector, rest = first + u * THREADS, left - u * THREADS
+            lane = tl.arange(0, THREADS)
+            mask = tl.zeros((THREADS, WORDS), tl.int32)
+            seen, of = seen_in_period(mark, vector, 0, lane, rest, locations, PER_WORD, WORDS)
+            second, second_of = seen, of
+            if PER_WORD == 2:
+                second, second_of = seen_in_period(mark, vector, 1, lane, rest, locations, PER_WORD, WORDS)
+            if is_any_marked(tl.max(((seen != PLAIN) | (second != PLAIN)).to(tl.int32), 1) - 1):
+                mask = mask_of(seen == IGNORED, second == IGNORED, T)
+                own |= periods_with(seen, of, period, classes, K)
+                if PER_WORD == 2:
+                    own |= periods_with(second, second_of, period, classes, K)
+            ignored += (mask,)
+        special = any_bits(own)
+        while i < periods:
+            group = ()
+            for u in tl.static_range(UNROLL):
+                group += (load_words(x + u * STEP, left - u * THREADS, T, THREADS, WORDS),)
+            for u in tl.static_range(UNROLL):
+                words = switch_off(group[u], ignored[u], T)
+                if (special >> i) & 1:
+                    vector, rest = first + u * THREADS, left - u * THREADS
+                    lane = anew(tl.arange(0, THREADS))  # not kept in registers all the time
+                    seen, of = seen_in_period(mark, vector, 0, lane, rest, locations, PER_WORD, WORDS)
+                    first_own = seen == of + (period + i) * classes
+                    second_own = first_own
+                    if PER_WORD == 2:
+                        seen, of = seen_in_period(mark, vector, 1, lane, rest, locations, PER_WORD, WORDS)
+                        second_own = seen == of + (period + i) * classes
+                    words = switch_off(words, mask_of(first_own, second_own, T), T)
+                acc, twice = add_negatives(
+                    words, (out + u * STEP).to(tl.pointer_type(tl.int32)), left - u * THREADS, acc, twice, gamma,
+                    factor, T, GAMMA, OUTPUT, WANT_LOSS, THREADS, WORDS,
+                )  # fmt: skip
+            x += step
+            out += step
+            i += 1
+    else:
         for u in range(UNROLL):
             vector = first + u * THREADS + tl.arange(0, THREADS)
             inside = (vector < end)[:, None]
-            number_of = vector * VECTOR // locations  # of the vector's first plane
-            location = (vector * VECTOR - number_of * locations)[:, None] + tl.arange(0, VECTOR)[None, :]
-            next_plane = location >= locations
-            location = tl.where(next_plane, location - locations, location)
+            of, location = slots_of(vector * VECTOR, 1, VECTOR, locations)
             seen = load_marks(mark, location, inside)
             # A positive's entry is in the period whose first class is this; no other mark is that of a class.
-            own = seen - number_of[:, None] - next_plane.to(tl.int32)
+            own = seen - of
             i = tl.zeros((), tl.int32)
             while i < periods:
                 off = (own == (period + i) * classes) | (seen == IGNORED)
-                by = (first + u * THREADS) * VECTOR + i * step
-                at = vectors_at(x + by, VECTOR)
-                z = tl.load(at, mask=inside, other=OFF).to(tl.float32)
+                by = u * STEP + i * step
+                z = tl.load(vectors_at(x + by, THREADS, VECTOR), mask=inside, other=OFF).to(tl.float32)
                 loss, slope = focal_negative(tl.where(off, OFF, z), gamma, GAMMA)
                 if WANT_LOSS:
                     acc += tl.sum(loss, 1)
                 if OUTPUT != NOTHING:
                     value = tl.where(off, 0.0, slope * factor)  # also for a factor of inf
-                    at = vectors_at(out + by, VECTOR)
-                    tl.store(at, value.to(T), mask=inside)
+                    tl.store(vectors_at(out + by, THREADS, VECTOR), value.to(T), mask=inside)
                 i += 1
-    else:
-        x += first * VECTOR
-        out += first * VECTOR
-        i = tl.zeros((), tl.int32)
-        while i < periods:
-            acc = plain_group(
-                x, out, end - first, acc, gamma, factor, T, GAMMA, OUTPUT, WANT_LOSS, True, VECTOR, UNROLL
-            )
-            x += step
-            out += step
-            i += 1
-    return tl.sum(acc, 0) * negative
+    return (tl.sum(acc, 0) + 0.5 * tl.sum(twice, 0)) * negative
 
 
-@triton.jit(do_not_specialize=["anchors_per_image", "tiles"])
+@triton.jit(do_not_specialize=["anchors_per_image", "tiles", "loop"])
 def dense_kernel(
     lv,
     marks,
@@ -270,6 +425,7 @@ def dense_kernel(
     partial,  # packed: address of this launch's sums
     anchors_per_image: tl.int64,
     tiles,
+    loop,  # groups of a program; planes: at most 32
     gamma: tl.float32,
     scale: tl.float64,
     expected: tl.float64,
@@ -283,11 +439,11 @@ def dense_kernel(
     SCALE_GIVEN: tl.constexpr,
     EXPECTED_GIVEN: tl.constexpr,
     PLANES: tl.constexpr,
+    THREADS: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of a vector
     ONE_ROW: tl.constexpr,  # see rows_tile
     UNROLL: tl.constexpr,  # vectors of a thread in a group
-    LOOP: tl.constexpr,  # groups of a program
-    SPAN: tl.constexpr,  # a power of two >= the marks of a tile
+    SPAN: tl.constexpr,  # rows: a power of two >= the marks of a group
 ):
     tile = tl.program_id(0)
     wanted = number(nu.scale, scale, SCALE_GIVEN)
@@ -298,33 +454,33 @@ def dense_kernel(
     if MAY_SKIP:
         while tile < tiles:
             dense_tile(
-                lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile, T, K, GAMMA, OUTPUT, WEIGHTED,
-                WANT_LOSS, PLANES, VECTOR, ONE_ROW, UNROLL, LOOP, SPAN,
+                lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile, loop, T, K, GAMMA, OUTPUT,
+                WEIGHTED, WANT_LOSS, PLANES, THREADS, VECTOR, ONE_ROW, UNROLL, SPAN,
             )  # fmt: skip
             tile += tl.num_programs(0)
     else:
         dense_tile(
-            lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile, T, K, GAMMA, OUTPUT, WEIGHTED,
-            WANT_LOSS, PLANES, VECTOR, ONE_ROW, UNROLL, LOOP, SPAN,
+            lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile, loop, T, K, GAMMA, OUTPUT, WEIGHTED,
+            WANT_LOSS, PLANES, THREADS, VECTOR, ONE_ROW, UNROLL, SPAN,
         )  # fmt: skip
 
 
 @triton.jit
 def dense_tile(
-    lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile,
+    lv, marks, sc, nu, partial, anchors_per_image, gamma, factor, tile, loop,
     T: tl.constexpr, K: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WEIGHTED: tl.constexpr,
-    WANT_LOSS: tl.constexpr, PLANES: tl.constexpr, VECTOR: tl.constexpr, ONE_ROW: tl.constexpr, UNROLL: tl.constexpr,
-    LOOP: tl.constexpr, SPAN: tl.constexpr,
+    WANT_LOSS: tl.constexpr, PLANES: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
+    ONE_ROW: tl.constexpr, UNROLL: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     if PLANES:
         loss = planes_tile(
-            lv, marks, sc, anchors_per_image, gamma, factor, tile, T, K, GAMMA, OUTPUT, WANT_LOSS, VECTOR, UNROLL,
-            LOOP, SPAN,
+            lv, marks, sc, anchors_per_image, gamma, factor, tile, loop, T, K, GAMMA, OUTPUT, WANT_LOSS, THREADS,
+            VECTOR, UNROLL,
         )  # fmt: skip
     else:
         loss = rows_tile(
-            lv, marks, sc, nu, anchors_per_image, gamma, factor, tile, T, K, GAMMA, OUTPUT, WEIGHTED, WANT_LOSS,
-            VECTOR, ONE_ROW, UNROLL, LOOP, SPAN,
+            lv, marks, sc, nu, anchors_per_image, gamma, factor, tile, loop, T, K, GAMMA, OUTPUT, WEIGHTED, WANT_LOSS,
+            THREADS, VECTOR, ONE_ROW, UNROLL, SPAN,
         )  # fmt: skip
     if WANT_LOSS:
         tl.store(pointer(partial[0], tl.float32) + tile, loss)

@@ -11,7 +11,7 @@ from .coefficients import BATCH, IMAGE, LEVEL
 from .focal_dense import LOSS, NOTHING
 from .positives import load_marks, marks_at
 
-SUM_BLOCK = tl.constexpr(128)  # losses of tiles added side by side,
+SUM_BLOCK = tl.constexpr(256)  # losses of tiles added side by side,
 SUM_DEPTH = tl.constexpr(32)  # and how many of each are read at once
 
 

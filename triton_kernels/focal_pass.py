@@ -12,25 +12,29 @@ from torch import Tensor
 
 from ._launch import TYPES, cdiv, gamma_case, pack, power_of_two, programs_of, widest
 from .coefficients import Scratch
-from .focal_dense import NOTHING, THREADS, WARPS, DenseLevels, DenseNumbers, dense_kernel
+from .focal_dense import NOTHING, DenseLevels, DenseNumbers, dense_kernel
 from .positives import Marks
 
-# Registers of a thread, and the programs that a multiprocessor holds with so many; for any gamma.
-REGISTERS, RESIDENT = 64, 8
-REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 6
+# A program is a warp: it waits for none, and what is rare is looked for in what 32 threads read at once.
+WARPS = 1
+# Registers of a thread, and the warps that a multiprocessor holds with so many; for any gamma.
+REGISTERS, RESIDENT = 64, 32
+REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 24
 READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
-MOST_ROWS = 1024  # of a program of several groups, and twice as many of one: marks that are looked at at once
-PLANE_GROUPS = 8  # of a program: it looks at marks once for all
+MOST_ROWS = 2048  # of a group, whose marks are looked at at once
+PROGRAMS = 8192  # of a launch, to fill a GPU twice; beyond that they are longer, up to
+TILE_BYTES = 16384  # of logits
 FULL = 0.9  # share of a program's slots that should be in use
 
 
 class Choice(NamedTuple):
     """How the pass is launched; 0: by rule."""
 
-    groups: int = 0  # of a program
+    groups: int = 0  # of a program, at most 32
     vectors: int = 0  # of a thread in a group
     registers: int = 0  # of a thread, at most
+    warps: int = 0  # of a program
 
 
 choice = Choice()  # for `make gpu-tune` and tests
@@ -135,35 +139,32 @@ class DensePass:
         """Tiles and constants of a launch."""
         size = levels[0].x.element_size()
         planes = levels[0].planes
+        threads = 32 * (choice.warps or WARPS)
         unroll = choice.vectors or min(READ_AHEAD // (vector * size), MOST_VECTORS)
-        while not planes and unroll > 1 and unroll * THREADS.value * vector > 2 * MOST_ROWS * self.classes:
+        while not planes and unroll > 1 and unroll * threads * vector > MOST_ROWS * self.classes:
             unroll //= 2
-        group = unroll * THREADS.value  # vectors
+        group = unroll * threads  # vectors
         addresses = [level.addresses() for level in levels]
-        one_row, periods = True, [0] * len(levels)
+        logits = sum(self.images * level.rows * self.classes for level in levels)
+        reach = group * vector  # entries of a group
+        loop = choice.groups or min(cdiv(logits, reach * PROGRAMS), max(TILE_BYTES // (reach * size), 1))
+        one_row, periods, most = True, [0] * len(levels), 1
         if planes:
-            loop = choice.groups or PLANE_GROUPS
             periods = [period_of(level.locations, self.classes, vector, group) for level in levels]
             tiles = [cdiv(n * level.locations // vector, group) for n, level in zip(periods, levels)]
             counts = [
                 self.images * level.anchors * tile * cdiv(self.classes // n, loop)
                 for n, level, tile in zip(periods, levels, tiles)
             ]
-            most = min(max(level.locations for level in levels), group * vector)
         else:
             starts = [x for x, _ in addresses]
             if self.images > 1:
                 starts += [level.image_stride * size for level in levels]
             one_row = self.classes % vector == 0 and all(start % (vector * size) == 0 for start in starts)
-            logits = sum(self.images * level.rows * self.classes for level in levels)
-            loop = (2 if logits >= 1 << 23 else 1) if size == 4 else (4 if logits >= 1 << 24 else 2)
             entries = [level.rows * self.classes + (0 if one_row else vector - 1) for level in levels]
-            loop = choice.groups or loop
-            while loop > 1 and group * vector * loop > MOST_ROWS * self.classes:
-                loop //= 2
             tiles = [cdiv(cdiv(n, vector), group * loop) for n in entries]
             counts = [self.images * tile for tile in tiles]
-            most = (group * vector * loop - 1) // self.classes + 2
+            most = (reach - 1) // self.classes + 2
         table = DenseLevels(
             pack(*(x for x, _ in addresses)),
             pack(*(out for _, out in addresses)),
@@ -177,15 +178,16 @@ class DensePass:
         )
         return {
             "tiles": sum(counts),
+            "loop": loop,
             "table": table,
             "x": levels[0].x,
             "consts": {
                 "PLANES": planes,
+                "THREADS": threads,
                 "VECTOR": vector,
                 "ONE_ROW": one_row,
                 "UNROLL": unroll,
-                "LOOP": loop,
-                "SPAN": power_of_two(most),
+                "SPAN": max(power_of_two(most), threads),
             },
         }
 
@@ -196,8 +198,9 @@ class DensePass:
             x if self.scale[0] is None else self.scale[0],
             x if self.expected[0] is None else self.expected[0],
         )
+        warps = choice.warps or WARPS
         registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (REGISTERS, RESIDENT)
-        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident),)](
+        dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident // warps),)](
             plan["table"],
             self.marks,
             self.scratch,
@@ -205,6 +208,7 @@ class DensePass:
             pack(partial),
             self.anchors_per_image,
             plan["tiles"],
+            plan["loop"],
             self.gamma,
             self.scale[1],
             self.expected[1],
@@ -217,7 +221,7 @@ class DensePass:
             MAY_SKIP=self.may_skip,
             SCALE_GIVEN=self.scale[0] is not None,
             EXPECTED_GIVEN=self.expected[0] is not None,
-            num_warps=WARPS,
+            num_warps=warps,
             maxnreg=choice.registers or registers,
             **plan["consts"],
         )

@@ -16,7 +16,8 @@ _TILE_WORDS = 64  # 128, but for those that a number of anchors per location doe
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _TRITON_ANCHORS = 2048  # of a tile of the Triton kernels' positives
-_TRITON_TILE = 1024  # logits of a tile of the Triton kernels' dense pass, at least
+_TRITON_PROGRAMS, _TRITON_TILE = 8192, 4096  # of the Triton kernels' dense pass; beyond so many, logits of each at least
+_TRITON_GROUP = 256  # and of any at least
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -27,6 +28,11 @@ def _tensor(doubles: int, floats: int, device: torch.device) -> list[Tensor]:
 
 def _mark_size(classes: int) -> int:
     return 1 if classes <= 128 else 2 if classes <= 32768 else 4  # triton_kernels/positives.py
+
+
+def _triton_tiles(logits: int) -> int:
+    """A loss of each is kept. Of planes, tiles may be half empty."""
+    return 2 * (logits // _TRITON_TILE + min(logits // _TRITON_GROUP, _TRITON_PROGRAMS))
 
 
 def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
@@ -41,7 +47,7 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         kept = rows + tiles
         if name == "focal":
             kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ANCHORS // 2 * tiles
-            kept += rows * columns // _TRITON_TILE + 1  # a loss of each tile
+            kept += _triton_tiles(rows * columns) + 1
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES
@@ -66,8 +72,8 @@ def detection_workspace(
         return []
     if backend == "triton":
         tiles = images * (anchors // _TRITON_ANCHORS + levels)
-        # A loss of each tile; of planes one a class more for an anchor, and as many again that are not full.
-        dense_tiles = images * (2 * anchors * classes // _TRITON_TILE + 2 * levels + groups * (classes + 1))
+        # Of planes one a class more for an anchor.
+        dense_tiles = _triton_tiles(images * anchors * classes) + images * (2 * levels + groups * (classes + 1))
         floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * (4 + _mark_size(classes)) // 4
         return _tensor(_PARTIALS * (tiles + images * levels), floats, device)
     words = images * (anchors // _WORD + groups)
