@@ -7,6 +7,7 @@ which the program that finishes last knows that it does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import PARTS, Workspace, pack, pick, pointer, unpack
+from ._launch import PARTS, Workspace, cdiv, level_of, pack, pick, pointer, pointer_at, unpack
 from ._math import normalizer, weighted_loss
 
 # Columns of a tile's sums, and of row 0 and the scopes' rows of the tensor `sums` (csrc/common/sums.h).
@@ -23,6 +24,7 @@ CLS_PLAIN, CLS_WEIGHTED, CLS_LOSS = tl.constexpr(3), tl.constexpr(4), tl.constex
 LOC_PLAIN, LOC_WEIGHTED, LOC_LOSS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 BATCH, LEVEL, IMAGE, BY_ID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # normalizer scopes
 BLOCK = 128
+ZERO_WORDS = tl.constexpr(4096)  # of a program
 
 
 class Scratch(NamedTuple):
@@ -53,10 +55,10 @@ def clear_tickets(sc):
 
 
 @triton.jit
-def is_last(ticket):
-    """Whether this is the last program to arrive here; all that the others wrote before is visible then."""
+def is_last(ticket, programs):
+    """Whether this is the last of so many programs to arrive here; all that the others wrote before is visible then."""
     tl.debug_barrier()  # every thread's stores come before the one that counts
-    return tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
 
 
 @triton.jit
@@ -79,6 +81,7 @@ def coefficients_kernel(
     cls_avg,
     loc_avg,
     outputs,  # packed addresses: classification, localisation loss, count, mean IoU; 0: not wanted
+    zeros,  # packed, of what is to be 0 after it: addresses, 4-byte words, first pieces
     all_tiles,
     images,
     levels,
@@ -98,10 +101,40 @@ def coefficients_kernel(
     CLS_GIVEN: tl.constexpr,
     LOC_GIVEN: tl.constexpr,
     ROWS_COUNT_ALL: tl.constexpr,  # the dense pass counts the positives too
+    ZERO: tl.constexpr,  # what the addresses of `zeros` are multiples of; 0: there are none
     BLOCK: tl.constexpr,
 ):
-    # A segment: the tiles that share a scope and an image. Its sums by one program.
+    """A segment's sums by a program each; by the last of them the rest; by further ones zeros, as memory has nothing else
+    to do meanwhile."""
     s = tl.program_id(0)
+    if s < segments:
+        add_segment(tile0, tiles, sc, s, all_tiles, images, scopes, segments, SCOPE, BLOCK)
+        if is_last(pointer(sc.tickets, tl.int32), segments):
+            finish_coefficients(
+                sc, sums, cls_avg, loc_avg, outputs, images, levels, scopes, segments, cls_divisor, loc_divisor,
+                world_size, negative_factor, positive_factor, cls_weight, w_loc, eps,
+                SCOPE, COMPUTE_SUMS, NORMALIZE_LOC, CLS_GIVEN, LOC_GIVEN, ROWS_COUNT_ALL, BLOCK,
+            )  # fmt: skip
+    elif ZERO > 0:
+        write_zeros(zeros, s - segments, ZERO)
+
+
+@triton.jit
+def write_zeros(zeros, piece, ALIGNMENT: tl.constexpr):
+    """A piece of one of the tensors that are to be 0, as memory."""
+    which = level_of(zeros[2], piece)
+    at = (piece - pick(zeros[2], which)) * ZERO_WORDS + tl.arange(0, ZERO_WORDS)
+    start = pointer_at(zeros[0], which, tl.int32)
+    if ALIGNMENT == 16:
+        start = tl.multiple_of(start, 16)
+    tl.store(start + at, tl.zeros((ZERO_WORDS,), tl.int32), mask=at < pick(zeros[1], which))
+
+
+@triton.jit
+def add_segment(
+    tile0, tiles, sc, s, all_tiles, images, scopes, segments, SCOPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sums of a segment: of the tiles that share a scope and an image."""
     if SCOPE == BY_ID:
         first, count = s * all_tiles, all_tiles
         stride = tl.cast(scopes, tl.int64) * all_tiles
@@ -121,12 +154,6 @@ def coefficients_kernel(
         acc += tl.load(partial + q[:, None] * stride + (first + j)[None, :], mask=mask, other=0.0)
         j0 += BLOCK
     tl.store(segment + q * segments + s, tl.sum(acc, 1), mask=q < PARTS)
-    if is_last(pointer(sc.tickets, tl.int32)):
-        finish_coefficients(
-            sc, sums, cls_avg, loc_avg, outputs, images, levels, scopes, segments, cls_divisor, loc_divisor, world_size,
-            negative_factor, positive_factor, cls_weight, w_loc, eps,
-            SCOPE, COMPUTE_SUMS, NORMALIZE_LOC, CLS_GIVEN, LOC_GIVEN, ROWS_COUNT_ALL, BLOCK,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -263,7 +290,7 @@ def normalizers(sums, scope, mask, eps, NORMALIZE_LOC: tl.constexpr):
 def finish_loss(partial, count, sc, loss, BLOCK: tl.constexpr):
     """Ends a pass that left a float32 loss per tile: the last program adds them up, in their order."""
     ticket = pointer(sc.tickets, tl.int32) + 1
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         acc = tl.zeros((BLOCK,), tl.float64)
         i0 = 0
         while i0 < count:
@@ -304,6 +331,7 @@ class Coefficients:
     normalize_loc: bool = False
     rows_count_all: bool = False
     outputs: tuple[int, int, int, int] = (0, 0, 0, 0)
+    zeros: Sequence[Tensor] = ()  # dense tensors of multiples of 4 bytes that are to be 0 afterwards
 
     @property
     def segments(self) -> int:
@@ -315,7 +343,12 @@ class Coefficients:
 
         cls_avg, cls_given = given(self.cls_avg)
         loc_avg, loc_given = given(self.loc_avg)
-        coefficients_kernel[(self.segments,)](
+        words = [t.numel() * t.element_size() // 4 for t in self.zeros] or [0]
+        addresses = [t.data_ptr() for t in self.zeros] or [0]
+        pieces = [cdiv(count, ZERO_WORDS.value) for count in words]
+        firsts = [sum(pieces[:i]) for i in range(len(pieces))]
+        alignment = 16 if all(address % 16 == 0 for address in addresses) else 4
+        coefficients_kernel[(self.segments + sum(pieces),)](
             self.tile0,
             self.tiles,
             self.scratch,
@@ -323,6 +356,7 @@ class Coefficients:
             cls_avg,
             loc_avg,
             pack(*self.outputs),
+            (pack(*addresses), pack(*words), pack(*firsts)),
             self.all_tiles,
             self.images,
             self.levels,
@@ -342,6 +376,7 @@ class Coefficients:
             cls_given,
             loc_given,
             self.rows_count_all,
+            alignment if self.zeros else 0,
             BLOCK,
             num_warps=4,
         )

@@ -6,34 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import positives
-from ._launch import (
-    MAX_REGISTERS,
-    TYPES,
-    Workspace,
-    cdiv,
-    ground_truth,
-    on_device,
-    pack,
-    programs_of,
-    widest,
-)
+from ._launch import TYPES, Workspace, cdiv, ground_truth, on_device, pack, programs_of
 from .coefficients import BATCH, IMAGE, LEVEL, Coefficients, take_scratch
-from .detection_kernels import (
-    PLANES,
-    ROWS,
-    STRIDED,
-    FinishNumbers,
-    Levels,
-    detection_finish_kernel,
-    detection_positives_kernel,
-)
+from .detection_kernels import FinishNumbers, Levels, detection_finish_kernel, detection_positives_kernel
 from .focal_dense import GRADIENT, NOTHING
 from .focal_pass import DenseLevel, DensePass
 
-FINISH_BLOCK = 256  # anchors of a program of the last kernel
+# Of a thread of the first and the last kernel: four programs a multiprocessor, all of a large batch at once.
+POSITIVES_REGISTERS = 128
 
 
 def _delta_strides(t: Tensor) -> tuple[int, int, int, int, int]:
@@ -41,25 +25,6 @@ def _delta_strides(t: Tensor) -> tuple[int, int, int, int, int]:
     if t.ndim == 3:
         return t.stride(0), 0, t.stride(1), 0, t.stride(2)
     return t.stride(0), 4 * t.stride(1), t.stride(2), t.stride(3), t.stride(1)
-
-
-def _common_layout(grads: Sequence[Tensor]) -> int:
-    """How one launch sees the gradients; a map of one location is rows and planes alike."""
-
-    def allowed(grad: Tensor) -> set[int]:
-        _, _, row, column, coordinate = _delta_strides(grad)
-        if grad.ndim == 3:
-            return {ROWS.value} if (row, coordinate) == (4, 1) else set()
-        _, channels, height, width = grad.shape
-        found = set()
-        if coordinate == 1 and (column == channels or width == 1) and (row == width * channels or height == 1):
-            found.add(ROWS.value)
-        if (column == 1 or width == 1) and (row == width or height == 1):
-            found.add(PLANES.value)
-        return found
-
-    common = set.intersection(*(allowed(grad) for grad in grads))
-    return min(common, default=STRIDED.value)
 
 
 class _Level(NamedTuple):
@@ -184,9 +149,10 @@ class _Detection:
             FOVEA=self.fovea,
             SAME_POWER=self.lambda_ == self.eta,
             TILE=positives.TILE,
+            CHUNK=positives.CHUNK,
             LANES=positives.LANES,
             num_warps=4,
-            maxnreg=MAX_REGISTERS,
+            maxnreg=POSITIVES_REGISTERS,
         )
 
     def coefficients(self, sums: Tensor, compute_sums: bool) -> Coefficients:
@@ -247,22 +213,12 @@ class _Detection:
         """What is left after the pass over the logits. dense: that of a forward, whose losses are added up; scales: the
         factors of the logits' and of the deltas' gradient, in tensors (of what is not wanted: None) or one number."""
         deltas = grad_deltas or self.deltas
-        common = _common_layout(deltas)
-        counts = []
-        for level in self.levels:
-            if common == PLANES.value:
-                counts.append(cdiv(level.positions // max(level.anchors, 1), FINISH_BLOCK) * level.anchors)
-            else:
-                counts.append(cdiv(level.positions, FINISH_BLOCK))
-        starts = [sum(counts[:i]) * self.images for i in range(len(counts))]
-        tiles = sum(counts) * self.images if grad_logits or grad_deltas else 0
+        tiles = self.all_tiles if grad_logits or grad_deltas else 0
         addresses, strides = [], []
         for level in self.levels:
             grad = deltas[level.tensor]
             strides.append(_delta_strides(grad))
             addresses.append(grad.data_ptr() + level.first_row * strides[-1][2] * grad.element_size())
-        size = deltas[0].element_size()
-        distances = [stride[0] * size for stride in strides]
         logits = grad_logits or self.logits
         out_logits = [
             logits[level.tensor].data_ptr() + level.first_row * self.classes * logits[level.tensor].element_size()
@@ -273,7 +229,7 @@ class _Detection:
         cls_scale, loc_scale = (tensor if tensor is not None else [*given, logits[0]][0] for tensor in tensors)
         programs = programs_of(tiles, may_skip, logits[0]) + (dense is not None)
         detection_finish_kernel[(programs,)](
-            self.table._replace(tile0=pack(*starts), tiles=pack(*counts)),
+            self.table,
             pack(*out_logits),
             pack(*addresses),
             tuple(pack(*column) for column in zip(*strides)),
@@ -302,8 +258,6 @@ class _Detection:
             OWN_ANCHORS=self.anchors.ndim == 3,
             FOVEA=self.fovea,
             SCOPE=self.scope,
-            LAYOUT=common,
-            ALIGNED=widest(size, *addresses, *distances) * size >= min(4 * size, 16),
             WANT_LOSS=dense is not None,
             LOGITS=len(grad_logits) > 0,
             DELTAS=len(grad_deltas) > 0,
@@ -311,9 +265,10 @@ class _Detection:
             SCALE_GIVEN=len(given) > 0,
             EXPECTED_GIVEN=expected[0] is not None,
             CLASSES=self.classes,
-            BLOCK=FINISH_BLOCK,
-            num_warps=8,
-            maxnreg=MAX_REGISTERS,
+            TILE=positives.TILE,
+            LANES=positives.LANES,
+            num_warps=4,
+            maxnreg=POSITIVES_REGISTERS,
         )
 
 
@@ -357,6 +312,7 @@ def detection_fill(*arguments: Any) -> None:
         coefficients.cls_avg, coefficients.cls_divisor = cls_avg, cls_divisor
         coefficients.loc_avg, coefficients.loc_divisor = loc_avg, loc_divisor
         coefficients.outputs = tuple(out.data_ptr() for out in outputs)
+        coefficients.zeros = grad_deltas
         coefficients.launch()
         scale = (scale_tensor, grad_scale)
         dense = op.fill_logits(grad_logits, scale=scale, loss=outputs[0])
@@ -375,5 +331,7 @@ def detection_backward(*arguments: Any) -> None:
         expected = (scale_tensor, grad_scale)
         if grad_logits:
             op.fill_logits(grad_logits, scale=(grad_cls, 0.0), expected=expected, may_skip=filled)
+        if grad_deltas and not filled:
+            torch._foreach_zero_(list(grad_deltas))
         if grad_logits or grad_deltas:
             op.finish(None, grad_logits, grad_deltas, (grad_cls, grad_loc, 0.0), expected, filled)

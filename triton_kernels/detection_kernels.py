@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ._launch import level_of, number, pick, pointer, pointer_at
 from ._math import (
+    anew,
     balance_share,
     delta_iou,
     encode_box,
@@ -18,13 +19,9 @@ from ._math import (
     smooth_l1,
     weighted_loss,
 )
-from .coefficients import IMAGE, LEVEL, clear_tickets
-from .focal_dense import GRADIENT
-from .focal_finish import first_tile, own_value, scope_norm
-from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, load_marks, marks_at, store_marks, store_sums
-
-ROWS, PLANES, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a gradient of deltas lies
-
+from .coefficients import BAD, COUNT, IMAGE, LEVEL, clear_tickets
+from .focal_finish import first_tile, scope_norm
+from .positives import IGNORED, INVALID, PLAIN, load_marks, marks_at, store_marks, store_sums
 
 class Levels(NamedTuple):
     """Packed tables of all levels. A level's positions are its anchors in the order h, w, a."""
@@ -100,6 +97,17 @@ def load_deltas(lv, level, image, position, mask, T: tl.constexpr):
     return p0, p1, p2, p3
 
 
+# A tile's slopes are kept in the order of its positives, so that the last kernel works on these side by side without
+# looking for them; their places in the tile, int16, come from the end of the same memory, 4 bytes an anchor, towards its
+# start. With more positives than there is room for (two of three anchors) every slope lies at its anchor instead, and
+# there is no list: then all anchors are gone through.
+
+
+@triton.jit
+def is_listed(positives, anchors):
+    return 3 * positives <= 2 * anchors
+
+
 @triton.jit(do_not_specialize=["anchors_per_image", "all_tiles"])
 def detection_positives_kernel(
     lv,
@@ -129,6 +137,7 @@ def detection_positives_kernel(
     FOVEA: tl.constexpr,
     SAME_POWER: tl.constexpr,  # lambda = eta
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     clear_tickets(sc)
@@ -143,19 +152,30 @@ def detection_positives_kernel(
     locations = pick(lv.positions, level) // per_location
     planes = pick(lv.planes, level)
 
-    position = first + tl.arange(0, TILE)
-    inside = position < pick(lv.positions, level)
-    value = tl.load(matched_idxs + anchor0 + position, mask=inside, other=-1).to(tl.int64)
-    positive = inside & (value != -1) & (value != -2)
-    location = position // per_location
-    place = tl.where(planes != 0, (position - location * per_location) * locations + location, position)
+    here = tl.minimum(pick(lv.positions, level) - first, TILE)
     mark = marks_at(marks, anchor0, CLASSES)
-    store_marks(mark, place, tl.where(value == -2, IGNORED, PLAIN), inside & (positive == 0))  # the others' below
-
-    # The list lies where the slopes will: 2 bytes an entry against 4, so that its last entries can go first and what is
-    # still listed lies before what is written.
-    tile_list = (pointer(marks.slope, tl.float32) + (anchor0 + first)).to(tl.pointer_type(tl.int16))
-    count = collect(tile_list, positive, TILE)
+    list_end = (pointer(marks.slope, tl.float32) + (anchor0 + first + here)).to(tl.pointer_type(tl.int16)) - 1
+    count = tl.zeros((), tl.int32)
+    done = tl.zeros((), tl.int32)
+    while done < here:
+        values = ()  # both under way before the first is looked at
+        for u in tl.static_range(2):
+            at = done + u * CHUNK + tl.arange(0, CHUNK)
+            values += (tl.load(matched_idxs + (anchor0 + first) + at, mask=at < here, other=-1),)
+        for u in tl.static_range(2):
+            at = done + u * CHUNK + tl.arange(0, CHUNK)
+            value = values[u]
+            positive = (value != -1) & (value != -2)
+            position = first + at
+            location = position // per_location
+            place = tl.where(planes != 0, (position - location * per_location) * locations + location, position)
+            # The positives' marks follow below.
+            store_marks(mark, place, tl.where(value == -2, IGNORED, PLAIN), (at < here) & (positive == 0))
+            order = count + tl.cumsum(positive.to(tl.int32), 0) - 1
+            tl.store(list_end - order, at.to(tl.int16), mask=positive)
+            count += tl.sum(positive.to(tl.int32), 0)
+        done += 2 * CHUNK
+    tl.debug_barrier()  # the list is read by other threads
     boxes_here = pick(gt.counts, 0)
     labels = pointer_at(gt.labels, 0, LABEL_T)
     if PADDED:
@@ -172,14 +192,18 @@ def detection_positives_kernel(
     loc_plain = tl.zeros((LANES,), tl.float64)
     loc_weighted = tl.zeros((LANES,), tl.float64)
     loc_loss = tl.zeros((LANES,), tl.float64)
-    left = count
-    while left > 0:
-        left = (left - 1) // LANES * LANES
-        listed, mask = listed_at(tile_list, left, count, LANES)
-        tl.debug_barrier()  # read, before other threads write there
-        row = first + listed
+    listed = is_listed(count, here)
+    end = tl.where(listed, count, here)
+    done = tl.zeros((), tl.int32)
+    own_level = level
+    while done < end:
+        level = anew(own_level)
+        item = done + tl.arange(0, LANES)
+        mask = item < end
+        row = first + tl.where(listed, tl.load(list_end - item, mask=mask & listed, other=0).to(tl.int32), item)
         anchor = anchor0 + row
         match = tl.load(matched_idxs + anchor, mask=mask, other=-1).to(tl.int64)
+        mask = mask & (match != -1) & (match != -2)
         known = mask & (match >= 0) & (match < boxes_here)
         label = tl.load(labels + match, mask=known, other=-1).to(tl.int64)
         good = known & (label >= 0) & (label < CLASSES)
@@ -222,7 +246,9 @@ def detection_positives_kernel(
         loc_plain += tl.where(good, loc, 0.0)
         loc_weighted += tl.where(good, loc_share, 0.0)
         loc_loss += tl.where(good, weighted_loss(loc_balance, localisation), 0.0)
-        tl.store(pointer(marks.slope, tl.float32) + anchor, (balance * slope).to(tl.float32), mask=good)
+        slot = tl.where(listed, anchor0 + first + item, anchor)
+        tl.store(pointer(marks.slope, tl.float32) + slot, (balance * slope).to(tl.float32), mask=good)
+        done += LANES
     store_sums(
         sc, 0, 1, all_tiles, number_of, ious, bad, cls_plain, cls_weighted, cls_loss, loc_plain, loc_weighted, loc_loss
     )
@@ -238,7 +264,7 @@ class FinishNumbers(NamedTuple):
 
 @triton.jit(do_not_specialize=["anchors_per_image", "tiles"])
 def detection_finish_kernel(
-    lv,  # tile0 and tiles: of this launch
+    lv,
     out_logits,  # packed addresses of the logits' gradients
     out,  # and of the deltas'
     strides,  # packed: of the latter; per level image, anchor, row, column, coordinate
@@ -267,8 +293,6 @@ def detection_finish_kernel(
     OWN_ANCHORS: tl.constexpr,
     FOVEA: tl.constexpr,
     SCOPE: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     WANT_LOSS: tl.constexpr,
     LOGITS: tl.constexpr,  # which gradients are wanted
     DELTAS: tl.constexpr,
@@ -276,10 +300,11 @@ def detection_finish_kernel(
     SCALE_GIVEN: tl.constexpr,
     EXPECTED_GIVEN: tl.constexpr,
     CLASSES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """The sum of the tiles' losses, by the first program; by the others the positives' own entries of the logits'
-    gradient, and the gradient of the deltas: zeros, but for the positives."""
+    """The sum of the dense pass's losses, by the first program; by the others what the positives get of both gradients,
+    tile by tile of the positives' kernel. The zeros around them are there."""
     tile = first_tile(addresses, count, sc, tiles, WANT_LOSS)
     cls_wanted = number(nu.cls_scale, scale, SCALE_GIVEN)
     loc_wanted = number(nu.loc_scale, scale, SCALE_GIVEN)
@@ -292,100 +317,99 @@ def detection_finish_kernel(
         if ((cls_due & LOGITS) | (loc_due & DELTAS)) == 0:
             tile = tiles
     while tile < tiles:
-        level = level_of(lv.tile0, tile)
-        local = tile - pick(lv.tile0, level)
-        per_image = pick(lv.tiles, level)
-        image = local // per_image
-        chunk = local - image * per_image
-        per_location = pick(lv.anchors, level)
-        positions = pick(lv.positions, level)
-        locations = positions // per_location
-        anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
-        if LAYOUT == PLANES:  # neighbouring threads at neighbouring locations
-            strips = (locations + BLOCK - 1) // BLOCK
-            a = chunk // strips
-            location = (chunk - a * strips) * BLOCK + tl.arange(0, BLOCK)
-            inside = location < locations
-            position = location * per_location + a
-        else:
-            position = chunk * BLOCK + tl.arange(0, BLOCK)
-            inside = position < positions
-            location = position // per_location
-            a = position - location * per_location
-        planes = pick(lv.planes, level)
+        finish_positives(
+            lv, out_logits, out, strides, gt, marks, sc, matched_idxs, anchors, anchors_per_image, tiles, tile, cls_due,
+            cls_wanted, loc_due, loc_wanted, lambda_, beta, w0, w1, w2, w3, T, DELTA_T, BOX_T, PADDED, OWN_ANCHORS, FOVEA,
+            SCOPE, LOGITS, DELTAS, CLASSES, TILE, LANES,
+        )  # fmt: skip
+        tile += tl.num_programs(0)
+
+
+@triton.jit
+def finish_positives(
+    lv, out_logits, out, strides, gt, marks, sc, matched_idxs, anchors, anchors_per_image, all_tiles, tile, cls_due,
+    cls_wanted, loc_due, loc_wanted, lambda_, beta, w0, w1, w2, w3,
+    T: tl.constexpr, DELTA_T: tl.constexpr, BOX_T: tl.constexpr, PADDED: tl.constexpr, OWN_ANCHORS: tl.constexpr,
+    FOVEA: tl.constexpr, SCOPE: tl.constexpr, LOGITS: tl.constexpr, DELTAS: tl.constexpr, CLASSES: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What the positives of a tile of their kernel get."""
+    partial = pointer(sc.partial, tl.float64) + tile
+    known = tl.load(partial + COUNT * all_tiles) + tl.load(partial + BAD * all_tiles)
+    level = level_of(lv.tile0, tile)
+    local = tile - pick(lv.tile0, level)
+    per_image = pick(lv.tiles, level)
+    image = local // per_image
+    first = (local - image * per_image) * TILE
+    anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
+    per_location = pick(lv.anchors, level)
+    locations = pick(lv.positions, level) // per_location
+    planes = pick(lv.planes, level)
+    here = tl.minimum(pick(lv.positions, level) - first, TILE)
+    slopes = pointer(marks.slope, tl.float32) + (anchor0 + first)
+    list_end = (slopes + here).to(tl.pointer_type(tl.int16)) - 1
+    found_here = known.to(tl.int32)
+    listed = is_listed(found_here, here)
+    end = tl.where(listed, found_here, tl.where(found_here > 0, here, 0))
+    done = tl.zeros((), tl.int32)
+    own_level = level
+    while done < end:
+        level = anew(own_level)  # its table is read where it is needed: kept, it would fill the registers
+        item = done + tl.arange(0, LANES)
+        mask = item < end
+        at = tl.where(listed, tl.load(list_end - item, mask=mask & listed, other=0).to(tl.int32), item)
+        position = first + at
+        anchor = anchor0 + position
+        location = position // per_location
+        a = position - location * per_location
         place = tl.where(planes != 0, a * locations + location, position)
-        seen = load_marks(marks_at(marks, anchor0, CLASSES), place, inside)
+        seen = load_marks(marks_at(marks, anchor0, CLASSES), place, mask)
         found = seen >= 0
-        g0 = tl.zeros((BLOCK,), tl.float32)
-        g1 = tl.zeros((BLOCK,), tl.float32)
-        g2 = tl.zeros((BLOCK,), tl.float32)
-        g3 = tl.zeros((BLOCK,), tl.float32)
-        if tl.max(found.to(tl.int32), 0) > 0:
-            anchor = anchor0 + position
-            if LOGITS:
-                if cls_due:
-                    entry = tl.where(
-                        planes != 0,
-                        (a * CLASSES + seen).to(tl.int64) * locations + location,
-                        position.to(tl.int64) * CLASSES + seen,
-                    )
-                    entry += tl.cast(image, tl.int64) * pick(lv.image_stride, level)
-                    positive = tl.load(pointer(sc.positive, tl.float32) + image)
-                    cls_norm = scope_norm(sc, matched_idxs, level, image, anchor, found, 0, SCOPE)
-                    value = own_value(marks, positive, cls_norm, cls_wanted.to(tl.float32), anchor, found, GRADIENT)
-                    tl.store(pointer_at(out_logits, level, T) + entry, value.to(T), mask=found)
-            if DELTAS:
+        if LOGITS:
+            if cls_due:
+                entry = tl.where(
+                    planes != 0,
+                    (a * CLASSES + seen).to(tl.int64) * locations + location,
+                    position.to(tl.int64) * CLASSES + seen,
+                )
+                entry += tl.cast(image, tl.int64) * pick(lv.image_stride, level)
+                factor = tl.load(pointer(sc.positive, tl.float32) + image)
+                factor *= scope_norm(sc, matched_idxs, level, image, anchor, found, 0, SCOPE) * cls_wanted.to(tl.float32)
+                slope = tl.load(slopes + tl.where(listed, item, at), mask=found, other=0.0)
+                tl.store(pointer_at(out_logits, level, T) + entry, (slope * factor).to(T), mask=found)
+        if DELTAS:
+            if loc_due:
                 matched = tl.load(matched_idxs + anchor, mask=found, other=0)
                 t0, t1, t2, t3, degenerate = load_target(
                     lv, gt, anchors, level, image, position, matched, found, anchors_per_image, w0, w1, w2, w3, BOX_T,
                     PADDED, OWN_ANCHORS, FOVEA,
                 )  # fmt: skip
-                found = found & (degenerate == 0)
-                p0, p1, p2, p3 = load_deltas(lv, level, image, position, found, DELTA_T)
+                some = found & (degenerate == 0)
+                p0, p1, p2, p3 = load_deltas(lv, level, image, position, some, DELTA_T)
                 weight = iou_power(delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA), lambda_)
-                found = found & (weight != 0.0)
-                weight = weight.to(tl.float32)
+                some = some & (weight != 0.0)
                 norm = pointer(sc.loc_norm, tl.float32) + (
                     image if SCOPE == IMAGE else (level if SCOPE == LEVEL else 0)
                 )
                 factor = tl.load(pointer(sc.location, tl.float32) + image) * tl.load(norm) * loc_wanted.to(tl.float32)
+                weight = weight.to(tl.float32) * factor
+                start = pointer_at(out, level, DELTA_T) + delta_places(lv, strides, level, image, location, a)
+                step = pick(strides[4], level)
                 l0, s0 = smooth_l1(p0 - t0, beta)
                 l1, s1 = smooth_l1(p1 - t1, beta)
                 l2, s2 = smooth_l1(p2 - t2, beta)
                 l3, s3 = smooth_l1(p3 - t3, beta)
-                g0 = tl.where(found, s0.to(tl.float32) * (weight * factor), 0.0)
-                g1 = tl.where(found, s1.to(tl.float32) * (weight * factor), 0.0)
-                g2 = tl.where(found, s2.to(tl.float32) * (weight * factor), 0.0)
-                g3 = tl.where(found, s3.to(tl.float32) * (weight * factor), 0.0)
-        if DELTAS:
-            if loc_due:
-                store_deltas(
-                    lv, out, strides, level, image, position, location, a, inside, g0, g1, g2, g3, DELTA_T, LAYOUT,
-                    ALIGNED, BLOCK,
-                )  # fmt: skip
-        tile += tl.num_programs(0)
+                tl.store(start, tl.where(some, s0.to(tl.float32) * weight, 0.0).to(DELTA_T), mask=found)
+                tl.store(start + step, tl.where(some, s1.to(tl.float32) * weight, 0.0).to(DELTA_T), mask=found)
+                tl.store(start + 2 * step, tl.where(some, s2.to(tl.float32) * weight, 0.0).to(DELTA_T), mask=found)
+                tl.store(start + 3 * step, tl.where(some, s3.to(tl.float32) * weight, 0.0).to(DELTA_T), mask=found)
+        done += LANES
 
 
 @triton.jit
-def store_deltas(
-    lv, out, strides, level, image, position, location, a, inside, g0, g1, g2, g3,
-    T: tl.constexpr, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    start = pointer_at(out, level, T) + tl.cast(image, tl.int64) * pick(strides[0], level)
-    if LAYOUT == ROWS:  # four neighbours of each anchor: one access
-        four = tl.join(tl.join(g0, g2), tl.join(g1, g3)).reshape((BLOCK, 4)).to(T)
-        at = start + (4 * position)[:, None] + tl.arange(0, 4)[None, :]
-        if ALIGNED:
-            at = tl.multiple_of(at, (1, 4 * (T.primitive_bitwidth // 8)))
-        tl.store(at, four, mask=inside[:, None])
-    else:
-        width = pick(lv.width, level)
-        at = a.to(tl.int64) * pick(strides[1], level) + (location // width).to(tl.int64) * pick(strides[2], level)
-        at += (location % width).to(tl.int64) * pick(strides[3], level)
-        if LAYOUT == PLANES:
-            at = tl.cast(a, tl.int64) * pick(strides[1], level) + location
-        step = pick(strides[4], level)
-        tl.store(start + at, g0.to(T), mask=inside)
-        tl.store(start + at + step, g1.to(T), mask=inside)
-        tl.store(start + at + 2 * step, g2.to(T), mask=inside)
-        tl.store(start + at + 3 * step, g3.to(T), mask=inside)
+def delta_places(lv, strides, level, image, location, a):
+    """Where the first of the four numbers of an anchor's gradient lies, in elements, whatever the layout."""
+    width = pick(lv.width, level)
+    at = tl.cast(image, tl.int64) * pick(strides[0], level) + a.to(tl.int64) * pick(strides[1], level)
+    at += (location // width).to(tl.int64) * pick(strides[2], level)
+    return at + (location % width).to(tl.int64) * pick(strides[3], level)

@@ -118,7 +118,7 @@ class _FlatFocal:
         self.logits, self.labels, self.iou, self.weight, self.scope_ids = logits, labels, iou, weight, scope_ids
         self.scopes, self.eta, self.alpha, self.gamma = num_scopes, eta, alpha, gamma
         self.rows, self.classes = logits.shape
-        self.tiles = cdiv(self.rows, positives.TILE)
+        self.tiles = cdiv(self.rows, positives.FLAT_TILE)
         self.memory = Workspace(workspace)
         self.scratch = take_scratch(self.memory, self.tiles, num_scopes, num_scopes, 1, num_scopes)
         self.marks = positives.take_marks(self.memory, self.rows, self.classes, self.tiles, flat=True)
@@ -143,7 +143,7 @@ class _FlatFocal:
                 CLASSES=self.classes,
                 WEIGHTED=self.weight is not None,
                 BY_SCOPE=self.scope_ids is not None,
-                TILE=positives.TILE,
+                TILE=positives.FLAT_TILE,
                 LANES=positives.LANES,
                 num_warps=4,
                 maxnreg=MAX_REGISTERS,

@@ -18,13 +18,13 @@ from .positives import Marks
 # A program is a warp: it waits for none, and what is rare is looked for in what 32 threads read at once.
 WARPS = 1
 # Registers of a thread, and the warps that a multiprocessor holds with so many; for any gamma.
-REGISTERS, RESIDENT = 64, 32
+REGISTERS, REGISTERS_PLANES, RESIDENT = 64, 48, 32
 REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 24
-READ_AHEAD = 64  # bytes of logits that a thread reads before it computes
+READ_AHEAD, READ_AHEAD_PLANES = 64, 32  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
 MOST_ROWS = 2048  # of a group, whose marks are looked at at once
 PROGRAMS = 8192  # of a launch, to fill a GPU twice; beyond that they are longer, up to
-TILE_BYTES = 16384  # of logits
+TILE_BYTES, TILE_BYTES_PLANES = 8192, 16384  # of logits
 FULL = 0.9  # share of a program's slots that should be in use
 
 
@@ -140,14 +140,15 @@ class DensePass:
         size = levels[0].x.element_size()
         planes = levels[0].planes
         threads = 32 * (choice.warps or WARPS)
-        unroll = choice.vectors or min(READ_AHEAD // (vector * size), MOST_VECTORS)
+        ahead, tile_bytes = (READ_AHEAD_PLANES, TILE_BYTES_PLANES) if planes else (READ_AHEAD, TILE_BYTES)
+        unroll = choice.vectors or min(ahead // (vector * size), MOST_VECTORS)
         while not planes and unroll > 1 and unroll * threads * vector > MOST_ROWS * self.classes:
             unroll //= 2
         group = unroll * threads  # vectors
         addresses = [level.addresses() for level in levels]
         logits = sum(self.images * level.rows * self.classes for level in levels)
         reach = group * vector  # entries of a group
-        loop = choice.groups or min(cdiv(logits, reach * PROGRAMS), max(TILE_BYTES // (reach * size), 1))
+        loop = choice.groups or min(cdiv(logits, reach * PROGRAMS), max(tile_bytes // (reach * size), 1))
         one_row, periods, most = True, [0] * len(levels), 1
         if planes:
             periods = [period_of(level.locations, self.classes, vector, group) for level in levels]
@@ -199,7 +200,8 @@ class DensePass:
             x if self.expected[0] is None else self.expected[0],
         )
         warps = choice.warps or WARPS
-        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (REGISTERS, RESIDENT)
+        registers = REGISTERS_PLANES if plan["consts"]["PLANES"] else REGISTERS
+        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (registers, RESIDENT)
         dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident // warps),)](
             plan["table"],
             self.marks,

@@ -14,7 +14,9 @@ import triton.language as tl
 
 from ._launch import Workspace, pack, pointer
 
-TILE = 2048  # anchors of a program
+TILE = 8192  # anchors of a program of the detection loss: all of a large batch's programs are there at once
+CHUNK = 1024  # of them, looked at at once
+FLAT_TILE = 2048  # rows of a program of a flat loss
 LANES = 128  # positives computed at once
 MOST_8, MOST_16 = tl.constexpr(128), tl.constexpr(32768)  # classes that marks of as many bits can tell apart
 PLAIN, IGNORED, INVALID = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)  # marks of what has no class
@@ -36,7 +38,7 @@ def mark_size(classes: int) -> int:
 
 def take_marks(memory: Workspace, anchors: int, classes: int, tiles: int, *, flat: bool) -> Marks:
     """tiles: of a flat loss, which passes through its lists more than once."""
-    sizes = (anchors, mark_size(classes)), (anchors, 4), (anchors * flat, 4), (tiles * TILE * flat, 2)
+    sizes = (anchors, mark_size(classes)), (anchors, 4), (anchors * flat, 4), (tiles * FLAT_TILE * flat, 2)
     return Marks(*pack(*(memory.take(count, size) for count, size in sizes)))
 
 

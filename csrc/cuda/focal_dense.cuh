@@ -341,13 +341,12 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         off = ignored_of_rows<kCount, kStep>(tb, ignored, e, ignored_strips[i] >> shift & kWarpStrips);
       }
       if (usual_scale(run.scale)) {
-        // One question for all of them whether their losses are good, before anything is stored, and the results where
-        // the logits were.
-        float total = doubled;
+        left = 0;
+        T* const out = run.out + e;
 #pragma unroll
         for (u32 u = 0; u < kStripsPerWarp; ++u) {
           if (positive >> u & 1) continue;  // of all lanes
-          float v[kCount];
+          float v[kCount], total = doubled;
           const bool below = __all_sync(~0u, is_below<T>(in[u])) != 0;
           in[u].unpack(v);
           switch_off(v, off >> u * kCount & ((1u << kCount) - 1));
@@ -356,18 +355,12 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
           } else {
             negative_entries<kGamma, false, kOutput>(run.scale, tb.gamma, v, total);
           }
-          in[u].set(v);
-        }
-        if (all_good(total)) {
-          left = 0;
-          doubled = total;
-          if constexpr (kOutput != kNone) {
-            T* const out = run.out + e;
-#pragma unroll
-            for (u32 u = 0; u < kStripsPerWarp; ++u) {
-              if (!(positive >> u & 1)) in[u].store(out + u * kStep);
-            }
+          if (!all_good(total)) {
+            left |= 1u << u;
+            continue;
           }
+          doubled = total;
+          if constexpr (kOutput != kNone) Vec<T, kCount>::store(out + u * kStep, v);
         }
       }
     }

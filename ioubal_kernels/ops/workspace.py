@@ -15,9 +15,9 @@ _WORD = 32
 _TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
-_TRITON_ANCHORS = 2048  # of a tile of the Triton kernels' positives
-_TRITON_PROGRAMS, _TRITON_TILE = 8192, 4096  # of the Triton kernels' dense pass; beyond so many, logits of each at least
-_TRITON_GROUP = 256  # and of any at least
+_TRITON_ROWS, _TRITON_ANCHORS = 2048, 8192  # of a tile of the Triton kernels' positives
+# Of the Triton kernels' dense pass: so many tiles, or tiles of so many logits at least, and in small problems of so many.
+_TRITON_PROGRAMS, _TRITON_TILE, _TRITON_GROUP = 8192, 2048, 256
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -31,8 +31,8 @@ def _mark_size(classes: int) -> int:
 
 
 def _triton_tiles(logits: int) -> int:
-    """A loss of each is kept. Of planes, tiles may be half empty."""
-    return 2 * (logits // _TRITON_TILE + min(logits // _TRITON_GROUP, _TRITON_PROGRAMS))
+    """A loss of each is kept. Those of planes may be half empty, and are twice as large."""
+    return logits // _TRITON_TILE + 2 * min(logits // _TRITON_GROUP, _TRITON_PROGRAMS)
 
 
 def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
@@ -42,11 +42,11 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
     if backend == "triton":
         # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 4 (cross entropy).
         wide = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1
-        tile = {"focal": _TRITON_ANCHORS, "cross_entropy": wide, "smooth_l1": 128}[name]
+        tile = {"focal": _TRITON_ROWS, "cross_entropy": wide, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
         kept = rows + tiles
         if name == "focal":
-            kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ANCHORS // 2 * tiles
+            kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ROWS // 2 * tiles
             kept += _triton_tiles(rows * columns) + 1
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
