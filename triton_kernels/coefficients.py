@@ -104,8 +104,8 @@ def coefficients_kernel(
     ZERO: tl.constexpr,  # what the addresses of `zeros` are multiples of; 0: there are none
     BLOCK: tl.constexpr,
 ):
-    """A segment's sums by a program each; by the last of them the rest; by further ones zeros, as memory has nothing else
-    to do meanwhile."""
+    """A segment's sums by a program each; by the last of them the rest. By further ones zeros: meanwhile memory has
+    nothing else to do."""
     s = tl.program_id(0)
     if s < segments:
         add_segment(tile0, tiles, sc, s, all_tiles, images, scopes, segments, SCOPE, BLOCK)

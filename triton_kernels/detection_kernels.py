@@ -23,6 +23,7 @@ from .coefficients import BAD, COUNT, IMAGE, LEVEL, clear_tickets
 from .focal_finish import first_tile, scope_norm
 from .positives import IGNORED, INVALID, PLAIN, load_marks, marks_at, store_marks, store_sums
 
+
 class Levels(NamedTuple):
     """Packed tables of all levels. A level's positions are its anchors in the order h, w, a."""
 
@@ -98,7 +99,7 @@ def load_deltas(lv, level, image, position, mask, T: tl.constexpr):
 
 
 # A tile's slopes are kept in the order of its positives, so that the last kernel works on these side by side without
-# looking for them; their places in the tile, int16, come from the end of the same memory, 4 bytes an anchor, towards its
+# looking for them; their places in the tile, int16, come from the end of the same memory, 4 bytes an anchor, to its
 # start. With more positives than there is room for (two of three anchors) every slope lies at its anchor instead, and
 # there is no list: then all anchors are gone through.
 
@@ -374,7 +375,8 @@ def finish_positives(
                 )
                 entry += tl.cast(image, tl.int64) * pick(lv.image_stride, level)
                 factor = tl.load(pointer(sc.positive, tl.float32) + image)
-                factor *= scope_norm(sc, matched_idxs, level, image, anchor, found, 0, SCOPE) * cls_wanted.to(tl.float32)
+                factor *= cls_wanted.to(tl.float32)
+                factor *= scope_norm(sc, matched_idxs, level, image, anchor, found, 0, SCOPE)
                 slope = tl.load(slopes + tl.where(listed, item, at), mask=found, other=0.0)
                 tl.store(pointer_at(out_logits, level, T) + entry, (slope * factor).to(T), mask=found)
         if DELTAS:

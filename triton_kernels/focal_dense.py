@@ -288,8 +288,8 @@ def slots_of(first, step: tl.constexpr, COUNT: tl.constexpr, locations):
 
 @triton.jit
 def seen_in_period(mark, vector, half, lane, left, locations, PER_WORD: tl.constexpr, WORDS: tl.constexpr):
-    """The marks of a vector a thread from `vector` of a period on, for the first `left` threads, of each word that of its
-    first element or, half 1, of its second; and the planes these lie in. lane: the threads' numbers."""
+    """The marks of a vector a thread from `vector` of a period on, for the first `left` threads: of each word that of
+    its first element or, half 1, of its second; and the planes these lie in. lane: the threads' numbers."""
     plane, location = slots_of((vector + lane) * (WORDS * PER_WORD) + half, PER_WORD, WORDS, locations)
     return load_marks(mark, location, (lane < left)[:, None]), plane
 

@@ -18,7 +18,7 @@ from .positives import Marks
 # A program is a warp: it waits for none, and what is rare is looked for in what 32 threads read at once.
 WARPS = 1
 # Registers of a thread, and the warps that a multiprocessor holds with so many; for any gamma.
-REGISTERS, REGISTERS_PLANES, RESIDENT = 64, 48, 32
+REGISTERS, RESIDENT = 64, 32
 REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 24
 READ_AHEAD, READ_AHEAD_PLANES = 64, 32  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
@@ -200,8 +200,7 @@ class DensePass:
             x if self.expected[0] is None else self.expected[0],
         )
         warps = choice.warps or WARPS
-        registers = REGISTERS_PLANES if plan["consts"]["PLANES"] else REGISTERS
-        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (registers, RESIDENT)
+        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (REGISTERS, RESIDENT)
         dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident // warps),)](
             plan["table"],
             self.marks,

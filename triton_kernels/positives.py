@@ -15,7 +15,7 @@ import triton.language as tl
 from ._launch import Workspace, pack, pointer
 
 TILE = 8192  # anchors of a program of the detection loss: all of a large batch's programs are there at once
-CHUNK = 1024  # of them, looked at at once
+CHUNK = 512  # of them, looked at at once; two are read together
 FLAT_TILE = 2048  # rows of a program of a flat loss
 LANES = 128  # positives computed at once
 MOST_8, MOST_16 = tl.constexpr(128), tl.constexpr(32768)  # classes that marks of as many bits can tell apart

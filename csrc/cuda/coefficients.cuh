@@ -152,6 +152,33 @@ IOUBAL_DEVICE void coefficients_block(const CoefficientsTable& tb) {
   if (tb.mean_iou) *tb.mean_iou = count > 0 ? static_cast<float>(sums.shared(Sums::kIou) / count) : 0.f;
 }
 
+// Memory that is to be 0, in whole pieces of 16 bytes but for the ends: the deltas' gradient, before the positives' is
+// put there.
+constexpr u32 kZeroVectors = 8;  // of a thread
+struct ZerosTable {
+  char* out[kMaxLevels];      // multiples of 16
+  int64_t bytes[kMaxLevels];  // even
+  u32 tile0[kMaxLevels];
+  int count;
+  u32 tiles;
+};
+IOUBAL_DEVICE void zeros_tile(const ZerosTable& tb, u32 tile) {
+  int i = 0;
+  while (i + 1 < tb.count && tile >= tb.tile0[i + 1]) ++i;
+  const u32 zero[4] = {0, 0, 0, 0};
+  constexpr int64_t kStep = 16 * kCoefficientThreads;
+  const int64_t bytes = tb.bytes[i], first = (tile - tb.tile0[i]) * (kZeroVectors * kStep) + 16 * threadIdx.x;
+#pragma unroll
+  for (u32 k = 0; k < kZeroVectors; ++k) {
+    const int64_t at = first + k * kStep;
+    if (at + 16 <= bytes) {
+      store_bytes<16>(tb.out[i] + at, zero);
+    } else {
+      for (int64_t rest = at; rest < bytes; rest += 2) store_bytes<2>(tb.out[i] + rest, zero);
+    }
+  }
+}
+
 // Ends a pass that left a loss per tile: the block that finishes last adds them up, in their order; or, where there
 // are so many blocks that their tickets take time, a block of a launch after them.
 struct LossSum {

@@ -124,10 +124,11 @@ class Detection {
     return tb;
   }
 
-  // found: find_positives has just been called.
-  void find_coefficients(const CoefficientsTable& tb, bool found) {
-    if (!found || levels_.empty()) return launch_coefficients(device_, tb);
-    launch_coefficients_and_strips(device_, tb, dense_);
+  // found: find_positives has just been called. zeros: gradients of deltas that are to be 0.
+  void find_coefficients(const CoefficientsTable& tb, bool found, const TensorList& zeros = {}) {
+    if (levels_.empty()) return launch_coefficients(device_, tb);
+    zeros_ = plan_zeros(zeros);
+    launch_coefficients_and_strips(device_, tb, dense_, found, zeros_);
   }
 
   // The pass over logits and deltas. Empty lists: no gradient. loss: where the classification loss goes, or nullptr.
@@ -138,8 +139,8 @@ class Detection {
     tb.loc = a_.loc;
     tb.dense = dense_;
     tb.dense.set_scale(cls_scale, expected, may_skip);
-    const DeltaTiles deltas = may_skip ? DeltaTiles::kPositives : loss ? DeltaTiles::kZeros : DeltaTiles::kAll;
-    plan_deltas(tb.deltas, grad_deltas, deltas);
+    plan_deltas(tb.deltas, grad_deltas, may_skip || zeros_.tiles > 0 ? DeltaTiles::kPositives : DeltaTiles::kAll);
+    if (zeros_.tiles > 0) tb.deltas.tiles = 0;  // the last launch puts the positives there
     tb.deltas.scale = loc_scale;
     tb.deltas.expected = expected;
     tb.deltas.skip_expected = may_skip;
@@ -154,7 +155,7 @@ class Detection {
         device_, tb,
         {dtype_of(a_.logits[0]), a_.focal.gamma, grad_logits.empty() ? kNone : kGradient, layout(), may_skip});
     const LossSum losses = {tb.dense.partial, tb.dense.all_tiles(), nullptr, coefficients_->positives_loss, loss};
-    if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses);
+    if (loss && losses.tiles > 0) launch_focal_finish(device_, tb, losses, zeros_.tiles > 0);
   }
 
  private:
@@ -244,14 +245,24 @@ class Detection {
     return rows && planes ? Layout::kMixed : planes ? Layout::kPlanes : Layout::kRows;
   }
 
+  // None where one lies so that 16 bytes of it cannot be written at once.
+  static ZerosTable plan_zeros(const TensorList& tensors) {
+    ZerosTable tb{};
+    for (const Tensor& t : tensors) {
+      if (t.numel() == 0) continue;
+      tb.out[tb.count] = data_of<char>(t);
+      tb.bytes[tb.count] = t.numel() * static_cast<int64_t>(t.element_size());
+      tb.tile0[tb.count] = tb.tiles;
+      if (reinterpret_cast<uintptr_t>(tb.out[tb.count]) % 16 != 0) return {};
+      tb.tiles += divide_up(tb.bytes[tb.count++], 16 * kZeroVectors * kCoefficientThreads);
+    }
+    return tb;
+  }
+
   void plan_deltas(LocTable& tb, const TensorList& grads, DeltaTiles kind) const {
     tb.levels = 0;
     tb.tiles = 0;
     if (grads.empty()) return;
-    for (const Tensor& grad : grads) {
-      const bool aligned = reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0;
-      if (kind == DeltaTiles::kZeros && !aligned) kind = DeltaTiles::kAll;
-    }
     tb.kind = kind;
     tb.type = dtype_of(grads[0]);
     tb.weight = loc_weight_ ? loc_weight_ : weight_;
@@ -275,12 +286,6 @@ class Detection {
       level.vector = place.coordinate == 1 && (place.image | place.anchor | place.row | place.column) % 4 == 0 &&
                      reinterpret_cast<uintptr_t>(level.out) % (4 * grad.element_size()) == 0;
       level.tile0 = tb.tiles;
-      if (kind == DeltaTiles::kZeros) {  // a tensor that is cut into levels: all of it by the first one
-        level.bytes = source.first_row == 0 ? grad.numel() * static_cast<int64_t>(grad.element_size()) : 0;
-        level.tiles = divide_up(level.bytes, 16 * kZeroVectors * kFillThreads);
-        tb.tiles += level.tiles;
-        continue;
-      }
       level.tiles = level.planes
                         ? divide_up(level.locations, kFillThreads)
                         : divide_up(static_cast<int64_t>(level.locations) * level.anchors, kLocRepeat * kFillThreads);
@@ -301,6 +306,7 @@ class Detection {
   Labels labels_{};
   AnchorRef anchors_{};
   DenseTable dense_{};
+  ZerosTable zeros_{};
 };
 
 FocalNumbers focal_numbers(double eta, double alpha, double gamma) { return {eta, alpha, gamma}; }
@@ -344,7 +350,7 @@ void detection_fill(TensorList logits, TensorList deltas, Tensor anchors, Tensor
   tb.loc_loss = data_of<float>(outputs[1]);
   tb.count = data_of<int64_t>(outputs[2]);
   tb.mean_iou = data_of<float>(outputs[3]);
-  op.find_coefficients(tb, compute_sums);
+  op.find_coefficients(tb, compute_sums, grad_deltas);
   const NumberRef expected = number_ref(grad_scale_tensor, grad_scale);
   op.fill(grad_logits, grad_deltas, expected, expected, expected, false, tb.cls_loss);
 }

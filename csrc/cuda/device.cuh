@@ -306,6 +306,16 @@ IOUBAL_DEVICE T warp_sum(T value) {
   return value;
 }
 
+// Sum over this lane and those before it. By all lanes.
+IOUBAL_DEVICE u32 warp_scan(u32 value) {
+#pragma unroll
+  for (u32 distance = 1; distance < kWarp; distance *= 2) {
+    const u32 before = __shfl_up_sync(~0u, value, distance);
+    value += threadIdx.x % kWarp >= distance ? before : 0;
+  }
+  return value;
+}
+
 // Sum over the block of kBlock threads, valid in thread 0. `scratch` is shared memory of one T per warp; a barrier
 // must lie between two uses.
 template <u32 kBlock = kThreads, class T>

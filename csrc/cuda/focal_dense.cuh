@@ -388,11 +388,7 @@ struct PositiveStrips {
       own[j] = at < tb.positive_groups && group < tb.groups ? tb.positive_strips[group] : 0;
       end += __popc(own[j]);
     }
-#pragma unroll
-    for (u32 distance = 1; distance < kWarp; distance *= 2) {
-      const u32 before = __shfl_up_sync(~0u, end, distance);
-      end += lane >= distance ? before : 0;
-    }
+    end = warp_scan(end);
     count = __shfl_sync(~0u, end, kWarp - 1);
   }
   // Group and strip of the warp's next one; false: there is none.

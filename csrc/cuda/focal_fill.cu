@@ -30,15 +30,15 @@ constexpr u32 kPositiveTiles = 512;
 // Blocks of the launch that marks strips, besides the one of the coefficients.
 constexpr u32 kMostMarkBlocks = 512;
 
+// Beside the one block of the coefficients, for which all else waits, what memory can do meanwhile.
 __global__ void __launch_bounds__(kCoefficientThreads, 1)
     coefficients_and_strips_kernel(const IOUBAL_GRID_CONSTANT CoefficientsTable tb,
-                                   const IOUBAL_GRID_CONSTANT DenseTable dense) {
-  if (blockIdx.x == 0) {
-    coefficients_block(tb);
-    return;
-  }
-  const u32 step = (gridDim.x - 1) * kCoefficientThreads;
-  for (u32 i = (blockIdx.x - 1) * kCoefficientThreads + threadIdx.x; i < dense.words; i += step) mark_word(dense, i);
+                                   const IOUBAL_GRID_CONSTANT DenseTable dense, const u32 words, const u32 mark_blocks,
+                                   const IOUBAL_GRID_CONSTANT ZerosTable zeros) {
+  if (blockIdx.x == 0) return coefficients_block(tb);
+  if (blockIdx.x > mark_blocks) return zeros_tile(zeros, blockIdx.x - 1 - mark_blocks);
+  const u32 step = mark_blocks * kCoefficientThreads;
+  for (u32 i = (blockIdx.x - 1) * kCoefficientThreads + threadIdx.x; i < words; i += step) mark_word(dense, i);
 }
 
 // After the pass of a forward: the sum of its losses, and the gradient of the positives' deltas.
@@ -78,8 +78,7 @@ void plan_dense(DenseTable& tb, Dtype type, u32 images) {
   tb.positive_tiles = divide_up(tb.groups, tb.positive_groups);
 }
 
-void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses) {
-  const bool deltas = tb.deltas.tiles > 0 && tb.deltas.kind == DeltaTiles::kZeros;
+void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses, bool deltas) {
   const u32 blocks = 1 + (deltas ? divide_up(tb.dense.words, kFinishThreads) : 0);
   device.launch<kFinishThreads>(focal_finish_kernel, blocks, tb, losses);
 }
@@ -93,9 +92,11 @@ StripMemory::StripMemory(Workspace& workspace, DenseTable& tb) {
   tb.positive_strips = tb.ignored_strips + tb.groups;
 }
 
-void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense) {
-  const u32 blocks = std::min(divide_up(dense.words, kCoefficientThreads), kMostMarkBlocks);
-  device.launch<kCoefficientThreads>(coefficients_and_strips_kernel, 1 + blocks, tb, dense);
+void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense,
+                                    bool found, const ZerosTable& zeros) {
+  const u32 words = found ? dense.words : 0, marks = std::min(divide_up(words, kCoefficientThreads), kMostMarkBlocks);
+  device.launch<kCoefficientThreads>(coefficients_and_strips_kernel, 1 + marks + zeros.tiles, tb, dense, words, marks,
+                                     zeros);
 }
 
 }  // namespace ioubal::cuda

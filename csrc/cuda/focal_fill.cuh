@@ -14,8 +14,7 @@ struct LocLevel {
   void* out;
   DeltaPlace place, out_place;
   u32 locations, width, anchors, first_anchor;
-  u32 tile0, tiles;     // tiles per image; kZeros: of all images
-  int64_t bytes;        // kZeros: of all images, from `out` on, which is a multiple of 16
+  u32 tile0, tiles;     // tiles per image
   u32 word0, words;     // of `special`, as in Level
   bool special_planes;  // how they lie: as the logits do
   bool planes;          // neighbouring threads at neighbouring locations (NCHW), else at neighbouring anchors
@@ -24,9 +23,9 @@ struct LocLevel {
 
 constexpr u32 kLocRepeat = 4;  // anchors of a thread, rows
 
-// What a tile of the deltas is. kZeros: a piece of memory, whatever is in it. kPositives: words of `special`, the zeros
-// are there already. kAll: anchors, zeros and positives.
-enum class DeltaTiles : int { kZeros, kPositives, kAll };
+// What a tile of the deltas is. kPositives: words of `special`, the zeros are there already. kAll: anchors, zeros and
+// positives.
+enum class DeltaTiles : int { kPositives, kAll };
 
 struct LocTable {
   LocLevel level[kMaxLevels];
@@ -91,13 +90,27 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   return out;
 }
 
-// The gradient of the positives of a word of `special`.
+// The gradient of the positives of words of `special`, `number` the lane's. By whole warps, which share out what there
+// is: a positive is a long chain of dependent reads, and they cluster.
 IOUBAL_DEVICE void positive_deltas(const FillTable& tb, u32 number) {
   const DenseTable& dense = tb.dense;
-  if (number >= dense.words) return;
+  const u32 lane = threadIdx.x % kWarp;
+  const u32 own = number < dense.words ? dense.special[number] & ~dense.ignored[number] : 0;
+  const u32 end = warp_scan(__popc(own)), count = __shfl_sync(~0u, end, kWarp - 1);
 #pragma unroll 1
-  for (u32 left = dense.special[number] & ~dense.ignored[number]; left; left &= left - 1) {
-    const AnchorOfWord at(dense, number, __ffs(static_cast<int>(left)) - 1);
+  for (u32 first = 0; first < count; first += kWarp) {
+    const u32 item = first + lane;
+    u32 owner = 0;  // how many lanes have none at or after it
+#pragma unroll
+    for (u32 step = kWarp / 2; step; step /= 2) {
+      if (__shfl_sync(~0u, end, owner + step - 1) <= item) owner += step;
+    }
+    u32 left = __shfl_sync(~0u, own, owner);
+    u32 before = item + __popc(left) - __shfl_sync(~0u, end, owner);
+    if (item >= count) continue;
+#pragma unroll 1
+    for (; before; --before) left &= left - 1;
+    const AnchorOfWord at(dense, number - lane + owner, __ffs(static_cast<int>(left)) - 1);
     if (dense.labels.get(at.image, at.anchor) < 0) continue;
     const LocLevel& level = tb.deltas.level[at.level];
     const u32 location = dense.level[at.level].planes ? at.position : at.position / level.anchors;
@@ -108,28 +121,8 @@ IOUBAL_DEVICE void positive_deltas(const FillTable& tb, u32 number) {
   }
 }
 
-constexpr u32 kZeroVectors = 8;  // a thread
-IOUBAL_DEVICE void zeros_tile(const LocTable& tb, u32 tile) {
-  int l = 0;
-  while (l + 1 < tb.levels && tile >= tb.level[l + 1].tile0) ++l;
-  const LocLevel& level = tb.level[l];
-  const u32 zero[4] = {0, 0, 0, 0};
-  const int64_t first = (static_cast<int64_t>(tile - level.tile0) * kZeroVectors * kFillThreads + threadIdx.x) * 16;
-#pragma unroll
-  for (u32 k = 0; k < kZeroVectors; ++k) {
-    const int64_t at = first + k * kFillThreads * 16;
-    char* const out = static_cast<char*>(level.out) + at;
-    if (at + 16 <= level.bytes) {
-      store_bytes<16>(out, zero);
-    } else {
-      for (int64_t rest = 0; rest < level.bytes - at; rest += 2) store_bytes<2>(out + rest, zero);
-    }
-  }
-}
-
 // A tile of the deltas' gradient: zeros, but for the positives.
 IOUBAL_DEVICE void deltas_tile(const FillTable& tb, u32 tile) {
-  if (tb.deltas.kind == DeltaTiles::kZeros) return zeros_tile(tb.deltas, tile);
   if (tb.deltas.kind == DeltaTiles::kPositives) return positive_deltas(tb, tile * kFillThreads + threadIdx.x);
   const LocTable& deltas = tb.deltas;
   int l = 0;

@@ -26,9 +26,9 @@ inline void launch_focal_fill(const OnDevice& device, const FillTable& tb, const
   }
 }
 
-// After the pass of a forward: adds up the losses of its tiles, and where deltas have been filled with zeros writes the
-// positives'.
-void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses);
+// After the pass of a forward: adds up the losses of its tiles and, where the deltas' zeros are written (`deltas`),
+// puts the positives' gradient there.
+void launch_focal_finish(const OnDevice& device, const FillTable& tb, const LossSum& losses, bool deltas = false);
 
 // Cuts the levels of so many images, whose places, sizes and layouts are given, into groups and tiles.
 void plan_dense(DenseTable& tb, Dtype type, u32 images);
@@ -39,7 +39,8 @@ struct StripMemory {
   StripMemory(Workspace& workspace, DenseTable& tb);
 };
 
-// The second launch of a loss whose positives have just been found: coefficients, and the bits of the strips.
-void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense);
+// The second launch of a loss: coefficients, the bits of the strips where the positives have just been found, zeros.
+void launch_coefficients_and_strips(const OnDevice& device, const CoefficientsTable& tb, const DenseTable& dense,
+                                    bool found = true, const ZerosTable& zeros = {});
 
 }  // namespace ioubal::cuda

@@ -250,12 +250,7 @@ IOUBAL_DEVICE void positives_tile(const PositivesTable& tb, const Problem& probl
 
   // Where the list has a unit's first anchor: a unit a thread.
   const u32 own = bits.collected[threadIdx.x];
-  u32 at = __popc(own);
-#pragma unroll
-  for (u32 distance = 1; distance < kWarp; distance *= 2) {
-    const u32 before = __shfl_up_sync(~0u, at, distance);
-    at += lane >= distance ? before : 0;
-  }
+  u32 at = warp_scan(__popc(own));
   if (lane == kWarp - 1) counts[warp] = at;
   __syncthreads();
   u32 count = 0;

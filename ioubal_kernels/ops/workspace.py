@@ -16,7 +16,7 @@ _TILE_WORDS = 64  # 128, but for those that a number of anchors per location doe
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _TRITON_ROWS, _TRITON_ANCHORS = 2048, 8192  # of a tile of the Triton kernels' positives
-# Of the Triton kernels' dense pass: so many tiles, or tiles of so many logits at least, and in small problems of so many.
+# Of the Triton kernels' dense pass: so many tiles, or of so many logits each; in small problems of so many.
 _TRITON_PROGRAMS, _TRITON_TILE, _TRITON_GROUP = 8192, 2048, 256
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes

@@ -66,7 +66,6 @@ _POSITIVES = (
     ("const bool aligned = «reinterpret_cast<uintptr_t>(run) % 16 == 0»;", "true", "vectors of misaligned values"),
     ("if («!problem.plain(kBackground)») rest", "false", "scopes of background rows are not looked at"),
     ("if («i < count») look_at(tile", "true", "anchors past the last one"),
-    ("at += «lane >= distance ? before : 0»;", "before", "list places off in the first lanes"),
     ("if (lane == kWarp - 1) counts[warp] = at; «__syncthreads();»", ";", "warps' counts read before written"),
     ("at += «i < warp ? counts[i] : 0»;", "0", "list places of all warps over each other"),
     ("«at -= __popc(own);»", ";", "a unit's anchors after its place"),
@@ -93,6 +92,10 @@ _COEFFICIENTS = (
     ("«k < share»; ++k) sum += pieces", "k + 1 < share", "a warp's piece of a segment dropped"),
     ("sums.data[i] = sum; } «__syncthreads();»", ";", "the normalisers before their sums"),
     ("loc_loss, «scratch + kCoefficientWarps»)", "scratch", "two sums in one scratch"),
+    ("first + «k * kStep»;", "0", "zeros in the first piece alone"),
+    ("if («at + 16 <= bytes») {", "true", "zeros past the end"),
+    ("rest < bytes; «rest += 2»)", "rest = bytes", "the last zeros missing"),
+    ("«tile >= tb.tile0[i + 1]») ++i;", "false", "zeros of the first tensor alone"),
     ("count_up(tb.ticket) == gridDim.x - 1; «__syncthreads();»", ";", "who is last read before it is known"),
     ("«*tb.ticket = 0;»", ";", "the ticket is not reset"),
     ("count_up(tb.ticket) == «gridDim.x - 1»", "gridDim.x / 2", "a block in the middle adds up"),
@@ -126,6 +129,7 @@ _FOCAL = (
 )
 _DEVICE = (
     ("scratch[threadIdx.x / kWarp] = value; «__syncthreads();»", ";", "warps' sums read before written"),
+    ("value += «threadIdx.x % kWarp >= distance ? before : 0»;", "before", "places in a list off in the first lanes"),
     (
         "«threadIdx.x < kBlock / kWarp» ? scratch[threadIdx.x]",
         "threadIdx.x + 1 < kBlock / kWarp",
@@ -212,7 +216,6 @@ _DENSE = (
     ("if (!all_good(total)) { «left |= 1u << u;»", ";", "vectors whose loss is not finite left as they were"),
     ("(left & «~(positive_strips[i] >> shift)») <<", "~0u", "strips with a positive done twice"),
     ("later |= (left & ~(positive_strips[i] >> shift)) << «i * kStripsPerWarp»;", "0", "later vectors elsewhere"),
-    ("end += «lane >= distance ? before : 0»;", "before", "strips counted twice"),
     ("own[j] = «at < tb.positive_groups» &&", "true", "strips of the next tiles, too"),
     ("«next += kFillWarps;»", "next += 2 * kFillWarps;", "every second strip of a warp"),
     ("group -= «image * tb.level[l].groups»;", "0", "strips of the first image for all"),
@@ -254,14 +257,15 @@ _FILL = (
     ("if («location >= level.locations») break;", "location > level.locations", "a location past the end"),
     ("if («labels.get(image, anchor) >= 0») {", "labels.get(image, anchor) > 0", "positives of class 0"),
     ("if («dense.labels.get(at.image, at.anchor) < 0») continue;", "false", "deltas of bad matches"),
+    ("owner + step - 1) «<= item») owner", "< item", "another lane's positives"),
+    ("before = «item + __popc(left) - __shfl_sync(~0u, end, owner)»;", "0", "a word's first positive for all of it"),
+    ("if («item >= count») continue;", "false", "the last positive's again, or none's"),
+    ("first < count; «first += kWarp»)", "first = count", "positives past a warp's 32"),
     (
         "«dense.level[at.level].planes ? at.a : at.position - location * level.anchors»;",
         "0",
         "the first anchor's place",
     ),
-    ("first + «k * kFillThreads * 16»;", "0", "zeros in the first piece alone"),
-    ("if («at + 16 <= level.bytes») {", "true", "zeros past the end"),
-    ("rest < level.bytes - at; «rest += 2»)", "rest = level.bytes", "the last zeros missing"),
     ("if («!tb.deltas.filled()») deltas_tile(tb, dense", "true", "deltas that need nothing written again"),
     ("tile == round * turn.divisor && «round < deltas.tiles»;", "true", "more tiles than the deltas have"),
     ("tile - («round < deltas.tiles ? round + 1 : deltas.tiles»);", "round + 1", "the logits' last tiles again"),
@@ -366,13 +370,15 @@ _PLANS = (
     ("tb.groups += level.groups * «images»;", "1", "strips of the images over each other"),
     ("positive_tiles = «divide_up(tb.groups, tb.positive_groups)»;", "1", "strips past the first tile's"),
     ("blocks = 1 + («deltas» ?", "false", "positives keep zeros"),
-    ("if («blockIdx.x == 0») { coefficients_block", "blockIdx.x <= 1", "marks of the first words missing"),
+    ("if («blockIdx.x == 0») return coefficients_block", "blockIdx.x <= 1", "marks of the first words missing"),
+    ("if («blockIdx.x > mark_blocks») return zeros_tile", "blockIdx.x > mark_blocks + 1", "no first piece of zeros"),
+    ("words = «found ? dense.words : 0», marks", "dense.words", "marks once more, of another call's positives"),
 )
 _LAUNCHERS = (
     ("return «loc.lambda != focal.eta || focal.eta == 0»", "loc.lambda != focal.eta", "0^0 of degenerate boxes"),
-    ("deltas = «may_skip» ? DeltaTiles::kPositives", "true", "no zeros in the deltas' gradient"),
+    ("«may_skip || zeros_.tiles > 0» ? DeltaTiles::kPositives", "true", "no zeros in the deltas' gradient"),
+    ("«if (zeros_.tiles > 0) tb.deltas.tiles = 0;»", ";", "positives written by two launches"),
     ("(«source.level.planes ? planes : rows») = true;", "rows", "planes as rows"),
-    ("level.bytes = «source.first_row == 0» ?", "true", "zeros past a tensor that is cut into levels"),
 )
 _FILES = {
     "cuda/focal.cuh": _FOCAL,

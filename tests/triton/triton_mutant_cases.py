@@ -37,6 +37,8 @@ def detection() -> None:
             inputs.gt_boxes[0][0, 2] = inputs.gt_boxes[0][0, 0]
             inputs.anchors[3, 3] = inputs.anchors[3, 1]
         check_detection(inputs, normalizer_scope=scope, w_loc=3.049, anchors_per_level=inputs.level_sizes, **options)
+    full = testing.detection_inputs(images=1, positive_share=0.8, ignored_share=0.1)  # no room for a list
+    check_detection(full, (2.0, 1.0))
     empty = testing.detection_inputs(images=1, positive_share=0.0, ignored_share=0.5)
     check_detection(empty)
     wide = testing.detection_inputs(images=1, classes=16, per_location=2, levels=((4, 8), (3, 5)), layout="nchw")
@@ -45,17 +47,20 @@ def detection() -> None:
 
 def dense() -> None:
     """Tiles that are full and plain, marks at their ends, vectors that reach from one plane into the next."""
-    for layout, classes, groups, vectors, factors in (
-        ("flat", 7, 3, 2, (1.0, 2.0)),
-        ("nchw", 8, 3, 1, (1.0, 2.0)),
-        ("nchw", 8, 1, 1, (2.0, 1.0)),
+    for layout, dtype, classes, groups, vectors, factors in (
+        ("flat", torch.float32, 7, 3, 2, (1.0, 2.0)),
+        ("nchw", torch.float32, 8, 3, 1, (1.0, 2.0)),
+        ("nchw", torch.float32, 8, 1, 1, (2.0, 1.0)),
+        ("flat", torch.bfloat16, 16, 3, 2, (1.0, 2.0)),
+        ("nchw", torch.float16, 16, 1, 2, (1.0, 1.0)),
+        ("flat", torch.float16, 7, 2, 1, (float("inf"), 1.0)),
     ):
         with_triton.choose_plan(groups=groups, vectors=vectors)
         inputs = testing.detection_inputs(
             seed=5, images=1, classes=classes, per_location=1, levels=((23, 89),), positive_share=0.0,
-            ignored_share=0.0,
+            ignored_share=0.0, dtype=dtype,
         )  # fmt: skip
-        ignored, positive = (0, 100) if layout == "nchw" else (877, 880)
+        ignored, positive = (1, 101) if layout == "nchw" else (877, 880)
         inputs.matched_idxs[0, [ignored, positive]] = torch.tensor([-2, 0])
         inputs.gt_labels[0][0] = 6
         inputs.cls_logits[0, positive, 6] = 3.0

@@ -28,6 +28,8 @@ _math.py focal
     slope = m * -5.83051238e-3 + 3.39733118e-2
     p = tl.where(x >= 0.0, r, other)
     p = tl.where(x >= 0.0, r, r)
+    return p2 * softplus, p2 * (r * softplus + p)
+    return p2 * softplus, p2 * (softplus + p)
     p2 * ((capped - p * capped) * 2.0 + p)
     p2 * ((capped - p * capped) + p)
     return p * softplus, p * (p + (capped - p * capped))
@@ -42,6 +44,15 @@ _math.py focal
     clamp(iou, 0.0, 0.9)
     d = weighted + eps
     d = weighted
+_math.py dense
+    return words.to(tl.int16).to(T, bitcast=True)
+    return (words >> 16).to(tl.int16).to(T, bitcast=True)
+    return (words << 16).to(tl.float32, bitcast=True)
+    return words.to(tl.float32, bitcast=True)
+    words = tl.maximum(words, words << 16)
+    words = words
+    return tl.abs(factor) < 1e30
+    return factor == factor
 _math.py smooth_l1
     size - 0.5 * beta
     size - beta
@@ -92,6 +103,11 @@ _math.py fovea
 _launch.py focal
     while value % width:
     while False:
+coefficients.py detection
+    (piece - pick(zeros[2], which)) * ZERO_WORDS
+    (piece - pick(zeros[2], which)) * 4
+    mask=at < pick(zeros[1], which)
+    mask=at <= pick(zeros[1], which)
 coefficients.py focal
     first, step, count = scope * images, 1, images
     first, step, count = scope, 1, images
@@ -113,22 +129,32 @@ detection_kernels.py detection
     tl.where(value == -3, IGNORED, PLAIN)
     tl.where(planes != 0, a * locations + cell, row)
     row
-    left = (left - 1) // LANES * LANES
-    left = left - LANES
+    return 3 * positives <= 2 * anchors
+    return True
+    return 3 * positives <= 2 * anchors
+    return False
+    order = count + tl.cumsum
+    order = 1 + count + tl.cumsum
+    count += tl.sum(positive.to(tl.int32), 0)
+    count = tl.sum(positive.to(tl.int32), 0)
+    tl.load(list_end - item, mask=mask & listed, other=0).to(tl.int32), item)
+    tl.load(list_end - 0 * item, mask=mask & listed, other=0).to(tl.int32), item)
+    mask = mask & (match != -1) & (match != -2)
+    mask = mask & (match != -1)
     (a * CLASSES + label).to(tl.int64) * locations + cell
     (a * CLASSES + label).to(tl.int64) * locations
     iou = tl.where(degenerate, 0.0, iou)
     iou = tl.where(degenerate, 0.5, iou)
-    found = found & (degenerate == 0)
-    found = found & True
+    some = found & (degenerate == 0)
+    some = found & True
     w0, w1, w2, w3, FOVEA), lambda_)
     w0, w1, w2, w3, FOVEA), 1.0)
-    g3 = tl.where(found, s3
-    g3 = tl.where(found, s2
-    inside = location < locations
-    inside = location <= locations
-    tl.join(tl.join(g0, g2), tl.join(g1, g3))
-    tl.join(tl.join(g0, g1), tl.join(g2, g3))
+    tl.where(some, s3.to
+    tl.where(some, s2.to
+    tl.where(listed, item, at), mask=found
+    tl.where(listed, at, at), mask=found
+    (location // width).to(tl.int64) * pick(strides[2]
+    (location % width).to(tl.int64) * pick(strides[2]
     boxes = pointer(gt.boxes[0], BOX_T) + 4 * tl.cast(image
     boxes = pointer(gt.boxes[0], BOX_T) + 3 * tl.cast(image
     (a * CLASSES + seen).to(tl.int64) * locations + location
@@ -138,43 +164,59 @@ detection_kernels.py detection
     loc_due = loc_wanted != there
     loc_due = cls_wanted != there
 focal_dense.py dense
-    special = (entry < 0) | (entry + VECTORS * VECTOR > size)
-    special = entry < 0
-    special = (entry < 0) | (entry + VECTORS * VECTOR > size)
-    special = entry + VECTORS * VECTOR > size
-    any_marked(mark, first_row, last_row + 1 - first_row
-    any_marked(mark, first_row, last_row - first_row
-    at = tl.where(at >= wrap, at - wrap, at)
-    at = tl.where(at >= wrap, wrap - 1, at)
-    off = (seen == column) | (seen == IGNORED)
-    off = seen == column
-    off = (seen == column) | (seen == IGNORED)
+    short = is_usual(factor) & (entry >= 0) & (entry <= size - REACH)
+    short = is_usual(factor) & (entry <= size - REACH)
+    short = is_usual(factor) & (entry >= 0) & (entry <= size - REACH)
+    short = is_usual(factor) & (entry >= 0)
+    row <= (entry + count - 1) // K
+    row <= entry // K
+    return (seen == e - row * K) | (seen == IGNORED)
+    return seen == e - row * K
+    return (seen == e - row * K) | (seen == IGNORED)
+    return seen == IGNORED
+    off = (seen == e - row * K) | (seen == IGNORED)
+    off = seen == e - row * K
+    off = (seen == e - row * K) | (seen == IGNORED)
     off = seen == IGNORED
-    loss, slope = focal_negative(logits[u].to(tl.float32), gamma, GAMMA)
-    loss, slope = focal_negative(logits[0].to(tl.float32), gamma, GAMMA)
-    acc += tl.sum(loss, 1)  # along
-    acc = tl.sum(loss, 1)  # along
-    x += UNROLL * THREADS * VECTOR
-    x += THREADS * VECTOR
-    window = local - rest * windows
+    words = group[u]
+    words = group[0]
+    twice += tl.sum(loss, 1)  # along
+    twice = tl.sum(loss, 1)  # along
+    loss, slope = focal_below(words.to(tl.float32, bitcast=True), gamma, GAMMA)
+    loss, slope = focal_negative(words.to(tl.float32, bitcast=True), gamma, GAMMA)
+    e += 1
+    e += 0
+    tl.where(first, 0xFFFF, 0) | tl.where(second, -0x10000, 0)
+    tl.where(second, 0xFFFF, 0) | tl.where(first, -0x10000, 0)
+    x += REACH
+    x += STEP
+    window = local - chunk * windows
     window = 0 * local
-    periods = tl.minimum(K // classes - period, LOOP)
-    periods = LOOP
+    periods = tl.minimum(K // classes - period, loop)
+    periods = loop
     inside = (vector < end)[:, None]
     inside = (vector <= end)[:, None]
-    next_plane = location >= locations
-    next_plane = location > locations
-    own = seen - number_of[:, None] - next_plane.to(tl.int32)
-    own = seen - number_of[:, None]
+    over = location >= locations
+    over = location > locations
+    return plane[:, None] + over.to(tl.int32), tl.where
+    return plane[:, None] + 0 * over.to(tl.int32), tl.where
     off = (own == (period + i) * classes)
     off = (own == i * classes)
-    first * VECTOR % locations, tl.minimum
-    (first * VECTOR + 200) % locations, tl.minimum
+    after = number_of - period
+    after = number_of
+    (number_of * classes == first)
+    (number_of * classes <= first)
+    first_own = seen == of + (period + i) * classes
+    first_own = seen == of + (period + i) * classes + 1
+    second_own = seen == of + (period + i) * classes
+    second_own = first_own
+    mask_of(seen == IGNORED, second == IGNORED, T)
+    mask_of(seen == IGNORED, seen == IGNORED, T)
+    load_marks(mark, location, (lane < left)[:, None])
+    load_marks(mark, location, (lane <= left)[:, None])
     if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
     if True:
 focal_finish.py detection
-    return slope * (positive * norm * scale)
-    return slope * (positive * norm)
     return tl.load(norm + image)
     return tl.load(norm)
     + tl.load(pointer(sc.positives_loss, tl.float32))
@@ -183,6 +225,8 @@ focal_dense.py focal
     slope *= weight
     slope *= 1.0
 focal_finish.py focal
+    return slope * (positive * norm * scale)
+    return slope * (positive * norm)
     tl.store(out + row * K + seen
     tl.store(out + row * K
     tile -= 1
