@@ -198,6 +198,12 @@ def batch_table(stored: Stored) -> str:
     return "\n".join(["| batch | layout | float32 | bfloat16 | float16 |", "|---|---|---|---|---|", *rows])
 
 
+def others_table(stored: Stored) -> str:
+    """What other devices of the kind do."""
+    parts = [text for other in stored.others for text in (heads_table(other), batch_table(other))]
+    return "\n\n".join(text for text in parts if text != NOT_MEASURED) or NOT_MEASURED
+
+
 def threads_table(stored: Stored) -> str:
     """What a second thread, and a heap that gives memory back, make of it."""
     cases = (f"{HEADS}/flat/float32", f"{HEADS}/nchw/float32", f"{HEADS}/channels_last/float32")
@@ -241,6 +247,7 @@ BLOCKS: dict[str, tuple[bool, Callable[[Stored], str]]] = {  # name: (of a GPU, 
     "cpu step": (False, step_table),
     "cpu batches": (False, batch_table),
     "cpu threads": (False, threads_table),
+    "cpu others": (False, others_table),
     "gpu heads": (True, heads_table),
     "gpu softmax": (True, softmax_table),
     "gpu stage": (True, stage_table),

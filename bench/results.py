@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def newest(rows: Iterable[Row]) -> dict[Key, Row]:
 class Stored:
     """The newest rows of one device, by what they measure."""
 
-    def __init__(self, rows: Iterable[Row], device: str) -> None:
-        self.device = device
+    def __init__(self, rows: Iterable[Row], device: str, others: Iterable[Stored] = ()) -> None:
+        self.device, self.others = device, list(others)
         self.rows = [row for row in newest(rows).values() if row["device"] == device]
         self.gpu = any("capability" in row for row in self.rows)
 
@@ -55,12 +56,16 @@ class Stored:
 
 
 def devices(rows: Iterable[Row], gpu: bool) -> list[str]:
-    """Devices with measured rows, the one measured last first."""
-    found = [row for row in newest(rows).values() if ("capability" in row) == gpu]
-    return list(dict.fromkeys(row["device"] for row in sorted(found, key=lambda row: row["run"], reverse=True)))
+    """Devices with measured rows, the one with most of them first."""
+    found = collections.Counter(row["device"] for row in newest(rows).values() if ("capability" in row) == gpu)
+    return [device for device, _ in found.most_common()]
 
 
 def by_device(folder: Path | None = None) -> dict[bool, Stored]:
-    """Of a folder's rows those of the GPU (True) and of the processor (False) that was measured last."""
+    """Of a folder's rows those of the GPU (True) and of the processor (False) with most of them; with the `others`."""
     rows = load(folder)
-    return {gpu: Stored(rows, next(iter(devices(rows, gpu)), "")) for gpu in (False, True)}
+    found = {}
+    for gpu in (False, True):
+        first, *rest = devices(rows, gpu) or [""]
+        found[gpu] = Stored(rows, first, [Stored(rows, device) for device in rest])
+    return found

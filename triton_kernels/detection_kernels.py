@@ -320,8 +320,8 @@ def detection_finish_kernel(
     while tile < tiles:
         finish_positives(
             lv, out_logits, out, strides, gt, marks, sc, matched_idxs, anchors, anchors_per_image, tiles, tile, cls_due,
-            cls_wanted, loc_due, loc_wanted, lambda_, beta, w0, w1, w2, w3, T, DELTA_T, BOX_T, PADDED, OWN_ANCHORS, FOVEA,
-            SCOPE, LOGITS, DELTAS, CLASSES, TILE, LANES,
+            cls_wanted, loc_due, loc_wanted, lambda_, beta, w0, w1, w2, w3,
+            T, DELTA_T, BOX_T, PADDED, OWN_ANCHORS, FOVEA, SCOPE, LOGITS, DELTAS, CLASSES, TILE, LANES,
         )  # fmt: skip
         tile += tl.num_programs(0)
 

@@ -1,11 +1,12 @@
 """The pass over all logits of a sigmoid focal loss: one read of the logits, one write of their gradient.
 
-The logits are streams of aligned vectors, whatever the layout. A program takes groups of them, each thread several
-vectors, all read before the first is computed: so much is under way that memory does not wait. Every entry is computed
-as a negative. Where the positives' kernel has marked something in a program's tile, a vector of rows is not whole, or
-rows have weights, it goes a longer way, on which ignored and positive entries are computed with a logit that gives
-exactly 0, and leave 0. Nothing is left out: memory written with holes costs more. The positives' own entries are put
-there afterwards (focal_finish.py).
+The logits are streams of aligned vectors, whatever the layout. A program, which is one warp, takes groups of them, each
+thread several vectors, all read before the first is computed: so much is under way that memory does not wait. Every
+entry is computed as a negative. In the words of memory as they were read, ignored entries and positives' own get a
+logit that gives exactly 0 (OFF), where the positives' kernel has marked something in the group (rows) or the window
+(planes); then all go the same way. Nothing is left out: memory written with holes costs more. The positives' own
+entries are put there afterwards (focal_finish.py, detection_kernels.py). Groups of rows that are not whole, weights, a
+factor that is huge or not finite and single 16-bit elements take a longer way, entry by entry.
 """
 
 from __future__ import annotations

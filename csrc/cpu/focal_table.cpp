@@ -196,8 +196,7 @@ double FocalTable::operator()(const void* x_, void* out_, int64_t n, const Perio
 
 int64_t table_threshold() {
   const int64_t chosen = chosen_threshold.load(std::memory_order_relaxed);
-  if (chosen >= 0) return chosen;
-  return kernels().isa >= 4 ? std::numeric_limits<int64_t>::max() : kWorthATable;
+  return chosen >= 0 ? chosen : kWorthATable;
 }
 
 int64_t set_table_threshold(int64_t entries) {

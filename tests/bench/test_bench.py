@@ -335,3 +335,5 @@ def test_the_newest_row_of_a_device_is_found():
     assert found.find("retinanet/b1/flat/float32", "fused", heap="default") is None
     assert results.devices(rows, gpu=False) == ["A CPU"] and results.devices(rows, gpu=True) == []
     assert machine.slug("A CPU") == "a-cpu"
+    few = [{**stored("fused", 2.0, "aaa1"), "device": "Another", "run": "2099-01-01T00:00:00Z"}]
+    assert results.devices(few + rows, gpu=False) == ["A CPU", "Another"]
