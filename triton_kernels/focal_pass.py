@@ -17,9 +17,9 @@ from .positives import Marks
 
 # A program is a warp: it waits for none, and what is rare is looked for in what 32 threads read at once.
 WARPS = 1
-# Registers of a thread, and the warps that a multiprocessor holds with so many; for any gamma.
+# Registers of a thread, and the warps that a multiprocessor holds with so many; for any gamma, and for weights.
 REGISTERS, RESIDENT = 64, 32
-REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA = 80, 24
+REGISTERS_MORE, RESIDENT_MORE = 80, 24
 READ_AHEAD, READ_AHEAD_PLANES = 64, 32  # bytes of logits that a thread reads before it computes
 MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow accesses
 MOST_ROWS = 2048  # of a group, whose marks are looked at at once
@@ -200,7 +200,8 @@ class DensePass:
             x if self.expected[0] is None else self.expected[0],
         )
         warps = choice.warps or WARPS
-        registers, resident = (REGISTERS_ANY_GAMMA, RESIDENT_ANY_GAMMA) if gamma < 0 else (REGISTERS, RESIDENT)
+        more = gamma < 0 or self.row_weight is not None
+        registers, resident = (REGISTERS_MORE, RESIDENT_MORE) if more else (REGISTERS, RESIDENT)
         dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident // warps),)](
             plan["table"],
             self.marks,

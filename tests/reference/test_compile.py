@@ -2,6 +2,9 @@
 (A50).
 """
 
+import importlib
+import types
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -85,3 +88,17 @@ def test_matching() -> None:
             matches(d.anchors, d.gt_boxes, padded), compiled(d.anchors, d.gt_boxes, padded), strict=True
         ):
             assert torch.equal(got, want)
+
+
+def test_looking_for_triton_is_not_traced(monkeypatch) -> None:
+    """What says whether Triton can run asks the GPU and looks for a compiler on the disk, which no trace can follow."""
+    with_triton = importlib.import_module("ioubal_kernels.ops.with_triton")
+    gpu = types.SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
+    there = types.SimpleNamespace(cuda=gpu, version=types.SimpleNamespace(cuda="13.0"))
+    monkeypatch.setattr(with_triton, "torch", there)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if backends._BACKENDS["triton"].unavailable() is None else 2)
+
+    want = call(torch.zeros(3))
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(3)), want)

@@ -8,7 +8,7 @@ from checks import DTYPES, check_detection, ids
 
 from ioubal_kernels import testing
 from ioubal_kernels.ops import with_triton
-from ioubal_kernels.triton_kernels import focal_pass
+from ioubal_kernels.triton_kernels import focal_pass, positives
 
 LEVELS = ((3, 4), (1, 1))
 GAMMAS = (2.0, 1.5, 0.0, 1.0)
@@ -100,6 +100,22 @@ def test_launch_choices(monkeypatch, layout, groups, vectors):
         ignored_share=0.002, dtype=torch.bfloat16 if groups == 3 else torch.float32,
     )  # fmt: skip
     check_detection(inputs.in_layout(layout))
+
+
+@pytest.mark.parametrize("layout, share, factors", (("flat", 0.5, (1.0, 2.0)), ("nchw", 0.9, (2.0, 1.0))))
+def test_tiles_of_positives(layout, share, factors):
+    """Lists that are gone through in several steps, of the last tile, and tiles with no room for one (0.9)."""
+    inputs = testing.detection_inputs(
+        images=1,
+        classes=2,
+        per_location=2,
+        levels=((64, 66), (3, 5)),
+        layout=layout,
+        positive_share=share,
+        ignored_share=0.08,
+    )
+    assert inputs.level_sizes[0] > positives.TILE > inputs.level_sizes[1]
+    check_detection(inputs, factors)
 
 
 def test_periods_are_whole_vectors_that_fill_their_groups():
