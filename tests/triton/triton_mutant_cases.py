@@ -37,6 +37,8 @@ def detection() -> None:
             inputs.gt_boxes[0][0, 2] = inputs.gt_boxes[0][0, 0]
             inputs.anchors[3, 3] = inputs.anchors[3, 1]
         check_detection(inputs, normalizer_scope=scope, w_loc=3.049, anchors_per_level=inputs.level_sizes, **options)
+    many = testing.detection_inputs(images=1, classes=1, per_location=1, levels=((30, 40),), layout="nchw")
+    check_detection(many)
     full = testing.detection_inputs(images=1, positive_share=0.8, ignored_share=0.1)  # no room for a list
     check_detection(full, (2.0, 1.0))
     empty = testing.detection_inputs(images=1, positive_share=0.0, ignored_share=0.5)
@@ -53,17 +55,20 @@ def dense() -> None:
         ("nchw", torch.float32, 8, 1, 1, (2.0, 1.0)),
         ("flat", torch.bfloat16, 16, 3, 2, (1.0, 2.0)),
         ("nchw", torch.float16, 16, 1, 2, (1.0, 1.0)),
-        ("flat", torch.float16, 7, 2, 1, (float("inf"), 1.0)),
+        ("nchw", torch.float16, 7, 3, 1, (1.0, 1.0)),
     ):
         with_triton.choose_plan(groups=groups, vectors=vectors)
         inputs = testing.detection_inputs(
-            seed=5, images=1, classes=classes, per_location=1, levels=((23, 89),), positive_share=0.0,
+            seed=5, images=1, classes=classes, per_location=1, levels=((23, 25),), positive_share=0.0,
             ignored_share=0.0, dtype=dtype,
         )  # fmt: skip
-        ignored, positive = (1, 101) if layout == "nchw" else (877, 880)
+        ignored, positive = (0, 101) if layout == "nchw" else (475, 478)
         inputs.matched_idxs[0, [ignored, positive]] = torch.tensor([-2, 0])
         inputs.gt_labels[0][0] = 6
+        if dtype != torch.float32:
+            inputs.cls_logits -= 8  # all below 0, but for these
         inputs.cls_logits[0, positive, 6] = 3.0
+        inputs.cls_logits[0, 200, 4] = 2.5
         check_detection(inputs.in_layout(layout), factors)
     with_triton.choose_plan()
 

@@ -51,8 +51,6 @@ _math.py dense
     return words.to(tl.float32, bitcast=True)
     words = tl.maximum(words, words << 16)
     words = words
-    return tl.abs(factor) < 1e30
-    return factor == factor
 _math.py smooth_l1
     size - 0.5 * beta
     size - beta
@@ -131,8 +129,6 @@ detection_kernels.py detection
     row
     return 3 * positives <= 2 * anchors
     return True
-    return 3 * positives <= 2 * anchors
-    return False
     order = count + tl.cumsum
     order = 1 + count + tl.cumsum
     count += tl.sum(positive.to(tl.int32), 0)
@@ -204,16 +200,12 @@ focal_dense.py dense
     off = (own == i * classes)
     after = number_of - period
     after = number_of
-    (number_of * classes == first)
-    (number_of * classes <= first)
     first_own = seen == of + (period + i) * classes
     first_own = seen == of + (period + i) * classes + 1
     second_own = seen == of + (period + i) * classes
     second_own = first_own
     mask_of(seen == IGNORED, second == IGNORED, T)
     mask_of(seen == IGNORED, seen == IGNORED, T)
-    load_marks(mark, location, (lane < left)[:, None])
-    load_marks(mark, location, (lane <= left)[:, None])
     if wanted == number(nu.expected, expected, EXPECTED_GIVEN):
     if True:
 focal_finish.py detection
