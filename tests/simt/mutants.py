@@ -257,10 +257,10 @@ _FILL = (
     ("if («location >= level.locations») break;", "location > level.locations", "a location past the end"),
     ("if («labels.get(image, anchor) >= 0») {", "labels.get(image, anchor) > 0", "positives of class 0"),
     ("if («dense.labels.get(at.image, at.anchor) < 0») continue;", "false", "deltas of bad matches"),
-    ("owner + step - 1) «<= item») owner", "< item", "another lane's positives"),
+    ("owner + step - 1) <= «item») owner", "item - 1", "another lane's positives"),
     ("before = «item + __popc(left) - __shfl_sync(~0u, end, owner)»;", "0", "a word's first positive for all of it"),
     ("if («item >= count») continue;", "false", "the last positive's again, or none's"),
-    ("first < count; «first += kWarp»)", "first = count", "positives past a warp's 32"),
+    ("first < «count»; first += kWarp", "(count < kWarp ? count : kWarp)", "positives past a warp's 32"),
     (
         "«dense.level[at.level].planes ? at.a : at.position - location * level.anchors»;",
         "0",
@@ -372,12 +372,10 @@ _PLANS = (
     ("blocks = 1 + («deltas» ?", "false", "positives keep zeros"),
     ("if («blockIdx.x == 0») return coefficients_block", "blockIdx.x <= 1", "marks of the first words missing"),
     ("if («blockIdx.x > mark_blocks») return zeros_tile", "blockIdx.x > mark_blocks + 1", "no first piece of zeros"),
-    ("words = «found ? dense.words : 0», marks", "dense.words", "marks once more, of another call's positives"),
 )
 _LAUNCHERS = (
     ("return «loc.lambda != focal.eta || focal.eta == 0»", "loc.lambda != focal.eta", "0^0 of degenerate boxes"),
     ("«may_skip || zeros_.tiles > 0» ? DeltaTiles::kPositives", "true", "no zeros in the deltas' gradient"),
-    ("«if (zeros_.tiles > 0) tb.deltas.tiles = 0;»", ";", "positives written by two launches"),
     ("(«source.level.planes ? planes : rows») = true;", "rows", "planes as rows"),
 )
 _FILES = {
