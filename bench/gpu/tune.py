@@ -37,12 +37,13 @@ PLANS: dict[str, tuple[Plan, ...]] = {
     "cuda": ({}, *({"iterations": groups} for groups in (1, 2, 3, 4, 6, 8))),
     "triton": (
         {},
-        *({"groups": groups} for groups in (1, 2, 4, 8, 16)),
+        *({"groups": groups} for groups in (2, 4, 8, 16)),
         {"vectors": 2},
-        {"vectors": 2, "registers": 40},
-        {"vectors": 8, "registers": 96},
+        {"vectors": 2, "registers": 48},
+        {"vectors": 3},
         {"registers": 80},
-        {"registers": 128},
+        {"warps": 2},
+        {"warps": 4},
     ),
 }
 

@@ -7,7 +7,7 @@ import torch
 from checks import DTYPES, check_detection, ids
 
 from ioubal_kernels import testing
-from ioubal_kernels.ops import with_triton
+from ioubal_kernels.ops import with_triton, workspace
 from ioubal_kernels.triton_kernels import focal_pass, positives
 
 LEVELS = ((3, 4), (1, 1))
@@ -103,13 +103,15 @@ def test_launch_choices(monkeypatch, layout, groups, vectors):
 
 
 @pytest.mark.parametrize("layout, share, factors", (("flat", 0.5, (1.0, 2.0)), ("nchw", 0.9, (2.0, 1.0))))
-def test_tiles_of_positives(layout, share, factors):
+def test_tiles_of_positives(monkeypatch, layout, share, factors):
     """Lists that are gone through in several steps, of the last tile, and tiles with no room for one (0.9)."""
+    monkeypatch.setattr(positives, "TILE", 1024)
+    monkeypatch.setattr(workspace, "_TRITON_ANCHORS", 1024)
     inputs = testing.detection_inputs(
         images=1,
         classes=2,
         per_location=2,
-        levels=((64, 66), (3, 5)),
+        levels=((20, 30), (3, 5)),
         layout=layout,
         positive_share=share,
         ignored_share=0.08,
