@@ -65,7 +65,7 @@ def dense() -> None:
         ignored, positive = (0, 101) if layout == "nchw" else (475, 478)
         inputs.matched_idxs[0, [ignored, positive]] = torch.tensor([-2, 0])
         inputs.gt_labels[0][0] = 6
-        if dtype != torch.float32:
+        if dtype == torch.bfloat16:
             inputs.cls_logits -= 8  # all below 0, but for these
         inputs.cls_logits[0, positive, 6] = 3.0
         inputs.cls_logits[0, 200, 4] = 2.5
