@@ -98,6 +98,19 @@ def load_deltas(lv, level, image, position, mask, T: tl.constexpr):
     return p0, p1, p2, p3
 
 
+@triton.jit
+def place_of(lv, tile, anchors_per_image, TILE: tl.constexpr):
+    """A tile of positions: its level and image, its first position and how many it has, and the first anchor, in the
+    whole batch, of the level."""
+    level = level_of(lv.tile0, tile)
+    local = tile - pick(lv.tile0, level)
+    per_image = pick(lv.tiles, level)
+    image = local // per_image
+    first = (local - image * per_image) * TILE
+    here = tl.minimum(pick(lv.positions, level) - first, TILE)
+    return level, image, first, here, tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
+
+
 # A tile's slopes are kept in the order of its positives, so that the last kernel works on these side by side without
 # looking for them; their places in the tile, int16, come from the end of the same memory, 4 bytes an anchor, to its
 # start. With more positives than there is room for (two of three anchors) every slope lies at its anchor instead, and
@@ -143,17 +156,11 @@ def detection_positives_kernel(
 ):
     clear_tickets(sc)
     tile = tl.program_id(0)
-    level = level_of(lv.tile0, tile)
-    local = tile - pick(lv.tile0, level)
-    per_image = pick(lv.tiles, level)
-    image = local // per_image
-    first = (local - image * per_image) * TILE
-    anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
+    level, image, first, here, anchor0 = place_of(lv, tile, anchors_per_image, TILE)
     per_location = pick(lv.anchors, level)
     locations = pick(lv.positions, level) // per_location
     planes = pick(lv.planes, level)
 
-    here = tl.minimum(pick(lv.positions, level) - first, TILE)
     mark = marks_at(marks, anchor0, CLASSES)
     list_end = (pointer(marks.slope, tl.float32) + (anchor0 + first + here)).to(tl.pointer_type(tl.int16)) - 1
     count = tl.zeros((), tl.int32)
@@ -337,16 +344,10 @@ def finish_positives(
     """What the positives of a tile of their kernel get."""
     partial = pointer(sc.partial, tl.float64) + tile
     known = tl.load(partial + COUNT * all_tiles) + tl.load(partial + BAD * all_tiles)
-    level = level_of(lv.tile0, tile)
-    local = tile - pick(lv.tile0, level)
-    per_image = pick(lv.tiles, level)
-    image = local // per_image
-    first = (local - image * per_image) * TILE
-    anchor0 = tl.cast(image, tl.int64) * anchors_per_image + pick(lv.first_anchor, level)
+    level, image, first, here, anchor0 = place_of(lv, tile, anchors_per_image, TILE)
     per_location = pick(lv.anchors, level)
     locations = pick(lv.positions, level) // per_location
     planes = pick(lv.planes, level)
-    here = tl.minimum(pick(lv.positions, level) - first, TILE)
     slopes = pointer(marks.slope, tl.float32) + (anchor0 + first)
     list_end = (slopes + here).to(tl.pointer_type(tl.int16)) - 1
     found_here = known.to(tl.int32)

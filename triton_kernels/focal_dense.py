@@ -101,6 +101,31 @@ def switch_off(words, mask, T: tl.constexpr):
 
 
 @triton.jit
+def negative(x, gamma, factor, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, BELOW: tl.constexpr):
+    """The loss of negatives and what they get. BELOW: they are at most 0, and their loss is doubled."""
+    if BELOW:
+        loss, slope = focal_below(x, gamma, GAMMA)
+        return loss, (0.5 * loss if OUTPUT == LOSS else slope) * factor
+    else:
+        loss, slope = focal_negative(x, gamma, GAMMA)
+        return loss, (loss if OUTPUT == LOSS else slope) * factor
+
+
+@triton.jit
+def negatives(
+    words, gamma, factor, T: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, BELOW: tl.constexpr
+):  # fmt: skip
+    """The same of the elements of words: their losses together, and words."""
+    if T.primitive_bitwidth == 32:
+        loss, value = negative(words.to(tl.float32, bitcast=True), gamma, factor, GAMMA, OUTPUT, BELOW)
+        return loss, value.to(tl.int32, bitcast=True)
+    else:
+        loss, value = negative(first_half(words, T), gamma, factor, GAMMA, OUTPUT, BELOW)
+        second_loss, second = negative(second_half(words, T), gamma, factor, GAMMA, OUTPUT, BELOW)
+        return loss + second_loss, pack_halves(value, second, T)
+
+
+@triton.jit
 def add_negatives(
     words, out, left, acc, twice, gamma, factor,
     T: tl.constexpr, GAMMA: tl.constexpr, OUTPUT: tl.constexpr, WANT_LOSS: tl.constexpr, THREADS: tl.constexpr,
@@ -110,31 +135,11 @@ def add_negatives(
     Returns acc, to which their losses are added, and `twice`, to which they are added doubled: one or the other."""
     # One way for all: a branch is a program's, not a thread's. Most of a detector's logits are below 0.
     if all_negative(words, T):
-        if T.primitive_bitwidth == 32:
-            loss, slope = focal_below(words.to(tl.float32, bitcast=True), gamma, GAMMA)
-            value = ((0.5 * loss if OUTPUT == LOSS else slope) * factor).to(tl.int32, bitcast=True)
-        else:
-            loss, slope = focal_below(first_half(words, T), gamma, GAMMA)
-            second_loss, second = focal_below(second_half(words, T), gamma, GAMMA)
-            if OUTPUT == LOSS:
-                value = pack_halves(0.5 * loss * factor, 0.5 * second_loss * factor, T)
-            else:
-                value = pack_halves(slope * factor, second * factor, T)
-            loss += second_loss
+        loss, value = negatives(words, gamma, factor, T, GAMMA, OUTPUT, True)
         if WANT_LOSS:
             twice += tl.sum(loss, 1)  # along registers: no exchange between threads
     else:
-        if T.primitive_bitwidth == 32:
-            loss, slope = focal_negative(words.to(tl.float32, bitcast=True), gamma, GAMMA)
-            value = ((loss if OUTPUT == LOSS else slope) * factor).to(tl.int32, bitcast=True)
-        else:
-            loss, slope = focal_negative(first_half(words, T), gamma, GAMMA)
-            second_loss, second = focal_negative(second_half(words, T), gamma, GAMMA)
-            if OUTPUT == LOSS:
-                value = pack_halves(loss * factor, second_loss * factor, T)
-            else:
-                value = pack_halves(slope * factor, second * factor, T)
-            loss += second_loss
+        loss, value = negatives(words, gamma, factor, T, GAMMA, OUTPUT, False)
         if WANT_LOSS:
             acc += tl.sum(loss, 1)
     if OUTPUT != NOTHING:

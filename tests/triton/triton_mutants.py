@@ -178,8 +178,8 @@ focal_dense.py dense
     words = group[0]
     twice += tl.sum(loss, 1)  # along
     twice = tl.sum(loss, 1)  # along
-    loss, slope = focal_below(words.to(tl.float32, bitcast=True), gamma, GAMMA)
-    loss, slope = focal_negative(words.to(tl.float32, bitcast=True), gamma, GAMMA)
+    loss, slope = focal_below(x, gamma, GAMMA)
+    loss, slope = focal_negative(x, gamma, GAMMA)
     e += 1
     e += 0
     tl.where(first, 0xFFFF, 0) | tl.where(second, -0x10000, 0)
