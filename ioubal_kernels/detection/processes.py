@@ -129,9 +129,17 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     try:
         yield Processes(rank, size, device)
     finally:
-        # gloo's threads take the GIL to let go of the last collective's tensors. A process group that is freed before
-        # they have, with the GIL held, waits for them for ever: give it away for a moment.
-        time.sleep(0.2)
-        # Not a collective: after an error the other processes may be gone.
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+        disconnect()
+
+
+def disconnect() -> None:
+    """Takes the process group down, at the end of a process that trained with DDP or may have failed.
+
+    Not a collective: after an error the other processes may be gone.
+    """
+    # gloo's threads take the GIL to let go of the last collective's tensors. A process group that is freed before they
+    # have, with the GIL held, waits for them for ever; one that DDP keeps alive has them end in an interpreter that is
+    # going, which aborts ("terminate called without an active exception"): give the GIL away for a moment.
+    time.sleep(0.2)
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
+from ioubal_kernels.detection.processes import disconnect
 
 ROWS = {
     "DistributedDataParallel": "works",
@@ -99,7 +100,7 @@ def main(rank: int, folder: Path) -> None:
     found = {row: gradients(row, rank) for row in ROWS}
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.fixture(scope="module")
