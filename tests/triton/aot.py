@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,13 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "matching roi_heads", lambda: matching(False, "roi_heads", torch.int64)
 
 
+# Cases that together launch every kernel; the others compile more variants of some.
+CORE = (
+    *("detection flat", "detection nchw", "focal weighted", "cross entropy 81", "smooth L1", "boxes", "in place"),
+    "matching retinanet",
+)
+
+
 @functools.cache
 def _take_cpu_tensors() -> None:
     """Registers the launchers for CPU tensors, which torch allows once."""
@@ -157,7 +164,7 @@ def _take_cpu_tensors() -> None:
         library._library.impl(f"{name}.triton", with_triton._kernel(name), "CPU")
 
 
-def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> dict[str, dict[str, int]]:
+def compile_all(capability: int, dtypes: list[str], only: Container[str] | None = None) -> dict[str, dict[str, int]]:
     """Figures of every compiled kernel by "sm_90 bfloat16 case: kernel #n"."""
     triton.runtime.driver.set_active(CompileOnly(capability))
     found: dict[str, dict[str, int]] = {}
@@ -186,7 +193,7 @@ def compile_all(capability: int, dtypes: list[str], only: str | None = None) -> 
     try:
         for dtype in dtypes:
             for name, case in cases(getattr(torch, dtype)):
-                if only is None or name == only:
+                if only is None or name in only:
                     label = f"sm_{capability} {dtype} {name}"
                     case()
     finally:
@@ -222,7 +229,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
-    parser.add_argument("--case", help="only this one")
+    parser.add_argument("--case", action="append", help="only these")
+    parser.add_argument("--core", action="store_const", const=CORE, dest="case", help="few that launch every kernel")
     parser.add_argument("--write", action="store_true", help="renew the budget")
     options = parser.parse_args()
     found: dict[str, dict[str, int]] = {}

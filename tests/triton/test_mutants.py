@@ -7,7 +7,7 @@ import triton_mutants as mutants
 
 pytestmark = pytest.mark.slow
 GROUPS = 4  # one test each, so that processes share them
-EVERY = 1 if os.environ.get("IOUBAL_ALL_MUTANTS") else 2  # neighbours in the list are faults of one place
+EVERY = 1 if os.environ.get("IOUBAL_ALL") else 3  # neighbours in the list are faults of one place
 
 
 def test_the_unchanged_kernels_pass() -> None:
@@ -27,6 +27,6 @@ def test_there_are_mutants_of_every_file() -> None:
         "detection.py",
         "boxes.py",
     }
-    assert {mutant.file for mutant in mutants.MUTANTS} == files and len(mutants.MUTANTS[::EVERY]) >= 50
+    assert {mutant.file for mutant in mutants.MUTANTS} == files and len(mutants.MUTANTS[::EVERY]) >= 40
     for mutant in mutants.MUTANTS:
         assert mutant.text in (mutants.KERNELS / mutant.file).read_text(encoding="utf-8"), mutant
