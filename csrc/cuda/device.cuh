@@ -41,6 +41,7 @@ inline float wobble(float value, float relative) {
 }
 inline float ex2(float t) { return t < -126.f ? 0.f : wobble(exp2f(t), 1.8e-7f); }
 inline float rcp(float t) { return t == 1.f ? 1.f : wobble(1.f / t, 1.2e-7f); }
+inline float rcbrt(float t) { return wobble(1.f / std::cbrt(t), 1.2e-7f); }
 inline float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 inline u32 float_to_bits(float value) { return __float_as_uint(value); }
 inline float half_to_float(uint16_t bits) {
@@ -85,6 +86,7 @@ IOUBAL_DEVICE float rcp(float t) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(t));
   return r;
 }
+IOUBAL_DEVICE float rcbrt(float t) { return rcbrtf(t); }  // 1 / cbrt(t)
 IOUBAL_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 IOUBAL_DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 IOUBAL_DEVICE float half_to_float(uint16_t bits) {

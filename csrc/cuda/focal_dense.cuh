@@ -96,12 +96,12 @@ IOUBAL_DEVICE void any_entry(const DenseTable& tb, const DenseRun<T>& run, u32 e
 
 // kCount negatives: in the place of their logits their gradients or losses, and twice the sum of the losses added.
 // Where that is not good, infinite or NaN, so may the others be, and any_entry has to do them all.
-template <int kGamma, bool kBelow, Output kOutput, int kCount>
+template <int kGamma, bool kBelow, Output kOutput, Scaling kScaling = Scaling::kTimes, int kCount>
 IOUBAL_DEVICE void negative_entries(float scale, float gamma, float (&v)[kCount], float& doubled) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     float loss = kOutput == kLoss ? 0.f : doubled;
-    v[j] = negative_entry<kGamma, kBelow, false>(v[j], scale, gamma, loss);
+    v[j] = negative_entry<kGamma, kBelow, false, kScaling>(v[j], scale, gamma, loss);
     if constexpr (kOutput == kLoss) {
       v[j] = kHalf * loss * scale;
       loss += doubled;
@@ -270,16 +270,6 @@ IOUBAL_DEVICE u32 ignored_of_plane(const DenseTable& tb, const DenseLevel& level
 
 // Those of a thread's vectors, kCount bits of each; e: the first one's entry, the others kStep entries apart.
 template <u32 kCount, u32 kStep>
-IOUBAL_DEVICE u32 ignored_of_rows(const DenseTable& tb, const u32* ignored, u32 e, u32 marked) {
-  u32 off = 0;
-#pragma unroll 1
-  for (; marked; marked &= marked - 1) {
-    const u32 u = __ffs(static_cast<int>(marked)) - 1;
-    off |= ignored_of_row<kCount>(tb, ignored, e + u * kStep) << u * kCount;
-  }
-  return off;
-}
-template <u32 kCount, u32 kStep>
 IOUBAL_DEVICE u32 ignored_of_planes(const DenseTable& tb, const DenseLevel& level, const u32* ignored, u32 e) {
   static_assert(kStep % kWarp == 0 && kStripsPerWarp * kCount <= 32);
   const u32 plane = level.plane.div(e), location = e - plane * level.locations;
@@ -300,72 +290,131 @@ IOUBAL_DEVICE u32 ignored_of_planes(const DenseTable& tb, const DenseLevel& leve
   return off;
 }
 
-// The sign bits of all elements of a vector.
+// Whether any element of a vector has no sign bit.
 template <class T>
-IOUBAL_DEVICE bool is_below(const Vec<T, kVector<T>>& v) {
+IOUBAL_DEVICE bool any_above(const Vec<T, kVector<T>>& v) {
   constexpr u32 kSigns = sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
-  return (v.words[0] & v.words[1] & v.words[2] & v.words[3] & kSigns) == kSigns;
+  return (~(v.words[0] & v.words[1] & v.words[2] & v.words[3]) & kSigns) != 0;
 }
 
-// The groups of a tile: four vectors a thread, all loaded before the first is used. Returns the bits of those left to
-// exact_vector, four for each group.
+// What a run's negatives take as their gradient's factor, and what is left to multiply them by. In 16 bits arithmetic
+// binds, and the factor is folded in; in float32 memory does, and the gradient is a few 1e-7 closer.
+template <class T, int kGamma, Output kOutput>
+struct EntryFactor {
+  static constexpr Scaling kScaling =
+      kGamma == 2 && kOutput == kGradient && sizeof(T) == 2 ? Scaling::kFolded : Scaling::kTimes;
+  float s, rest = 1.f;
+
+  IOUBAL_DEVICE explicit EntryFactor(float scale) : s(scale) {
+    if constexpr (kScaling == Scaling::kFolded) {
+      if (has_cube_root(scale)) {
+        s = rcbrt(scale);
+      } else {
+        s = 1.f;
+        rest = scale;
+      }
+    }
+  }
+  // Of the sum over entries.
+  IOUBAL_DEVICE float doubled(float sum) const { return kScaling == Scaling::kFolded ? sum * s * s : sum; }
+};
+
+// The vectors of a strip as negatives, but for those `off`. False, with nothing stored, where a loss is not finite.
+template <class T, int kGamma, Output kOutput>
+IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, u32 off,
+                                bool above, Vec<T, kVector<T>>& in, T* out, float& sum) {
+  constexpr Scaling kScaling = EntryFactor<T, kGamma, kOutput>::kScaling;
+  float v[kVector<T>];
+  in.unpack(v);
+  switch_off(v, off);
+  if (!above) {
+    negative_entries<kGamma, true, kOutput, kScaling>(factor.s, tb.gamma, v, sum);
+  } else {
+    float total = sum;
+    negative_entries<kGamma, false, kOutput, kScaling>(factor.s, tb.gamma, v, total);
+    if (!all_good(total)) return false;
+    sum = total;
+  }
+  if constexpr (kScaling == Scaling::kFolded) {
+    if (factor.rest != 1.f) {
+#pragma unroll
+      for (float& value : v) value *= factor.rest;
+    }
+  }
+  if constexpr (kOutput != kNone) Vec<T, kVector<T>>::store(out, v);
+  return true;
+}
+
+// The groups of a tile, each warp its share of them: four vectors a thread, all loaded before the first is used.
+// Returns the bits of those left to exact_vector, four for each group.
 template <class T, int kGamma, Output kOutput, bool kPlanes>
 IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32 first_group, float& doubled) {
   constexpr u32 kCount = kVector<T>, kStep = kWarp * kCount, kReach = kStripsPerWarp * kStep;
+  constexpr u32 kGroup = kGroupVectors * kCount;
   const DenseLevel& level = *run.level;
   const u32 shift = threadIdx.x / kWarp * kStripsPerWarp, lane = threadIdx.x % kWarp;
   const u32 rest = level.groups - first_group, groups = rest < tb.iterations ? rest : tb.iterations;
-  const u32* const positive_strips = tb.positive_strips + level.strips(run.image) + first_group;
-  const u32* const ignored_strips = tb.ignored_strips + level.strips(run.image) + first_group;
-  const u32* const ignored = tb.ignored + level.word(run.image);
-  // The warp's first element; one that lies before the run is a large number.
+  u32 marks = 0;  // lane i has group i's: the warp's strips with a positive, then those with an ignored row
+  if (lane < groups) {
+    const u32 at = level.strips(run.image) + first_group + lane;
+    marks = tb.positive_strips[at] >> shift & kWarpStrips;
+    if constexpr (!kPlanes) marks |= (tb.ignored_strips[at] >> shift & kWarpStrips) << kStripsPerWarp;
+  }
+  // Shares [begin, end) lie wholly inside the run. One that begins before it has a large number.
   u32 start = (first_group * kGroupVectors + shift * kWarp) * kCount - run.missing;
-  const u32 last = level.size - kReach;
-  const bool stream = level.size >= kReach && !level.narrow && !tb.row_weight.data;
+  const u32 begin = start >= 0u - kCount ? 1 : 0;
+  start += begin * kGroup;
+  u32 end = begin;
+  if (level.size >= kReach && start <= level.size - kReach && !level.narrow && !tb.row_weight.data &&
+      usual_scale(run.scale)) {
+    end += (level.size - kReach - start) / kGroup + 1;
+    if (end > groups) end = groups;
+  }
   u32 later = 0;
+  const auto leave = [&](u32 from, u32 to) {
 #pragma unroll 1
-  for (u32 i = 0; i < groups; ++i, start += kGroupVectors * kCount) {
-    const bool whole = stream && start <= last;  // the same for all lanes: they vote below
-    u32 left = kWarpStrips;
-    if (whole) {
-      const u32 e = start + lane * kCount;
-      const T* const x = run.x + e;
+    for (u32 i = from; i < to; ++i) later |= (~__shfl_sync(~0u, marks, i) & kWarpStrips) << i * kStripsPerWarp;
+  };
+  leave(0, begin);
+  leave(end, groups);
+
+  const EntryFactor<T, kGamma, kOutput> factor(run.scale);
+  const u32* const ignored = tb.ignored + level.word(run.image);
+  float sum = 0.f;
+  u32 e = start + lane * kCount;
+#pragma unroll 1
+  for (u32 i = begin; i < end; ++i, e += kGroup) {
+    const T* const x = run.x + e;
+    T* const out = run.out + e;
+    const u32 mark = __shfl_sync(~0u, marks, i);
+    if (mark == 0 && factor.rest == 1.f) {
       Vec<T, kCount> in[kStripsPerWarp];
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) in[u].load(x + u * kStep);
-      const u32 positive = positive_strips[i] >> shift;
-      u32 off;
-      if constexpr (kPlanes) {
-        off = ignored_of_planes<kCount, kStep>(tb, level, ignored, e);
-      } else {
-        off = ignored_of_rows<kCount, kStep>(tb, ignored, e, ignored_strips[i] >> shift & kWarpStrips);
-      }
-      if (usual_scale(run.scale)) {
-        left = 0;
-        T* const out = run.out + e;
+      u32 off = 0;
+      if constexpr (kPlanes) off = ignored_of_planes<kCount, kStep>(tb, level, ignored, e);
 #pragma unroll
-        for (u32 u = 0; u < kStripsPerWarp; ++u) {
-          if (positive >> u & 1) continue;  // of all lanes
-          float v[kCount], total = doubled;
-          const bool below = __all_sync(~0u, is_below<T>(in[u])) != 0;
-          in[u].unpack(v);
-          switch_off(v, off >> u * kCount & ((1u << kCount) - 1));
-          if (below) {
-            negative_entries<kGamma, true, kOutput>(run.scale, tb.gamma, v, total);
-          } else {
-            negative_entries<kGamma, false, kOutput>(run.scale, tb.gamma, v, total);
-          }
-          if (!all_good(total)) {
-            left |= 1u << u;
-            continue;
-          }
-          doubled = total;
-          if constexpr (kOutput != kNone) Vec<T, kCount>::store(out + u * kStep, v);
+      for (u32 u = 0; u < kStripsPerWarp; ++u) {
+        const bool above = __any_sync(~0u, any_above<T>(in[u])) != 0;  // one way for all lanes
+        const u32 own = off >> u * kCount & ((1u << kCount) - 1);
+        if (!strip_vector(tb, factor, own, above, in[u], out + u * kStep, sum)) {
+          later |= 1u << (i * kStripsPerWarp + u);
         }
       }
+    } else {  // rarer, and short: the fast way has no room for another test
+#pragma unroll 1
+      for (u32 u = 0; u < kStripsPerWarp; ++u) {
+        if (mark >> u & 1) continue;
+        const u32 at = e + u * kStep;
+        const u32 own =
+            kPlanes ? ignored_of_plane<kCount>(tb, level, ignored, at) : ignored_of_row<kCount>(tb, ignored, at);
+        Vec<T, kCount> in;
+        in.load(run.x + at);
+        if (!strip_vector(tb, factor, own, true, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
+      }
     }
-    if (left) later |= (left & ~(positive_strips[i] >> shift)) << i * kStripsPerWarp;
   }
+  doubled = factor.doubled(sum);
   return later;
 }
 

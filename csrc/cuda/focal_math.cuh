@@ -25,20 +25,29 @@ IOUBAL_DEVICE float log1p_slope(float m) {
 
 // A gradient's factor for which the fast form is right: with others, 0 times inf at an ignored entry would be NaN.
 IOUBAL_DEVICE bool usual_scale(float s) { return fabsf(s) < 1e30f; }
+// One that can be divided by, its cube root as well.
+IOUBAL_DEVICE bool has_cube_root(float s) { return fabsf(s) > 1e-30f && usual_scale(s); }
 
 // What a doubled sum of losses stands for.
 constexpr float kHalf = 0.5f;
 
+// How an entry gets to its gradient's factor s. kTimes: multiplies by it. kFolded, for gamma 2, an instruction shorter:
+// with c the cube root of s, the reciprocal of (1 + e) / c gives c (1 - p) and c p, and (c p)^2 times c of the rest is
+// s times it. Takes 1 / c in the place of s, and the sum has c^2 times the losses.
+enum class Scaling { kTimes, kFolded };
+
 // kGamma = 0, 1, 2, or -1 for any gamma. Returns s times the derivative of p^gamma softplus(x), and adds twice the loss
-// to `sum`. kBelow: x is known to be at most 0. kSafe: right at infinite logits too, where the fast form gives NaN for
-// the derivative (0 * inf) and an infinite loss, by which a caller notices; and adds the loss once, as twice a huge one
-// is infinite.
-template <int kGamma, bool kBelow, bool kSafe>
+// to `sum`. kBelow: x is known to be at most 0; then NaN alone gives anything but finite numbers. kSafe: right at
+// infinite logits too, where the fast form gives NaN for the derivative (0 * inf) and an infinite loss, by which a
+// caller notices; and adds the loss once, as twice a huge one is infinite.
+template <int kGamma, bool kBelow, bool kSafe, Scaling kScaling = Scaling::kTimes>
 IOUBAL_DEVICE float negative_entry(float x, float s, float gamma, float& sum) {
   constexpr float kTimes = kSafe ? 1.f : 2.f, kOnce = 1.f / kTimes;  // softplus as it is computed, and what it is
+  constexpr bool kFolded = kScaling == Scaling::kFolded;
+  static_assert(!kFolded || (kGamma == 2 && !kSafe));
   const float e = ex2(kBelow ? 1.44269504f * x : -1.44269504f * fabsf(x));
-  const float r = rcp(1.f + e), other = e * r;
-  const float both = e + other, m = e - other;
+  const float r = rcp(kFolded ? fmaf(e, s, s) : 1.f + e), other = e * r;
+  const float both = kFolded ? fmaf(s, other, e) : e + other, m = kFolded ? fmaf(-s, other, e) : e - other;
   const float log1pe = fmaf(both * m, log1p_slope<kGamma == -1>(m), both);  // twice log1p(e)
   float softplus = kSafe ? kHalf * log1pe : log1pe;
   if (!kBelow) softplus = fmaf(kTimes, fmaxf(x, 0.f), softplus);
@@ -54,7 +63,7 @@ IOUBAL_DEVICE float negative_entry(float x, float s, float gamma, float& sum) {
   } else if constexpr (kGamma == 2) {
     const float p2 = p * p;
     sum = fmaf(p2, softplus, sum);
-    return s * p2 * fmaf(2.f * kOnce * one_minus_p, capped, p);
+    return (kFolded ? p2 : s * p2) * fmaf(2.f * kOnce * one_minus_p, capped, p);
   } else {
     // p^gamma through log p = min(x, 0) - log1p(e): one more special function, no logarithm.
     const float log_p = fmaf(-kHalf, log1pe, kBelow ? x : fminf(x, 0.f));

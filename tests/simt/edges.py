@@ -136,9 +136,14 @@ def stream_rows(what):
         inputs.labels[16:] = ik.BACKGROUND  # strips with a positive are not the loop's
         inputs.logits = -inputs.logits.abs() - 1
         inputs.logits[40:, 1::4] *= -1
-    elif what == "infinite":
+    elif "infinite" in what:
+        if "16 bits" in what:  # in the second group of a tile, and beside an ignored row
+            inputs = testing.classification_inputs(seed=8, rows=1100, classes=8, dtype=BF16)
         inputs.labels[:] = ik.BACKGROUND
-        inputs.logits[20:280:50, 5], inputs.logits[7::30, 2] = float("inf"), float("-inf")
+        inputs.labels[900:1100:90] = ik.IGNORE
+        inputs.logits[20::50, 5], inputs.logits[7::30, 2] = float("inf"), float("-inf")
+        if "each" in what:
+            options |= {"gamma": 0.0, "reduction": "none"}
     elif what == "a whole group, misaligned":
         inputs = testing.classification_inputs(seed=8, rows=256, classes=8)
     elif what == "weights across vectors":
@@ -246,6 +251,8 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
     for layout in testing.LAYOUTS:
         yield "edges", partial(untouched, layout)
         yield "edges", partial(backward_again, layout)
+    for what in ("infinite, 16 bits", "infinite, each"):
+        yield "edges", partial(stream_rows, what)
     for what in ("signs", "infinite", "a whole group, misaligned", "weights across vectors", "scopes over tiles"):
         yield "edges", partial(stream_rows, what)
     for dtype in (F32, BF16):
