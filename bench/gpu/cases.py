@@ -6,6 +6,7 @@ parity matrix and, without the oracle, the sanitizers.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -408,12 +409,20 @@ def parity_cases() -> list[Case]:
 def pairwise(cases: Iterable[Case]) -> list[Case]:
     """Cases in which every two options occur together that do so in all cases, the most telling first; an option is a
     word of a case's name. For a backend that compiles a kernel for each combination."""
-    pairs = {case: set(combinations(sorted({case.op, *case.name.split()}), 2)) for case in cases}
-    left, chosen = set().union(*pairs.values()), []
+    cases = list(cases)
+    pairs = [set(combinations(sorted({case.op, *case.name.split()}), 2)) for case in cases]
+    left, chosen = set().union(*pairs), []
+    # What a case adds only falls as others are chosen: the old numbers are upper bounds, looked at again at the top.
+    queue = [(-len(own), i) for i, own in enumerate(pairs)]
+    heapq.heapify(queue)
     while left:
-        best = max(pairs, key=lambda case: len(pairs[case] & left))
-        left -= pairs.pop(best)
-        chosen.append(best)
+        bound, i = heapq.heappop(queue)
+        added = len(pairs[i] & left)
+        if added == -bound:
+            left -= pairs[i]
+            chosen.append(cases[i])
+        elif added:
+            heapq.heappush(queue, (-added, i))
     return chosen
 
 

@@ -160,7 +160,7 @@ _DETECTION = (
     ),
     ("«label < 0» || label >= classes", "false", "padding boxes as positives"),
 )
-_DENSE = (
+_EXACT = (
     (
         "gradient = «positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss)»;",
         "-positive_entry<kGamma>(logit, weight * scale, tb.gamma, loss)",
@@ -195,6 +195,14 @@ _DENSE = (
     ("first = «begin < run.missing ? 0 : begin - run.missing»;", "begin - run.missing", "a head before the run"),
     ("last = «end < size + run.missing» ? end", "true", "a vector past the end"),
     ("e < «last»; ++e) any_entry", "last - 1", "the last entry missed"),
+    ("tb.coefficients.negative[«number»] * tb.scale_now()", "0", "the first image's divisor"),
+    (
+        "number * of.image_stride), out(static_cast<T*>(of.out) + «number * of.image_stride»)",
+        "0",
+        "one image's gradient",
+    ),
+)
+_DENSE = (
     ("& 1) off |= ((1u << width) - 1) << «j»; j += width;", "0", "the second row of a vector unseen"),
     ("tb.classes.div(plane) * level.words + «location / kWarp»; off", "0", "bits of the plane's first locations"),
     (
@@ -230,12 +238,6 @@ _DENSE = (
     ("«next += kFillWarps;»", "next += 2 * kFillWarps;", "every second strip of a warp"),
     ("group -= «image * tb.level[l].groups»;", "0", "strips of the first image for all"),
     ("strip = «warp * kStripsPerWarp» + bit % kStripsPerWarp;", "0", "later vectors of the first warp for all"),
-    ("tb.coefficients.negative[«number»] * tb.scale_now()", "0", "the first image's divisor"),
-    (
-        "number * of.image_stride), out(static_cast<T*>(of.out) + «number * of.image_stride»)",
-        "0",
-        "one image's gradient",
-    ),
 )
 _STRIPS = (
     ("return static_cast<u32>(start % 16) / «size_of_element»;", "1u", "a head of bytes"),
@@ -400,6 +402,7 @@ _FILES = {
     "cuda/device.cuh": _DEVICE,
     "cuda/tables.cuh": _TABLES,
     "cuda/detection.cuh": _DETECTION,
+    "cuda/focal_exact.cuh": _EXACT,
     "cuda/focal_dense.cuh": _DENSE,
     "cuda/strips.cuh": _STRIPS,
     "cuda/focal_math.cuh": _MATH,

@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 # Selections within interpreted/ and the least number of cases: quick ones, then the rest of the detection loss.
 QUICK = {
-    "detection": ("test_detection.py", "parity or nothing_there or bitwise", 59),
+    "detection": ("test_detection.py", "parity and not (nchw and fovea) or nothing_there or bitwise", 50),
     "focal": ("test_flat.py", "focal or addresses", 150),
     "other flat losses, boxes": ("test_flat.py", "not (focal or addresses)", 100),
     "hostile": ("test_hostile.py", "not extreme", 47),
@@ -21,7 +21,7 @@ QUICK = {
 SLOW = {
     "extreme logits": ("test_hostile.py", "extreme", 24),
     "matching": ("test_matching.py", "drawn_batches", 40),
-    "detection": ("test_detection.py", "not (parity or nothing_there or bitwise)", 50),
+    "detection": ("test_detection.py", "not (parity or nothing_there or bitwise) or nchw and fovea", 59),
 }
 
 

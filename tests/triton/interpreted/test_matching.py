@@ -113,7 +113,7 @@ def test_parity_of_padded_places_and_dtypes(dtype, index, monkeypatch):
     """Places without a box anywhere, by NaN or by a label of -1; anchors and boxes of any dtype, and of two."""
     monkeypatch.setenv("IOUBAL_CHECK", "0")  # a NaN in a list is an error where values are checked
     for seed in (1, 2):
-        anchors, boxes = drawn(seed, ("grid", "random")[seed % 2], 70, (33, 3), own=seed == 1)
+        anchors, boxes = drawn(seed, ("grid", "random")[seed % 2], 40, (33, 3), own=seed == 1)
         boxes, anchors = [b.to(dtype) for b in boxes], anchors if index is torch.int32 else anchors.to(dtype)
         padded = padded_boxes(boxes)
         padded[:, ::3] = torch.nan
@@ -196,8 +196,11 @@ def fovea_boxes(seed, count):
     return (boxes / 16).round() * 16 if seed % 2 else boxes  # ties, and bounds that are met exactly
 
 
-@pytest.mark.parametrize("sigma", (0.4, 0.7, 1.0))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "dtype, sigma",
+    ((torch.float32, 0.4), (torch.float32, 0.7), (torch.bfloat16, 0.7), (torch.float16, 1.0), (torch.float32, 1.0)),
+    ids=str,
+)
 def test_fovea_parity(dtype, sigma):
     options = {"strides": STRIDES, "scale_ranges": RANGES, "sigma": sigma}
     for seed, counts in enumerate(((6, 0), (9, 1), (33, 2))):
