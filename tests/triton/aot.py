@@ -237,6 +237,8 @@ def main() -> int:
     for capability in options.capability or CAPABILITIES:
         for dtype in options.dtype or DTYPES:  # each by itself, as the tests run: a variant is listed once per run
             found |= compile_all(capability, [dtype], options.case)
+    if not found:
+        parser.error(f"no case is named {' or '.join(map(repr, options.case))}")
     for name, got in found.items():
         print(name, got, flush=True)
     if options.write:
