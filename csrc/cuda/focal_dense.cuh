@@ -176,11 +176,16 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
       for (u32 u = 0; u < kStripsPerWarp; ++u) {
         if (mark >> u & 1) continue;
         const u32 at = e + u * kStep;
-        const u32 own =
-            kPlanes ? ignored_of_plane<kCount>(tb, level, ignored, at) : ignored_of_row<kCount>(tb, ignored, at);
         Vec<T, kCount> in;
         in.load(run.x + at);
-        if (!strip_vector(tb, factor, own, true, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
+        u32 own = 0;
+        if constexpr (kPlanes) {
+          own = ignored_of_plane<kCount>(tb, level, ignored, at);
+        } else if (mark >> kStripsPerWarp >> u & 1) {
+          own = ignored_of_row<kCount>(tb, ignored, at);
+        }
+        const bool above = __any_sync(~0u, any_above<T>(in)) != 0;
+        if (!strip_vector(tb, factor, own, above, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
       }
     }
   }

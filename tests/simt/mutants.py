@@ -210,8 +210,8 @@ _DENSE = (
         "0",
         "planes over each other",
     ),
-    (": ignored_of_row<kCount>(tb, ignored, «at»); Vec", "e", "the first vector's ignored rows for all"),
-    ("? ignored_of_plane<kCount>(tb, level, ignored, «at») :", "e", "the first vector's ignored locations, one by one"),
+    ("own = ignored_of_row<kCount>(tb, ignored, «at»);", "e", "the first vector's ignored rows for all"),
+    ("own = ignored_of_plane<kCount>(tb, level, ignored, «at»);", "e", "the first vector's ignored locations, one by one"),
     ("at = word + «u * kStep / kWarp»;", "0", "the first vector's ignored locations for all"),
     ("__funnelshift_r(at[0], «at[1]», location % kWarp)", "0u", "locations in the next word unseen"),
     (
