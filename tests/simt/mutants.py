@@ -211,7 +211,7 @@ _DENSE = (
         "planes over each other",
     ),
     ("own = ignored_of_row<kCount>(tb, ignored, «at»);", "e", "the first vector's ignored rows for all"),
-    ("own = ignored_of_plane<kCount>(tb, level, ignored, «at»);", "e", "the first vector's ignored locations, one by one"),
+    ("own = ignored_of_plane<kCount>(tb, level, ignored, «at»);", "e", "ignored locations of the first strip alone"),
     ("at = word + «u * kStep / kWarp»;", "0", "the first vector's ignored locations for all"),
     ("__funnelshift_r(at[0], «at[1]», location % kWarp)", "0u", "locations in the next word unseen"),
     (
