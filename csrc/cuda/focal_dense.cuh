@@ -89,11 +89,13 @@ struct EntryFactor {
   IOUBAL_DEVICE float doubled(float sum) const { return kScaling == Scaling::kFolded ? sum * s * s : sum; }
 };
 
-// The vectors of a strip as negatives, but for those `off`. False, with nothing stored, where a loss is not finite.
+// The vectors of a strip as negatives, but for the entries `off`. By whole warps. False, with nothing stored, where a
+// loss is not finite.
 template <class T, int kGamma, Output kOutput>
 IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, u32 off,
-                                bool above, Vec<T, kVector<T>>& in, T* out, float& sum) {
+                                Vec<T, kVector<T>>& in, T* out, float& sum) {
   constexpr Scaling kScaling = EntryFactor<T, kGamma, kOutput>::kScaling;
+  const bool above = __any_sync(~0u, any_above<T>(in)) != 0;  // one way for all lanes
   float v[kVector<T>];
   in.unpack(v);
   switch_off(v, off);
@@ -165,9 +167,8 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
       if constexpr (kPlanes) off = ignored_of_planes<kCount, kStep>(tb, level, ignored, e);
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) {
-        const bool above = __any_sync(~0u, any_above<T>(in[u])) != 0;  // one way for all lanes
         const u32 own = off >> u * kCount & ((1u << kCount) - 1);
-        if (!strip_vector(tb, factor, own, above, in[u], out + u * kStep, sum)) {
+        if (!strip_vector(tb, factor, own, in[u], out + u * kStep, sum)) {
           later |= 1u << (i * kStripsPerWarp + u);
         }
       }
@@ -184,8 +185,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         } else if (mark >> kStripsPerWarp >> u & 1) {
           own = ignored_of_row<kCount>(tb, ignored, at);
         }
-        const bool above = __any_sync(~0u, any_above<T>(in)) != 0;
-        if (!strip_vector(tb, factor, own, above, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
+        if (!strip_vector(tb, factor, own, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
       }
     }
   }

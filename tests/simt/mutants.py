@@ -227,7 +227,7 @@ _DENSE = (
     ("& kWarpStrips) << «i * kStripsPerWarp»; }; leave", "0", "later vectors elsewhere"),
     ("if («mark == 0» && factor.rest", "true", "positive entries done as negatives"),
     ("if («mark >> u & 1») continue;", "false", "positive entries of a marked share done as negatives"),
-    ("__any_sync(~0u, «any_above<T>(in[u])») != 0;", "false", "logits above 0 as if below"),
+    ("__any_sync(~0u, «any_above<T>(in)») != 0;", "false", "logits above 0 as if below"),
     ("out + u * kStep, sum)) { later |= 1u << («i * kStripsPerWarp + u»);", "u", "later vectors in the first group"),
     ("sum)) later |= 1u << («i * kStripsPerWarp + u»);", "i * kStripsPerWarp", "later vectors in the first strip"),
     ("if (!all_good(total)) «return false;»", ";", "vectors whose loss is not finite left as they were"),

@@ -34,6 +34,13 @@ def gate(*arguments: str) -> None:
     assert "kernels within the budget" in done.stdout
 
 
+def run(code: str) -> None:
+    """In a process that may import aot."""
+    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize("case", ("detection flat", "detection nchw"))
 def test_the_fused_loss_keeps_its_budget(case: str) -> None:
     gate("--capability", "90", "--dtype", "bfloat16", "--case", case)
@@ -54,9 +61,7 @@ found = aot.compile_all(90, ["float32"], ["matching retinanet"])
 inexact = {name.split(": ")[1]: got["inexact"] for name, got in found.items()}
 assert inexact["match_kernel #1"] and inexact["match_best_kernel #1"] and inexact["match_fovea_kernel #1"], inexact
 """
-    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(code)
 
 
 @pytest.mark.slow
@@ -76,15 +81,13 @@ def test_the_budget_names_every_architecture_and_dtype() -> None:
 def test_the_core_launches_every_kernel() -> None:
     code = """
 import aot
-found = {head.split(" ", 2)[2]: set() for head in (name.split(": ")[0] for name in aot.read_budget())}
+found = {}
 for name in aot.read_budget():
     head, kernel = name.split(": ")
-    found[head.split(" ", 2)[2]].add(kernel.split(" #")[0])
+    found.setdefault(head.split(" ", 2)[2], set()).add(kernel.split(" #")[0])
 assert set.union(*found.values()) == set.union(*(found[case] for case in aot.CORE)) and len(aot.CORE) < len(found)
 """
-    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(code)
 
 
 def test_the_passes_over_the_logits_read_and_write_16_bytes() -> None:
@@ -116,6 +119,4 @@ for code in ("@%p1 ld.global.v4.b32 { %r1", "st.global.cs.v2.b64 [ %rd1", "ld.gl
 for code in ("ld.global.v2.b32 {", "ld.global.b64 %rd1", "ld.shared.v4.b32 {", "st.shared.v4.b32 ["):
     assert not aot.WIDE.search(code), code
 """
-    environment = {**os.environ, "PYTHONPATH": str(AOT.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(code)
