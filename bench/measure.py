@@ -118,7 +118,7 @@ def race(timed: dict[Any, TimedPath], problem: Problem, bench: Bench, name: str)
     """
     paths = {COPY: copy_path(problem, bench, name), **timed}
     replays = bench.replays if bench.device == "cuda" else problem.calls
-    times = timing.race(paths, bench.rounds, clock_of(bench.device, replays), bench.seconds)
+    times = timing.race(paths, bench.rounds, clock_of(bench.device, replays), bench.seconds, bench.neighbour)
     copy = timing.quantiles(times[COPY])
     clocks = clocks_under_load(paths[COPY].call, copy["median_ms"], bench.device)
     copied = 2 * problem.elements * torch.finfo(problem.dtype).bits // 8
@@ -138,6 +138,8 @@ def race(timed: dict[Any, TimedPath], problem: Problem, bench: Bench, name: str)
             row |= {"bytes": moved, "gb_per_s": round(moved / median / 1e6, 2)}
         if phase in UNITS:
             row["share_of_copy_rate"] = round(UNITS[phase] / 2 * copy["median_ms"] / median, 4)
+        if bench.neighbour is not None:
+            row["disturbed_rounds"] = path.disturbed
         if "peak_extra_bytes" in row:
             row["extra_memory_x_logits"] = round(row["peak_extra_bytes"] * 2 / copied, 4)
         if bench.device == "cpu":

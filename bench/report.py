@@ -37,6 +37,8 @@ def caption(stored: Stored, rows: Sequence[Row], what: str) -> str:
     else:
         plural = "s" if first["threads"] > 1 else ""
         where += f" ({first['isa']}), {first['threads']} thread{plural}, {first['heap']} heap"
+        if all("disturbed_rounds" in row for row in rows):
+            where += ", calls that had to share the core repeated"
     return f"{where}, torch {first['torch']}, commit {commits}, {days}; {what}."
 
 

@@ -25,6 +25,7 @@ from . import machine, measure, timing
 from .cases import all_cases
 from .gpu import device as gpu_device
 from .gpu.sections import alive
+from .neighbour import Neighbour
 from .table import summary
 from .timing import Row
 from .work import Bench, Case, available
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=3.0, help="of a slow path: fewer rounds then (default 3)")
     add("--threads", type=int, nargs="+", default=[1], help="of torch on the CPU (default 1); several: each of them")
     add("--heap", choices=("warm", "default"), default="warm", help="on Linux; warm keeps freed memory")
+    add("--undisturbed", action="store_true", help="on a CPU: repeat calls that had to share the core")
     add("--isa", choices=("best", "all"), default="best", help="all: the plainer instruction sets too")
     add("--backend", choices=("cpu", "cuda", "triton"), help="ours on this one alone")
     add("--own", action="store_true", help="without the peers, which take most of the time")
@@ -73,7 +75,11 @@ def backends_of(device: str) -> tuple[str, ...]:
 def measured_on(device: str, options: argparse.Namespace) -> Bench:
     isas = tuple(isa for isa in isa_levels()[:-1]) if options.isa == "all" and device == "cpu" else ()
     ours = (options.backend,) if options.backend else available(device)
-    return Bench(device, ours, options.dry_run, options.rounds, options.replays, options.seconds, isas, not options.own)
+    neighbour = Neighbour() if options.undisturbed else None
+    return Bench(
+        *(device, ours, options.dry_run, options.rounds, options.replays, options.seconds, isas, not options.own),
+        neighbour=neighbour,
+    )
 
 
 class Store:
@@ -145,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.backend and options.backend not in available(device):
         made.error(f"--backend {options.backend} does not run on {device}; there are: {', '.join(available(device))}")
+    if options.undisturbed and device != "cpu":
+        made.error("--undisturbed is for a CPU; name it with --device cpu")
     every = all_cases(device)
     wanted = [case for case in every if not options.only or any(text in case.name for text in options.only)]
     if not wanted:

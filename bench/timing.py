@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .neighbour import Neighbour
+
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT = 2  # of the rows; readers leave out those of another one
 LEAST_ROUNDS = 3
 Row = dict[str, Any]
 Clock = Callable[[Callable[[int], Any], int], float]  # (call, number of the round) -> seconds of one call
+TRIES = 20  # of a call that a neighbour disturbs
 
 
 @dataclass
@@ -24,6 +27,7 @@ class TimedPath:
     call: Callable[[int], Any]
     facts: Row = field(default_factory=dict)
     prepare: Callable[[int], Any] | None = None
+    disturbed: int = 0  # rounds whose call shared the core, however often it was repeated
 
 
 def wall_seconds(call: Callable[[int], Any], number: int) -> float:
@@ -33,26 +37,47 @@ def wall_seconds(call: Callable[[int], Any], number: int) -> float:
     return time.perf_counter() - start
 
 
+def sample(path: TimedPath, number: int, clock: Clock, neighbour: Neighbour | None, tries: int) -> float:
+    """Seconds of one call, the first of at most `tries` before and after which the core is not shared, or the last."""
+    for last in range(tries - 1, -1, -1):
+        if path.prepare is not None:
+            path.prepare(number)
+        if neighbour is None:
+            return clock(path.call, number)
+        idle = neighbour.wait()
+        elapsed = clock(path.call, number)
+        if idle and neighbour.is_idle():
+            return elapsed
+        if not last:
+            path.disturbed += 1
+    return elapsed
+
+
 def race(
-    paths: dict[str, TimedPath], rounds: int, clock: Clock = wall_seconds, seconds: float | None = None
+    paths: dict[str, TimedPath],
+    rounds: int,
+    clock: Clock = wall_seconds,
+    seconds: float | None = None,
+    neighbour: Neighbour | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every path in every round, interleaved, by `clock(call, number)`. Round 0 warms up, untold.
 
     seconds: a path that takes so long that its rounds would exceed this drops out early, after LEAST_ROUNDS at least.
+    neighbour: calls that it disturbs are repeated, as often as `seconds` and TRIES allow.
     """
     times: dict[str, list[float]] = {name: [] for name in paths}
-    allowed = dict.fromkeys(paths, rounds)
+    allowed, tries = dict.fromkeys(paths, rounds), dict.fromkeys(paths, TRIES)
     for number in range(rounds + 1):
         for name, path in paths.items():
             if number > allowed[name]:
                 continue
-            if path.prepare is not None:
-                path.prepare(number)
-            elapsed = clock(path.call, number)
+            elapsed = sample(path, number, clock, neighbour if number else None, tries[name])
             if number:
                 times[name].append(elapsed)
             elif seconds is not None:
-                allowed[name] = min(rounds, max(LEAST_ROUNDS, int(seconds / max(elapsed, 1e-9))))
+                calls = int(seconds / max(elapsed, 1e-9))
+                allowed[name] = min(rounds, max(LEAST_ROUNDS, calls))
+                tries[name] = max(1, min(TRIES, calls // allowed[name]))
     return times
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import ioubal_kernels as ik
 
 from .clocks import Step
+from .neighbour import Neighbour
 from .timing import Row
 
 # The phases of a loss. Forward keeps what the backward needs; inference runs without gradients; a backward with another
@@ -38,6 +39,7 @@ class Bench:
     seconds: float = 4.0  # of one path in one case
     isas: tuple[int, ...] = ()  # instruction sets beside the best one
     peers: bool = True
+    neighbour: Neighbour | None = None  # whose disturbances are repeated
 
 
 @dataclass

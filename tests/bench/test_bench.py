@@ -19,6 +19,7 @@ from ioubal_kernels.bench import (
     machine,
     measure,
     memory,
+    neighbour,
     peers,
     program,
     report,
@@ -48,7 +49,7 @@ def dry(tmp_path: Path, *arguments: str) -> tuple[int, list[dict]]:
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def test_the_program_lists_its_commands_and_refuses_others(capsys):
+def test_the_program_lists_its_commands_and_refuses_others(capsys, monkeypatch):
     assert program.main([]) == 2 and "train-step" in capsys.readouterr().err
     assert cli.main(["bench", "--help"]) == 0 and "compare" in capsys.readouterr().out
     assert cli.main(["bench", "lst"]) == 2 and "no command 'lst'" in capsys.readouterr().err
@@ -57,6 +58,8 @@ def test_the_program_lists_its_commands_and_refuses_others(capsys):
     assert program.main(["run", "--rounds", "0", "--dry-run"]) == 2 and "positive" in capsys.readouterr().err
     assert program.main(["run", "--backend", "triton", "--device", "cpu", "--dry-run"]) == 2
     assert "does not run on cpu" in capsys.readouterr().err
+    monkeypatch.setattr(run, "chosen_device", lambda options: "cuda")
+    assert program.main(["run", "--undisturbed", "--dry-run"]) == 2 and "is for a CPU" in capsys.readouterr().err
 
 
 def test_the_list_covers_what_is_promised(capsys):
@@ -211,6 +214,55 @@ def test_slow_paths_drop_out_of_the_race():
     assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {
         "min_ms": 1e3, "q20_ms": 2e3, "median_ms": 3e3, "q80_ms": 5e3,
     }  # fmt: skip
+
+
+class Shared(neighbour.Neighbour):
+    """A core that is shared or not as `idle` says, one entry a question; it never waits."""
+
+    def __init__(self, idle: list[bool]) -> None:
+        self.idle = iter(idle)
+
+    def is_idle(self) -> bool:
+        return next(self.idle)
+
+    def wait(self, seconds: float = 0) -> bool:
+        return self.is_idle()
+
+
+def test_calls_that_share_the_core_are_repeated():
+    calls, prepared = [], []
+    path = timing.TimedPath(calls.append, {}, prepared.append)
+    clock = lambda call, number: call(number) or float(len(calls))  # noqa: E731
+    # Round 1: shared after the first call, before the second one. Round 2 at once.
+    core = Shared([True, False, False, True, True, True, True])
+    assert timing.race({"path": path}, 2, clock, neighbour=core) == {"path": [4.0, 5.0]}
+    assert calls == prepared == [0, 1, 1, 1, 2] and path.disturbed == 0  # round 0 warms up, whatever the neighbour does
+    calls.clear()
+    assert timing.race({"path": path}, 1, clock, neighbour=Shared([False] * timing.TRIES)) == {
+        "path": [1.0 + timing.TRIES]
+    }
+    assert path.disturbed == 1
+    # A path that takes its seconds anyway is not repeated.
+    slow = timing.TimedPath(lambda number: None)
+    timing.race({"slow": slow}, 3, lambda call, number: 1.0, seconds=2.0, neighbour=Shared([False] * 3))
+    assert slow.disturbed == timing.LEAST_ROUNDS
+
+
+def test_a_neighbour_makes_the_probe_slow():
+    probes = [40.0, 41.0, 60.0, 40.5, 41.0]
+    core = neighbour.Neighbour(lambda: probes.pop(0), first_probes=5)
+    assert core.alone == 40.0
+    probes += [58.0, 41.0, 58.0]
+    assert core.is_idle()  # two interrupts
+    probes += [52.0, 46.0, 58.0]
+    assert not core.is_idle()
+    probes += [50.0] * 3 + [41.0] * 3
+    assert core.wait()
+    probes += [50.0] * 3
+    assert not core.wait(seconds=0.0)
+    probes += [30.0] * 3 + [36.0] * 3  # it was never alone before
+    assert core.is_idle() and not core.is_idle()
+    assert neighbour.probe_of_torch()() > 0
 
 
 # ---------------------------------------------------------------------------------------------- peers
