@@ -20,7 +20,6 @@ from .focal_pass import DenseLevel, DensePass
 from .positives import IGNORED, INVALID, PLAIN, collect, listed_at, marks_at, store_marks, store_sums
 
 FINISH_ROWS = 1024  # of a program of the last kernel
-RUN = 1 << 30  # logits of a level of the dense pass: it counts in 32 bits
 
 
 @triton.jit(do_not_specialize=["rows", "scopes", "all_tiles"])
@@ -153,15 +152,10 @@ class _FlatFocal:
         ).launch()
 
     def fill(self, out: Tensor | None, output: int, **options: Any) -> None:
-        step = max(RUN // max(self.classes, 1) // 1024, 1) * 1024
-        levels = [
-            DenseLevel(self.logits, out, first * self.classes, 0, min(step, self.rows - first), first)
-            for first in range(0, self.rows, step)
-        ]
         dense = DensePass(
             self.marks,
             self.scratch,
-            levels,
+            [DenseLevel(self.logits, out, 0, 0, self.rows, 0)] if self.rows else [],
             1,
             self.classes,
             self.rows,

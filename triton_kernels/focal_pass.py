@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +25,7 @@ MOST_VECTORS = 8  # of a thread in a group: more make a long program of narrow a
 MOST_ROWS = 2048  # of a group, whose marks are looked at at once
 PROGRAMS = 8192  # of a launch, to fill a GPU twice; beyond that they are longer, up to
 TILE_BYTES, TILE_BYTES_PLANES = 8192, 16384  # of logits
+RUN = 1 << 30  # logits of an image's level of rows: they are counted in 32 bits
 FULL = 0.9  # share of a program's slots that should be in use
 
 
@@ -59,6 +60,21 @@ class DenseLevel:
         x = self.x.data_ptr() + start
         return x, x if self.out is None else self.out.data_ptr() + start
 
+    def parts(self, classes: int) -> list[DenseLevel]:
+        """The level, or where it has too many rows some of them each."""
+        if self.planes or self.rows * classes <= RUN:
+            return [self]
+        step = max(RUN // classes // 1024, 1) * 1024  # every part is aligned as the first one
+        return [
+            replace(
+                self,
+                x_offset=self.x_offset + first * classes,
+                rows=min(step, self.rows - first),
+                first_anchor=self.first_anchor + first,
+            )
+            for first in range(0, self.rows, step)
+        ]
+
 
 @functools.lru_cache(maxsize=1024)
 def period_of(locations: int, classes: int, vector: int, group: int) -> int:
@@ -92,6 +108,9 @@ class DensePass:
     loss: Tensor | None = None
     partial: int = 0  # address of the tiles' losses
     tiles: int = 0
+
+    def __post_init__(self) -> None:
+        self.levels = [part for level in self.levels for part in level.parts(self.classes)]
 
     def launch(self, memory: Any) -> None:
         plans = [plan for plan in (self.plan(*group) for group in self.groups()) if plan["tiles"] > 0]

@@ -120,6 +120,25 @@ def test_tiles_of_positives(monkeypatch, layout, share, factors):
     check_detection(inputs, factors)
 
 
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_rows_of_too_many_logits_are_cut(monkeypatch, layout):
+    """They are counted in 32 bits: of 2^30 and more a level becomes several."""
+    monkeypatch.setattr(focal_pass, "RUN", 2048)
+    cuts = []
+    parts = focal_pass.DenseLevel.parts
+    monkeypatch.setattr(
+        focal_pass.DenseLevel,
+        "parts",
+        lambda level, classes: cuts.append([part.rows for part in parts(level, classes)]) or parts(level, classes),
+    )
+    inputs = testing.detection_inputs(
+        seed=8, images=2, classes=3, per_location=1, levels=((25, 46), (2, 3)), positive_share=0.02, ignored_share=0.02
+    )
+    check_detection(inputs.in_layout(layout))
+    uncut = {"flat": [[1024, 132]], "channels_last": [[1024, 126], [6]], "nchw": [[1150], [6]]}[layout]
+    assert uncut == cuts[: len(uncut)]
+
+
 def test_periods_are_whole_vectors_that_fill_their_groups():
     """Classes of a period for the maps of an 800 x 1333 image, for vectors of 4 and 8 logits."""
     for locations, vector in itertools.product((16700, 4200, 1050, 273, 77, 8), (4, 8)):
