@@ -140,6 +140,7 @@ def _sigmoid(
         process_group=process_group,
         grad_scale=grad_scale,
         inplace=inplace,
+        called=op,
         check=check,
     )
 

@@ -103,12 +103,13 @@ def sigmoid_focal_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    called: str = "",
     check: Callable[[], None] | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with the focal loss (gamma 0 and alpha None: binary cross entropy). Logits (..., K), the rest
     (...).
     """
-    del grad_scale, inplace
+    del grad_scale, inplace, called
     if check is not None:
         check()
     dtype = boxes.result_dtype(logits)

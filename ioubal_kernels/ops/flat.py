@@ -29,18 +29,12 @@ from .autograd import (
 from .library import op
 from .workspace import rows_workspace
 
-# The function a user called, for messages.
-_PUBLIC = {
-    "focal": "iou_balanced_sigmoid_focal_loss",
-    "cross_entropy": "iou_balanced_cross_entropy",
-    "smooth_l1": "iou_balanced_smooth_l1_loss",
-}
-
 
 class _Spec(NamedTuple):
     """A call but for its tensors: one argument of the Functions, since autograd takes time for each."""
 
     name: str
+    called: str  # the public function, for messages
     backend: str
     num_scopes: int
     sum_parameters: tuple[Any, ...]  # the op's own numbers, for the sums
@@ -114,7 +108,7 @@ class _FlatLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        spec, name = ctx.spec, _PUBLIC[ctx.spec.name]
+        spec, name = ctx.spec, ctx.spec.called
         if ctx.inplace:
             (scale_tensor,) = ctx.saved_tensors
             (grad,) = rescale_inplace(name, ctx, spec.backend, grad_output, scale_tensor, spec.grad_scale)
@@ -163,12 +157,13 @@ class _ElementwiseLoss(torch.autograd.Function):
         if by_entry:
             # An ignored row has no gradient whatever grad_output is: 0, not 0 * inf.
             grad = torch.where(grad == 0, grad, grad * grad_output.detach())
-        (grad,) = guard_double_backward(_PUBLIC[spec.name], [grad], [x])
+        (grad,) = guard_double_backward(spec.called, [grad], [x])
         return grad, None, None
 
 
 def _apply(
     name: str,
+    called: str,
     x: Tensor,
     second: Tensor,
     third: Tensor | None,
@@ -186,9 +181,9 @@ def _apply(
     check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    refuse_transforms(_PUBLIC[name], x)
+    refuse_transforms(called, x)
     backend = backend or library.backend_of(x)
-    common = (name, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
+    common = (name, called, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
     packed = name == "focal" and reduction != "none" and fills_checked(backend, process_group, x)
     if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs
         check()
@@ -233,19 +228,23 @@ def sigmoid_focal_loss(
     process_group: Any,
     grad_scale: float | Tensor,
     inplace: bool,
+    called: str,
     check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Eq. 3 and 4 with the focal loss; see ``functional.iou_balanced_sigmoid_focal_loss``."""
+    """Eq. 3 and 4 with the focal loss; see ``functional.iou_balanced_sigmoid_focal_loss``. called: the public function,
+    that one or ``iou_balanced_binary_cross_entropy``.
+    """
     if inplace:
         if reduction == "none":
-            raise ValueError(f"{_PUBLIC['focal']}: inplace=True goes with reduction 'mean' or 'sum', got 'none'")
-        check_inplace(_PUBLIC["focal"], [logits], grad_scale)
+            raise ValueError(f"{called}: inplace=True goes with reduction 'mean' or 'sum', got 'none'")
+        check_inplace(called, [logits], grad_scale)
     if reduction == "none":
         logits = logits.to(result_dtype(logits))  # the losses themselves are float32: nothing is rounded to 16 bits
     alpha = -1.0 if alpha is None else float(alpha)
     loss = _apply(
         "focal",
+        called,
         _matrix(logits),
         _rows(labels),
         _rows(iou),
@@ -285,6 +284,7 @@ def cross_entropy(
     """Eq. 3 and 4 with softmax cross entropy; see ``functional.iou_balanced_cross_entropy``."""
     loss = _apply(
         "cross_entropy",
+        "iou_balanced_cross_entropy",
         _matrix(logits),
         _rows(labels),
         _rows(iou),
@@ -325,6 +325,7 @@ def smooth_l1_loss(
     """Eq. 5 to 7; see ``functional.iou_balanced_smooth_l1_loss``."""
     return _apply(
         "smooth_l1",
+        "iou_balanced_smooth_l1_loss",
         pred_deltas.contiguous(),
         target_deltas.detach().contiguous(),
         _rows(iou),

@@ -17,12 +17,20 @@ def flat_case(name, dtype=torch.float32):
     pred, target = testing.delta_inputs(seed=1, rows=50, dtype=dtype)
     if name == "focal":
         return (lambda x, **k: ik.iou_balanced_sigmoid_focal_loss(x, inputs.labels, inputs.iou, **k)), inputs.logits
+    if name == "bce":
+        return (lambda x, **k: ik.iou_balanced_binary_cross_entropy(x, inputs.labels, inputs.iou, **k)), inputs.logits
     if name == "softmax":
         return (lambda x, **k: ik.iou_balanced_cross_entropy(x, inputs.labels, inputs.iou, **k)), inputs.logits
     return (lambda x, **k: ik.iou_balanced_smooth_l1_loss(x, target, **k)), pred
 
 
 FLAT = ("focal", "softmax", "smooth_l1")
+CALLED = {
+    "focal": "iou_balanced_sigmoid_focal_loss",
+    "bce": "iou_balanced_binary_cross_entropy",
+    "softmax": "iou_balanced_cross_entropy",
+    "smooth_l1": "iou_balanced_smooth_l1_loss",
+}
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -120,19 +128,19 @@ def test_double_backward_is_refused():
     grads = torch.autograd.grad(out.classification + out.localization, inputs.heads(), create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         sum(g.sum() for g in grads).backward()
-    for name in FLAT:
+    for name, called in CALLED.items():
         loss, x = flat_case(name)
         for reduction in ("mean", "none"):
             grad = torch.autograd.grad(loss(x.requires_grad_(), reduction=reduction).sum(), x, create_graph=True)[0]
-            with pytest.raises(NotImplementedError, match="double backward"):
+            with pytest.raises(NotImplementedError, match=f"^{called}: double backward"):
                 grad.sum().backward()
 
 
 def test_forward_mode_is_refused():
     with forward_ad.dual_level():
-        for name in FLAT:
+        for name, called in CALLED.items():
             loss, x = flat_case(name)
-            with pytest.raises(NotImplementedError, match="forward-mode"):
+            with pytest.raises(NotImplementedError, match=f"^{called}: forward-mode"):
                 loss(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
         inputs = testing.detection_inputs()
         inputs.cls_logits = forward_ad.make_dual(inputs.cls_logits, torch.ones_like(inputs.cls_logits))
@@ -262,21 +270,22 @@ def test_inplace_writes_the_gradient_over_the_logits(layout, factor):
         out.classification.backward()
 
 
-def test_inplace_refuses_what_it_cannot_serve():
-    loss, x = flat_case("focal")
+@pytest.mark.parametrize("name", ("focal", "bce"))
+def test_inplace_refuses_what_it_cannot_serve(name):
+    loss, x = flat_case(name)
     logits = x.clone().requires_grad_()
     inner = logits * 1
     grad = torch.autograd.grad(loss(inner, inplace=True), inner, create_graph=False)[0]
     assert bool(grad.isfinite().all())
-    with pytest.raises(NotImplementedError, match="double backward"):
+    with pytest.raises(NotImplementedError, match=f"^{CALLED[name]}: double backward"):
         torch.autograd.grad(loss(logits * 1, inplace=True), logits, create_graph=True)
     inputs = testing.detection_inputs(layout="nchw").requiring_grad()
     out = ik.iou_balanced_detection_loss(*inputs.arguments(), inplace=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.autograd.grad(out.classification, inputs.cls_logits, create_graph=True)
-    with pytest.raises(ValueError, match="grad_scale != 0"):
+    with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*grad_scale != 0"):
         loss(logits * 1, inplace=True, grad_scale=0.0)
-    with pytest.raises(ValueError, match="reduction"):
+    with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*reduction"):
         loss(logits * 1, inplace=True, reduction="none")
     with pytest.raises(ValueError, match="contiguous"):
         loss((logits * 1).t().contiguous().t(), inplace=True)
