@@ -8,7 +8,7 @@ same numbers in every dtype and layout, and ``double()`` of them is what the flo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -317,6 +317,22 @@ def loss_and_gradient(function: Any, inputs: Any, **options: Any) -> tuple[Any, 
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
+def check_saved_elsewhere(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
+    """Asserts that gradients are the same to the bit wherever autograd keeps what a loss saves: in clones, or in
+    contiguous copies (``torch.autograd.graph.save_on_cpu(pin_memory=True)``). For another grad_output than the
+    expected one, so that they are computed from it.
+    """
+    for copy in (Tensor.clone, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)):
+        value = loss()
+        want = torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, copy=copy: copy(x.detach()), lambda x: x):
+            value = loss()
+        got = torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert a.stride() == b.stride(), f"strides of gradient {i}"
+            assert torch.equal(a, b), f"gradient {i}: off by up to {(a - b).abs().max()}"
+
+
 # ---------------------------------------------------------------------------------------------- edge cases
 
 # Logits where careless formulas overflow, cancel or give 0 * inf.
@@ -335,6 +351,11 @@ def extreme_logits(dtype: torch.dtype = torch.float32) -> Tensor:
     values = torch.tensor(EXTREME_LOGITS, dtype=torch.float64)
     rounded = values.to(dtype)
     return rounded[~(rounded.isinf() & values.isfinite())]
+
+
+def off_alignment(t: Tensor, offset: int) -> Tensor:
+    """A tensor equal to t, so many elements behind a multiple of 16 bytes, with the strides of a dense t."""
+    return t.new_empty(t.numel() + offset).as_strided(t.shape, t.stride(), offset).copy_(t)
 
 
 def same_values_other_memory(t: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -113,6 +113,29 @@ def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> t
     return buffers, True
 
 
+Layout = tuple[tuple[int, ...], int]
+
+
+def layouts_of(inputs: Sequence[Tensor]) -> list[Layout]:
+    """Strides of dense inputs and how far into 16 bytes they begin; nothing under torch.compile, which keeps both."""
+    if torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in inputs):
+        return []
+    return [(x.stride(), x.data_ptr() % 16) for x in inputs]
+
+
+def laid_out(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Saved inputs as they lay in the forward, whose buffers and workspace follow that. They may lie elsewhere where a
+    hook on saved tensors kept them (torch.autograd.graph.save_on_cpu, for instance); then a copy is made.
+    """
+    found = list(inputs)
+    for i, (strides, phase) in enumerate(layouts):
+        x = found[i]
+        if x.stride() != strides or x.data_ptr() % 16 != phase:
+            before = phase // x.element_size()
+            found[i] = x.new_empty(x.numel() + before).as_strided(x.shape, strides, before).copy_(x)
+    return found
+
+
 def has_values(x: Tensor) -> bool:
     """Whether values may be read on the host: a CPU tensor, neither compiled nor traced (FakeTensor, make_fx)."""
     return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and _dispatch_modes() == 0

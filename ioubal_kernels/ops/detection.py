@@ -19,6 +19,8 @@ from .autograd import (
     guard_double_backward,
     is_dense,
     is_expected,
+    laid_out,
+    layouts_of,
     raise_for,
     refuse_transforms,
     rescale_inplace,
@@ -141,6 +143,7 @@ class _DetectionLoss(torch.autograd.Function):
         if want_logits or want_deltas:
             ctx.spec, ctx.world_size, ctx.wants = spec, world_size, (want_logits, want_deltas)
             ctx.buffers, ctx.delta_buffers = logit_buffers, delta_buffers
+            ctx.layouts = layouts_of(logits)
             ctx.save_for_backward(*heads, *constants, sums, *workspace)
         return outputs
 
@@ -149,7 +152,10 @@ class _DetectionLoss(torch.autograd.Function):
         spec, saved = ctx.spec, ctx.saved_tensors
         levels, backend, expected = spec.levels, spec.backend, spec.grad_scale
         last = 2 * levels + 2 + 2 * spec.num_gt + 3  # of the constants; the sums and the workspace follow
-        heads, constants = saved[: 2 * levels], saved[2 * levels : last]
+        heads, constants = (
+            (*laid_out(saved[:levels], ctx.layouts), *saved[levels : 2 * levels]),
+            saved[2 * levels : last],
+        )
         scale_tensor = constants[-1]
         # Each loss has its own gradients: none of the classification loss reaches the deltas, nor the other way round.
         # A loss that took no part in this backward keeps its buffers for a later one.

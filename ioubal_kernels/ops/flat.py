@@ -18,6 +18,8 @@ from .autograd import (
     gradient_buffers,
     guard_double_backward,
     is_expected,
+    laid_out,
+    layouts_of,
     raise_for,
     refuse_transforms,
     rescale_inplace,
@@ -99,7 +101,7 @@ class _FlatLoss(torch.autograd.Function):
                 *inputs, *spec.loss_parameters, *scaling, spec.process_group is None, sums, loss, buffers, workspace
             )
         if wanted:
-            ctx.spec, ctx.world_size, ctx.buffers = spec, world_size, buffers
+            ctx.spec, ctx.world_size, ctx.buffers, ctx.layouts = spec, world_size, buffers, layouts_of([x])
             if ctx.inplace:
                 ctx.save_for_backward(constants[5])
             else:
@@ -114,6 +116,7 @@ class _FlatLoss(torch.autograd.Function):
             (grad,) = rescale_inplace(name, ctx, spec.backend, grad_output, scale_tensor, spec.grad_scale)
             return grad, None, None
         x, second, third, weight, scope_ids, avg_factor, scale_tensor, sums, *workspace = ctx.saved_tensors
+        (x,) = laid_out([x], ctx.layouts)
         (grad,), filled = take_buffers(ctx, [x])
         if not (filled and is_expected(spec.backend, grad_output, scale_tensor, spec.grad_scale)):
             inputs = _inputs(x, (second, third, weight, scope_ids), spec)
@@ -139,7 +142,7 @@ class _ElementwiseLoss(torch.autograd.Function):
         op(f"{spec.name}_elementwise", spec.backend)(
             *inputs, *spec.loss_parameters, request, spec.process_group is None, sums, loss, workspace
         )
-        ctx.spec = spec
+        ctx.spec, ctx.layouts = spec, layouts_of([x])
         ctx.save_for_backward(x, *constants[:4], sums, *workspace)
         return loss
 
@@ -147,6 +150,7 @@ class _ElementwiseLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         x, second, third, weight, scope_ids, sums, *workspace = ctx.saved_tensors
         spec = ctx.spec
+        (x,) = laid_out([x], ctx.layouts)
         by_entry = spec.name == "focal"
         grad = torch.empty_like(x)
         request = True if by_entry else grad_output.detach().contiguous()

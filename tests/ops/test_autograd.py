@@ -122,6 +122,21 @@ def test_no_grad_allocates_no_gradient(mode):
     assert allocated < inputs.cls_logits.nbytes / 100
 
 
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_what_is_saved_may_be_kept_elsewhere(layout):
+    inputs = testing.detection_inputs(classes=5, positive_share=0.2, layout=layout)
+    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, 1).requires_grad_())
+    testing.check_saved_elsewhere(lambda: sum(ik.iou_balanced_detection_loss(*inputs.arguments())[:2]), inputs.heads())
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("name", CALLED)
+def test_what_is_saved_of_rows_may_be_kept_elsewhere(name, reduction):
+    loss, x = flat_case(name)
+    x = testing.off_alignment(x, 1).requires_grad_()
+    testing.check_saved_elsewhere(lambda: loss(x, reduction=reduction), [x])
+
+
 def test_double_backward_is_refused():
     inputs = testing.detection_inputs(layout="nchw").requiring_grad()
     out = ik.iou_balanced_detection_loss(*inputs.arguments())

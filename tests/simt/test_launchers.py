@@ -142,6 +142,33 @@ def test_flat_losses_again(rows, reduction):
         testing.assert_close_budget(once, want, torch.float32, what=function.__name__)
 
 
+@pytest.mark.parametrize("offset", (0, 1, 3))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_what_is_saved_may_be_kept_elsewhere(layout, offset):
+    """The backward's strips and words of bits are those of the forward, whose logits may lie otherwise."""
+    inputs = testing.detection_inputs(
+        seed=3, classes=5, per_location=3, levels=((6, 10),), positive_share=0.2, layout=layout
+    )
+    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, offset).requires_grad_())
+    testing.check_saved_elsewhere(lambda: sum(detection_loss(inputs)[:2]), inputs.heads())
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("offset", (1, 3))
+def test_what_is_saved_of_rows_may_be_kept_elsewhere(offset, reduction):
+    """As many logits as fill groups of strips, a positive at the end of each 128: moved, they lie in other strips."""
+    rows, classes = 1024, 8
+    labels = torch.full((rows,), -1)
+    own = torch.arange(127, rows * classes, 128)
+    labels[own // classes] = own % classes
+    x = testing.off_alignment(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), offset)
+    x.requires_grad_()
+    iou = torch.linspace(0.1, 1, rows)
+    testing.check_saved_elsewhere(
+        lambda: ik.iou_balanced_sigmoid_focal_loss(x, labels, iou, reduction=reduction, backend="cpu"), [x]
+    )
+
+
 # ---------------------------------------------------------------------------------------------- launches and order
 
 

@@ -176,6 +176,15 @@ def test_addresses(layout, offset):
     check_detection(inputs._map_heads(moved))
 
 
+@pytest.mark.parametrize("layout", ("flat", "channels_last"))
+def test_what_is_saved_may_be_kept_elsewhere(layout):
+    inputs = testing.detection_inputs(
+        seed=3, images=1, classes=3, per_location=2, levels=((3, 2),), positive_share=0.3, layout=layout
+    )
+    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, 1).requires_grad_())
+    testing.check_saved_elsewhere(lambda: sum(_triton(*inputs.arguments())[:2]), inputs.heads())
+
+
 def test_degenerate_boxes_count_without_localisation():
     inputs = testing.detection_inputs(seed=2, images=2, positive_share=0.5)
     inputs.gt_boxes[0][0, 2] = inputs.gt_boxes[0][0, 0]
