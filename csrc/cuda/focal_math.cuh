@@ -25,8 +25,8 @@ IOUBAL_DEVICE float log1p_slope(float m) {
 
 // A gradient's factor for which the fast form is right: with others, 0 times inf at an ignored entry would be NaN.
 IOUBAL_DEVICE bool usual_scale(float s) { return fabsf(s) < 1e30f; }
-// One that can be divided by, its cube root as well.
-IOUBAL_DEVICE bool has_cube_root(float s) { return fabsf(s) > 1e-30f && usual_scale(s); }
+// One whose cube root can be divided by, and whose square times a loss, however small, stays a normal number.
+IOUBAL_DEVICE bool has_cube_root(float s) { return fabsf(s) > 1e-12f && fabsf(s) < 1e12f; }
 
 // What a doubled sum of losses stands for.
 constexpr float kHalf = 0.5f;

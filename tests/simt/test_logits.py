@@ -48,6 +48,17 @@ def test_every_finite_logit(dtype, gamma, grad_scale):
     testing.assert_close_budget(grad, want_grad, dtype)
 
 
+@pytest.mark.parametrize("grad_scale", (1e-25, -1e-20, 1e-13, 1e13, 1e25))
+@pytest.mark.parametrize("logit", (-1.0, -20.0, -28.0))
+def test_the_loss_does_not_depend_on_the_scale(logit, grad_scale):
+    """Where the factor is folded into the gradient, the sum has a power of it."""
+    x = torch.full((64, 64), logit, dtype=torch.bfloat16)
+    want, want_grad = focal(x.double(), "reference", gamma=2.0, grad_scale=grad_scale)
+    loss, grad = focal(x, gamma=2.0, grad_scale=grad_scale)
+    testing.assert_close_budget(loss, want, torch.float32, "loss")
+    testing.assert_close_budget(grad, want_grad, torch.bfloat16)
+
+
 @pytest.mark.parametrize("gamma", (2.0, 1.0, 0.0, 0.7))
 def test_logits_below_zero_and_others_agree(gamma):
     """A warp whose logits are all below zero takes a shorter path: the same numbers, to float32's last bits."""
