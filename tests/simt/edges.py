@@ -156,6 +156,14 @@ def stream_rows(what):
     cases.check_focal(cases.placed(inputs.logits, offset), inputs, inplace=offset > 0, **options)
 
 
+def small_factor():
+    """A factor beside which the losses' sum must keep its small terms, in the loop over whole vectors of 16 bits."""
+    inputs = testing.classification_inputs(seed=8, rows=300, classes=8, dtype=BF16)
+    inputs.labels[:] = ik.BACKGROUND
+    inputs.logits.fill_(-20.0)
+    cases.check_focal(inputs.logits, inputs, grad_scale=1e-25, grad_output=torch.tensor(1e-25))
+
+
 def long_planes(dtype):
     """Four vectors of a thread in one plane, ignored locations in any of them."""
     inputs = testing.detection_inputs(
@@ -255,6 +263,7 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "edges", partial(stream_rows, what)
     for what in ("signs", "infinite", "a whole group, misaligned", "weights across vectors", "scopes over tiles"):
         yield "edges", partial(stream_rows, what)
+    yield "edges", small_factor
     for dtype in (F32, BF16):
         yield "edges", partial(long_planes, dtype)
     yield "edges", many_anchors_a_location

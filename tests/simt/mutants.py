@@ -254,8 +254,8 @@ _STRIPS = (
 _MATH = (
     ("return -negative_entry<kGamma, false, true>(«-x», s", "x", "a positive with a negative's probability"),
     ("const float capped = kSafe ? «fminf(softplus, 1e30f)»", "softplus", "0 * inf at infinite logits"),
-    ("return «fabsf(s) > 1e-12f» && fabsf(s) < 1e12f", "true", "a factor of 0 to divide by"),
-    ("return fabsf(s) > «1e-12f» && fabsf(s) < 1e12f", "1e-30f", "losses that vanish beside a small factor"),
+    ("return «fabsf(s)» > 1e-12f", "1.f", "a factor of 0 to divide by"),
+    ("> «1e-12f» && fabsf(s)", "1e-30f", "losses that vanish beside a small factor"),
     ("fmaf(«s», other, e) : e + other", "1.f", "e + p of a folded p"),
     ("fmaf(«-s», other, e) : e - other", "-1.f", "e - p of a folded p"),
     ("modulator = «gamma == 0.f» ? 1.f", "false", "0 * inf for gamma = 0"),
