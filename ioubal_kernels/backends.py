@@ -188,7 +188,8 @@ def choose(op: str, backend: str | None, device: torch.device, float64: bool) ->
         name = _override()
     if name == "auto":
         name = None
-    module = _chosen.get((name, device, float64))
+    # What torch.compile traces does not use the table: it would be traced again once that has changed.
+    module = None if torch.compiler.is_compiling() else _chosen.get((name, device, float64))
     return module if module is not None else _resolve(op, name, backend is not None, device, float64)
 
 
@@ -205,7 +206,7 @@ def _resolve(op: str, name: str | None, is_argument: bool, device: torch.device,
             raise TypeError(f"{op}: {origin} {name!r} has no float64; use backend='reference' or float32 tensors")
         _usable_row(op, name)
     module = row.load()
-    if name is not None or not _warning_due(row, device.type):
+    if not torch.compiler.is_compiling() and (name is not None or not _warning_due(row, device.type)):
         _chosen[name, device, float64] = module
     return module
 

@@ -67,7 +67,8 @@ class _Detection:
         self.images, self.per_image = matched_idxs.shape
         self.classes = 0
         self.levels = self._levels(level_sizes)
-        self.scopes = {BATCH.value: 1, LEVEL.value: len(level_sizes), IMAGE.value: self.images}[scope]
+        by_level = max(len(logits), len(level_sizes))  # these are of flat heads, empty where the sums are not by level
+        self.scopes = {BATCH.value: 1, LEVEL.value: by_level, IMAGE.value: self.images}[scope]
         self.truth, self.gt_options = ground_truth(gt_boxes, gt_labels)
         tiles = [cdiv(level.positions, positives.TILE) for level in self.levels]
         starts = [sum(tiles[:i]) * self.images for i in range(len(tiles))]
@@ -88,8 +89,7 @@ class _Detection:
         for i, (x, d) in enumerate(zip(self.logits, self.deltas, strict=True)):
             if x.ndim == 3:
                 self.classes, row = x.shape[2], 0
-                cut = self.scope == LEVEL.value and len(level_sizes) > 1
-                for size in level_sizes if cut else [x.shape[1]]:
+                for size in level_sizes or [x.shape[1]]:
                     levels.append(_Level(i, row, size, 1, 1, row, False))
                     row += size
                 continue

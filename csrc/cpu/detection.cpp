@@ -283,7 +283,7 @@ class DetectionLoss {
   int64_t scope_of(const Place& place, int64_t r) const {
     if (scope_ == 2) return place.image;
     if (scope_ == 0) return 0;
-    if (levels_.size() > 1) return place.level;
+    if (level_sizes_.empty()) return place.level;
     int64_t level = 0;
     for (int64_t end = level_sizes_[0]; r >= end; end += level_sizes_[level]) ++level;
     return level;
@@ -348,7 +348,7 @@ class DetectionLoss {
   const Tensor &anchors_, &matched_;
   GroundTruth truth_;
   int64_t images_, anchors_per_image_, scope_;
-  const std::vector<int64_t>& level_sizes_;
+  const std::vector<int64_t>& level_sizes_;  // of flat heads whose sums are by level; else empty
   FocalParameters focal_;
   LocParameters loc_;
   std::vector<Level> levels_;

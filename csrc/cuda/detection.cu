@@ -26,7 +26,7 @@ struct Arguments {
   const TensorList &logits, &deltas;
   const Tensor &anchors, &matched_idxs;
   const TensorList &gt_boxes, &gt_labels;
-  const std::vector<int64_t>& level_sizes;
+  const std::vector<int64_t>& level_sizes;  // of flat heads whose sums are by level; else empty
   int64_t scope;
   FocalNumbers focal;
   LocNumbers loc;
@@ -34,7 +34,8 @@ struct Arguments {
   int64_t images() const { return matched_idxs.size(0); }
   int64_t anchors_per_image() const { return matched_idxs.size(1); }
   bool by_level() const { return scope == 1; }
-  int64_t scopes() const { return scope == 0 ? 1 : by_level() ? static_cast<int64_t>(level_sizes.size()) : images(); }
+  int64_t levels() const { return static_cast<int64_t>(std::max(logits.size(), level_sizes.size())); }
+  int64_t scopes() const { return scope == 0 ? 1 : by_level() ? levels() : images(); }
   ScopeOf scope_of() const { return {{nullptr, false}, scopes(), by_level() ? 1 : 0, scope == 2 ? 1 : 0}; }
   // iou^lambda needs an array of its own, unless it is iou^eta with the same zeros.
   bool own_loc_weight() const { return loc.lambda != focal.eta || focal.eta == 0; }
@@ -161,7 +162,6 @@ class Detection {
  private:
   void add_levels() {
     int64_t first_anchor = 0;
-    const bool cut = a_.by_level() && a_.level_sizes.size() > 1;
     for (size_t i = 0; i < a_.logits.size(); ++i) {
       const Tensor &x = a_.logits[i], &d = a_.deltas[i];
       Level level{};
@@ -173,7 +173,7 @@ class Detection {
         level.image_stride = x.size(1) * classes_;
         const std::vector<int64_t> whole = {x.size(1)};
         int64_t first_row = 0;
-        for (const int64_t rows : cut ? a_.level_sizes : whole) {
+        for (const int64_t rows : a_.level_sizes.empty() ? whole : a_.level_sizes) {
           Level part = level;
           part.logits = static_cast<const char*>(level.logits) + first_row * classes_ * x.element_size();
           part.deltas = static_cast<const char*>(level.deltas) + first_row * d.stride(1) * d.element_size();

@@ -287,8 +287,9 @@ def detection_loss(
     boxes, labels = _few_tensors(boxes, labels, backend)
     images = matched_idxs.shape[0]
     num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]
+    cut = normalizer_scope == "level" and cls_logits[0].ndim == 3
     parameters = (
-        [int(n) for n in level_sizes],
+        [int(n) for n in level_sizes] if cut else [],  # maps tell theirs, and torch.compile compiles for each number
         _SCOPES[normalizer_scope],
         float(eta),
         -1.0 if alpha is None else float(alpha),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _FLAT = "Tensor x, Tensor labels, Tensor iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
 _BOXES = "Tensor pred, Tensor target, Tensor? iou, Tensor? weight, Tensor? scope_ids, int num_scopes"
+# level_sizes: of flat heads whose sums are by level; else empty.
 _DETECTION = (
     "Tensor[] logits, Tensor[] deltas, Tensor anchors, Tensor matched_idxs, Tensor[] gt_boxes, Tensor[] gt_labels,"
     " int[] level_sizes, int scope, float eta, float alpha, float gamma, float lambda_, float beta, int box_coder,"
