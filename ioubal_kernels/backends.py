@@ -9,12 +9,14 @@ override is, in this order, the ``backend=`` argument, ``use_backend(name)``, th
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 
@@ -132,7 +134,8 @@ class use_backend:
 
     ``use_backend("reference")`` holds for the whole process from now on; ``with use_backend("reference"):`` holds
     inside the block, for the current thread or task, and then restores what was before (for the moment between the
-    two, the whole process sees it). ``"auto"`` or None returns to the automatic choice.
+    two, the whole process sees it); ``@use_backend("reference")`` holds during the calls of a function. ``"auto"`` or
+    None returns to the automatic choice.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is absent here (with the reason).
     """
@@ -148,11 +151,27 @@ class use_backend:
             del _pending[:-_PENDING_KEPT]
             _apply_pending()
 
-    def __enter__(self) -> use_backend:
-        with _lock:  # the choice moves from the process to this context
+    def _leave_process(self) -> None:
+        with _lock:
             if self in _pending:
                 _pending.remove(self)
                 _apply_pending()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        self._leave_process()
+
+        @functools.wraps(function)
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            token = _context_choice.set(self.name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _context_choice.reset(token)
+
+        return chosen
+
+    def __enter__(self) -> use_backend:
+        self._leave_process()  # the choice moves from the process to this context
         self._tokens.append(_context_choice.set(self.name))
         return self
 

@@ -28,10 +28,21 @@ class _FunctionModule(nn.Module):
                 )
         self.keywords = {**allowed, **keywords}
 
+    def __getattr__(self, name: str) -> Any:  # of what nn.Module and the class do not have
+        keywords = self.__dict__.get("keywords", {})
+        return keywords[name] if name in keywords else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``module.eta = 0.0`` sets the keyword argument: a schedule writes it before a step."""
+        if name in self.__dict__.get("keywords", {}):
+            self.keywords[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         """The keyword arguments that differ from the function's defaults."""
         defaults = _keywords(type(self)._function)
-        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items() if v is not defaults[k] and v != defaults[k])
+        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items() if not _same(v, defaults[k]))
 
     def _call(self, *tensors: Any, **overrides: Any) -> Any:
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -43,6 +54,11 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     per_call = ("weight", "scope_ids")
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in per_call}
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether they print alike: arrays and tensors are compared element by element, if at all."""
+    return value is default or (type(value) is type(default) and repr(value) == repr(default))
 
 
 _MATCHING = ("high", "low", "allow_low_quality", "force_best")

@@ -64,6 +64,21 @@ def fail_type(op: str, argument: str, expected: str, got: object) -> NoReturn:
 # ---------------------------------------------------------------------------------------------- tensors
 
 
+def has_storage(value: Tensor) -> bool:
+    """Whether a tensor has values of its own: a plain one or a subclass like torchvision's tv_tensors, but none that
+    stands for another (FakeTensor and others that redefine __torch_dispatch__).
+    """
+    return type(value) in _WITH_VALUES or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _box_format(value: Tensor) -> str | None:
+    """What a torchvision BoundingBoxes says its coordinates are; None of other tensors."""
+    if type(value) in _WITH_VALUES:
+        return None
+    found = getattr(value, "format", None)
+    return getattr(found, "value", None)
+
+
 def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -> None:
     """A dense tensor of one of the dtypes."""
     if not isinstance(value, Tensor):
@@ -74,6 +89,11 @@ def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -
         fail_type(op, argument, f"have dtype {names}", value)
     if value.layout is not torch.strided or value.is_nested:
         fail_type(op, argument, "be a dense strided tensor (not sparse, nested or mkldnn)", value)
+    if _box_format(value) not in (None, "XYXY"):
+        raise ValueError(
+            f"{op}: {argument} must be boxes x1 y1 x2 y2, got BoundingBoxes of format {_box_format(value)}; convert"
+            " them by torchvision.transforms.v2.functional.convert_bounding_box_format"
+        )
 
 
 def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int], device: torch.device) -> bool:
@@ -85,6 +105,7 @@ def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int], de
         and not value.is_nested
         and value.shape == shape
         and value.device == device
+        and _box_format(value) in (None, "XYXY")
     )
 
 
@@ -261,7 +282,7 @@ def values_checked(sample: Tensor) -> bool:
     mode = environment("IOUBAL_CHECK", _CHECK_KEY)
     if mode is None or mode == "auto":
         # A tensor subclass (FakeTensor, a tracer's proxy) may have no values to read.
-        return sample.is_cpu and type(sample) in _WITH_VALUES and not torch.compiler.is_compiling()
+        return sample.is_cpu and has_storage(sample) and not torch.compiler.is_compiling()
     if mode not in _CHECK_MODES:
         raise name_error("ioubal_kernels", "the environment variable IOUBAL_CHECK", _CHECK_MODES, mode)
     return mode == "1"

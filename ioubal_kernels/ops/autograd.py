@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..validation import has_storage
 from .library import op
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
 _NO_TRANSFORM = "torch.func transforms are not supported by the fused kernels; use backend='reference'"
 _NO_EXPORT = (
@@ -118,7 +118,7 @@ Layout = tuple[tuple[int, ...], int]
 
 def layouts_of(inputs: Sequence[Tensor]) -> list[Layout]:
     """Strides of dense inputs and how far into 16 bytes they begin; nothing under torch.compile, which keeps both."""
-    if torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in inputs):
+    if torch.compiler.is_compiling() or not all(map(has_storage, inputs)):
         return []
     return [(x.stride(), x.data_ptr() % 16) for x in inputs]
 
@@ -138,7 +138,7 @@ def laid_out(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor
 
 def has_values(x: Tensor) -> bool:
     """Whether values may be read on the host: a CPU tensor, neither compiled nor traced (FakeTensor, make_fx)."""
-    return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and _dispatch_modes() == 0
+    return x.is_cpu and has_storage(x) and not torch.compiler.is_compiling() and _dispatch_modes() == 0
 
 
 def fills_checked(backend: str, process_group: Any, x: Tensor) -> bool:
@@ -193,13 +193,21 @@ def is_dense(x: Tensor) -> bool:
 
 
 def check_inplace(name: str, logits: list[Tensor], grad_scale: float | Tensor) -> None:
-    """ValueError for what in-place gradients cannot serve: logits that are not dense, a grad_scale of 0."""
+    """ValueError for what in-place gradients cannot serve: logits that are not dense or share memory, a
+    grad_scale of 0.
+    """
     for x in logits:
         if not is_dense(x):
             raise ValueError(
                 f"{name}: inplace=True needs logits that are contiguous (or channels_last maps),"
                 f" got shape {tuple(x.shape)} with strides {x.stride()}"
             )
+    if not torch.compiler.is_compiling() and all(map(has_storage, logits)):
+        ends = 0
+        for first, last in sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in logits if x.numel()):
+            if first < ends:
+                raise ValueError(f"{name}: inplace=True needs levels that share no memory: each has its own gradient")
+            ends = last
     if not isinstance(grad_scale, Tensor) and grad_scale == 0:
         raise ValueError(
             f"{name}: inplace=True needs grad_scale != 0, got {grad_scale}: the gradient could not be scaled back"

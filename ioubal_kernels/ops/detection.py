@@ -138,7 +138,8 @@ class _DetectionLoss(torch.autograd.Function):
                 delta_buffers,
                 workspace,
             )
-        ctx.mark_non_differentiable(outputs[2], outputs[3])
+        constant = [outputs[i] for i, wanted in enumerate((want_logits, want_deltas, False, False)) if not wanted]
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
         if want_logits or want_deltas:
             ctx.spec, ctx.world_size, ctx.wants = spec, world_size, (want_logits, want_deltas)

@@ -47,7 +47,7 @@ def match_anchors(
     anchors = anchors.detach().contiguous()
     boxes, labels = _listed(gt_boxes, gt_labels, backend)
     out = torch.empty((len(gt_boxes), anchors.shape[-2]), dtype=dtype, device=anchors.device)
-    places = boxes[0].shape[1] if boxes and boxes[0].ndim == 3 else max((b.shape[0] for b in boxes), default=0)
+    places = boxes[0].shape[1] if boxes and boxes[0].ndim == 3 else max([0, *(b.shape[0] for b in boxes)])
     workspace = matching_workspace(backend, anchors.shape, len(gt_boxes), places, anchors.device)
     op("match_anchors", backend)(
         anchors, boxes, labels, float(high), float(low), allow_low_quality, force_best, out, workspace

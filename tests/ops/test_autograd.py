@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.autograd import forward_ad
 
 import ioubal_kernels as ik
@@ -135,6 +136,18 @@ def test_what_is_saved_of_rows_may_be_kept_elsewhere(name, reduction):
     loss, x = flat_case(name)
     x = testing.off_alignment(x, 1).requires_grad_()
     testing.check_saved_elsewhere(lambda: loss(x, reduction=reduction), [x])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("wanted", ((True, False), (False, True), (False, False)))
+def test_a_loss_without_inputs_to_train_has_no_gradient(wanted, backend):
+    """A frozen or detached head shows: its loss cannot be differentiated."""
+    inputs = testing.detection_inputs(layout="nchw")
+    for heads, needed in zip((inputs.cls_logits, inputs.bbox_deltas), wanted, strict=True):
+        for head in heads:
+            head.requires_grad_(needed)
+    out = ik.iou_balanced_detection_loss(*inputs.arguments(), backend=backend)
+    assert (out.classification.requires_grad, out.localization.requires_grad) == wanted
 
 
 def test_double_backward_is_refused():
@@ -298,6 +311,10 @@ def test_inplace_refuses_what_it_cannot_serve(name):
     out = ik.iou_balanced_detection_loss(*inputs.arguments(), inplace=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.autograd.grad(out.classification, inputs.cls_logits, create_graph=True)
+    twice = testing.detection_inputs(levels=((2, 3), (2, 3)), layout="nchw").requiring_grad()
+    twice.cls_logits = [twice.cls_logits[0] * 1] * 2
+    with pytest.raises(ValueError, match="iou_balanced_detection_loss: .* share no memory"):
+        ik.iou_balanced_detection_loss(*twice.arguments(), inplace=True)
     with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*grad_scale != 0"):
         loss(logits * 1, inplace=True, grad_scale=0.0)
     with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*reduction"):

@@ -230,6 +230,21 @@ def test_context_manager_stays_in_its_thread_and_task() -> None:
     assert asyncio.run(both()) == ["reference", "auto"]
 
 
+def test_decorator() -> None:
+    @ik.use_backend("reference")
+    def inside(fail: bool = False) -> str:
+        """Its own."""
+        if fail:
+            raise KeyError("inside")
+        return chosen()
+
+    want = chosen()
+    assert inside() == "reference" and chosen() == want != "reference" and inside.__doc__ == "Its own."
+    with pytest.raises(KeyError):
+        inside(True)
+    assert chosen() == want
+
+
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="use_backend: name must be one of .*did you mean 'triton'"):
         ik.use_backend("tritn")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ioubal_kernels as ik
+from ioubal_kernels import testing
 
 BOXES = [torch.rand(3, 4), torch.rand(2, 4)]
 LABELS = [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)]
@@ -97,3 +98,29 @@ def test_transforms_are_refused(backend: str) -> None:
         pytest.skip("plain PyTorch takes what torch.func does")
     with pytest.raises(NotImplementedError, match="match_anchors"):
         torch.func.vmap(lambda a: ik.match_anchors(a, BOXES, backend=backend))(torch.rand(2, 5, 4))
+
+
+def test_boxes_that_say_their_format(backend: str) -> None:
+    """torchvision's BoundingBoxes: only x1 y1 x2 y2, and with the checks of plain tensors."""
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    given = {"canvas_size": (99, 99)}
+    anchors = torch.tensor([[10.0, 10, 30, 30]])
+    corners = tv_tensors.BoundingBoxes([[10.0, 10, 30, 30]], format="XYXY", **given)
+    sizes = tv_tensors.BoundingBoxes([[10.0, 10, 20, 20]], format="XYWH", **given)
+    assert ik.match_anchors(anchors, [corners], backend=backend).tolist() == [[0]]
+    assert float(ik.paired_box_iou(corners, anchors, backend=backend)) == 1.0
+    d = testing.detection_inputs(images=1, levels=((1, 1),), per_location=1)
+    d.anchors, d.gt_boxes, d.gt_labels = anchors, [sizes], [torch.zeros(1, dtype=torch.int64)]
+    d.matched_idxs = torch.zeros(1, 1, dtype=torch.int64)
+    for call, name in (
+        (lambda: ik.match_anchors(anchors, [sizes], backend=backend), "match_anchors"),
+        (lambda: ik.match_anchors(sizes, [anchors], backend=backend), "match_anchors"),
+        (lambda: ik.paired_box_iou(sizes, anchors, backend=backend), "paired_box_iou"),
+        (lambda: ik.encode_boxes(sizes, anchors, backend=backend), "encode_boxes"),
+        (lambda: ik.iou_balanced_detection_loss(*d.arguments(), backend=backend), "iou_balanced_detection_loss"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .*must be boxes x1 y1 x2 y2, got BoundingBoxes of format XYWH"):
+            call()
+    wrong = tv_tensors.BoundingBoxes([[torch.nan, 10, 20, 20]], format="XYXY", **given)
+    with pytest.raises(ValueError, match="must have no NaN"):
+        ik.match_anchors(anchors, [wrong], backend=backend)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,24 @@ def test_call_overrides(module: type) -> None:
     loss = module(avg_factor=7.0, backend="reference")
     seven, one = losses(loss(*arguments(module)))[0], losses(loss(*arguments(module), avg_factor=1.0))[0]
     assert one == pytest.approx(7 * seven)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_keywords_are_attributes(module: type) -> None:
+    """A schedule writes them before a step."""
+    loss = module(backend="reference")
+    before = losses(loss(*arguments(module)))[0]
+    loss.avg_factor = 1e9
+    assert loss.keywords["avg_factor"] == loss.avg_factor == 1e9 and "avg_factor" not in vars(loss)
+    assert losses(loss(*arguments(module)))[0] < before
+    assert losses(copy.deepcopy(loss)(*arguments(module))) == losses(loss(*arguments(module)))
+    with pytest.raises(AttributeError, match="etta"):
+        loss.etta  # noqa: B018
+
+
+def test_repr_of_arrays() -> None:
+    assert "box_weights=array(" in repr(ik.IoUBalancedLoss(box_weights=np.ones(4)))
+    assert "grad_scale=tensor(" in repr(ik.IoUBalancedLoss(grad_scale=torch.tensor([1.0, 2.0])))
 
 
 def test_repr_shows_what_was_changed() -> None:
