@@ -45,7 +45,7 @@ def refused(name: str, reason: str) -> pytest.RaisesExc:
         "detection": "iou_balanced_detection_loss",
         "retinanet": "iou_balanced_detection_loss",
         "focal": "iou_balanced_sigmoid_focal_loss",
-        "bce": "iou_balanced_sigmoid_focal_loss",  # which it calls
+        "bce": "iou_balanced_binary_cross_entropy",
         "softmax": "iou_balanced_cross_entropy",
         "smooth_l1": "iou_balanced_smooth_l1_loss",
     }[name]
@@ -208,13 +208,23 @@ def test_reentrant_checkpoint(name: str) -> None:
 @row("saved_tensors_hooks, save_on_cpu", "works")
 @each_loss
 def test_saved_tensors_hooks(name: str) -> None:
+    """What comes back may have other strides, as from ``save_on_cpu(pin_memory=True)``."""
     case = make(name)
-    leaves = case.fresh()
-    packed = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.clone(), lambda x: x):
-        value = case.of_leaves(*leaves)
-    assert packed
-    assert_same(value, torch.autograd.grad(value, leaves), case)
+    for unpacked in (Tensor.clone, Tensor.contiguous, lambda x: x.to(memory_format=torch.channels_last)):
+        leaves, packed = case.fresh(), []
+
+        def unpack(x: Tensor, change: Callable[[Tensor], Tensor] = unpacked) -> Tensor:
+            return change(x.detach()) if x.ndim == 4 else x.detach().clone()
+
+        def pack(x: Tensor, packed: list[Tensor] = packed) -> Tensor:
+            packed.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            value = case.of_leaves(*leaves)
+        assert packed
+        gradients = torch.autograd.grad(value, leaves, torch.tensor(2.0))
+        assert_same(value, [g / 2 for g in gradients], case)
 
 
 @row("double backward", "raises NotImplementedError")
