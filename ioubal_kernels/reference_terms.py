@@ -57,7 +57,13 @@ def softmax_term(logits: Tensor, columns: Tensor) -> Tensor:
     limit = (count > 0) & ~logits.isnan().any(1)
     finite = torch.where(limit[:, None], 0.0, logits)
     index = columns[:, None]
-    term = -F.log_softmax(finite, dim=1).gather(1, index).squeeze(1)
+    own_finite = finite.gather(1, index)
+    # Where the label's logit is the largest, the others' share of its exponential on its own: beside a 1 small losses
+    # would lose their digits, and so would their gradients.
+    beside = (finite - own_finite).scatter(1, index, float("-inf"))
+    rest = beside.clamp(max=0.0).exp().sum(1)
+    leads = (beside <= 0).all(1)
+    term = torch.where(leads, rest.log1p(), -F.log_softmax(finite, dim=1).gather(1, index).squeeze(1))
     # One or more +inf share all the probability: p_j = 1 / count there, so the loss is their mean minus the label's
     # logit.
     label_infinite = infinite.gather(1, index).squeeze(1)

@@ -41,14 +41,18 @@ void softmax_rows_f64(SoftmaxTile& tile, float*) {
       if (out) std::fill(out, out + columns, 0.0);
       continue;
     }
-    const double x_target = x[target];
     const RowSum<double> row = row_sum<double>([x](int64_t k) { return x[k]; }, columns);
+    // What is not the target's, apart: beside a 1 of the target's own, small losses and slopes would lose their digits.
+    double rest = 0;
+    for (int64_t k = 0; k < columns; ++k) rest += k == target ? 0.0 : std::exp(x[k] - row.top);
+    const double own = std::exp(x[target] - row.top);
+    // A row's logits may be its gradient's memory.
+    const double loss = own == 1.0 ? std::log1p(rest) : std::log(row.sum) + (row.top - x[target]);
     if (out) {
-      const double at_target = (std::exp(x_target - row.top) / row.sum - 1) * tile.scale[r];
       for (int64_t k = 0; k < columns; ++k) out[k] = std::exp(x[k] - row.top) / row.sum * tile.scale[r];
-      out[target] = at_target;
+      out[target] = -rest / row.sum * tile.scale[r];
     }
-    tile.loss[r] = std::log(row.sum) + (row.top - x_target);
+    tile.loss[r] = loss;
   }
 }
 

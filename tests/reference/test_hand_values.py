@@ -1,5 +1,6 @@
 """Values computed by hand (with `math` only), the formula beside each. Equations are the paper's."""
 
+import decimal
 import math
 
 import pytest
@@ -382,3 +383,23 @@ class TestAnalysis:
         close(ik.analysis.gradient_norm(d, "size", 2.0, 3.0, 0.1), [3 * math.exp(-0.1) * 0.5, 3 * math.exp(-1.0)])
         close(ik.analysis.gradient_norm(d, "center", 0.0, 1.0, 0.1), [0.5, 1.0])  # plain smooth L1
         close(ik.analysis.gradient_norm(torch.tensor([2.0], dtype=F64), "center", 0.0), [1.0])  # 0^0 = 1
+
+
+@pytest.mark.parametrize(
+    "row, label", [([24.3, 0.0, -3.0], 0), ([45.0, 0.0, 0.0], 0), ([-5.0, 3.0, 3.0], 0), ([7.0], 0)]
+)
+@pytest.mark.parametrize("dtype, budget", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_small_softmax_losses_keep_their_digits(row: list, label: int, dtype: torch.dtype, budget: float, backend: str):
+    """-log p = log(1 + sum of the others' exponentials over the label's own), in 60 digits; beside a 1, p loses them."""
+    with decimal.localcontext(prec=60):
+        powers = [decimal.Decimal(float(x)).exp() for x in torch.tensor(row, dtype=dtype).tolist()]
+        p = [float(x / sum(powers)) for x in powers]
+        want = float(-(powers[label] / sum(powers)).ln())
+        p[label] = float(-sum(x for k, x in enumerate(powers) if k != label) / sum(powers))
+    logits = torch.tensor([row], dtype=dtype, requires_grad=True)
+    loss = ik.iou_balanced_cross_entropy(
+        logits, torch.tensor([label]), torch.ones(1), background_index=None, backend=backend
+    )
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(want, rel=budget, abs=0)
+    assert logits.grad[0].tolist() == pytest.approx(p, rel=budget, abs=0)
