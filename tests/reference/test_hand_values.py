@@ -385,13 +385,17 @@ class TestAnalysis:
         close(ik.analysis.gradient_norm(torch.tensor([2.0], dtype=F64), "center", 0.0), [1.0])  # 0^0 = 1
 
 
-@pytest.mark.parametrize(
-    "row, label", [([24.3, 0.0, -3.0], 0), ([45.0, 0.0, 0.0], 0), ([-5.0, 3.0, 3.0], 0), ([7.0], 0)]
-)
+SMALL = [([24.3, 0.0, -3.0], 0), ([45.0, 0.0, 0.0], 0), ([-5.0, 3.0, 3.0], 0), ([7.0], 0)]
+
+
+@pytest.mark.parametrize("row, label", SMALL)
 @pytest.mark.parametrize("dtype, budget", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_small_softmax_losses_keep_their_digits(row: list, label: int, dtype: torch.dtype, budget: float, backend: str):
-    """-log p = log(1 + sum of the others' exponentials over the label's own), in 60 digits; beside a 1, p loses them."""
-    with decimal.localcontext(prec=60):
+def test_small_softmax_losses_keep_their_digits(
+    row: list, label: int, dtype: torch.dtype, budget: float, backend: str
+) -> None:
+    """-log p = log(1 + the others' exponentials over the label's own), in 60 digits; beside a 1, p loses them."""
+    with decimal.localcontext() as context:
+        context.prec = 60
         powers = [decimal.Decimal(float(x)).exp() for x in torch.tensor(row, dtype=dtype).tolist()]
         p = [float(x / sum(powers)) for x in powers]
         want = float(-(powers[label] / sum(powers)).ln())
