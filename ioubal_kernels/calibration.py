@@ -37,6 +37,8 @@ def calibrate_w_loc(
     validation.number(op, "beta", beta)
     validation.four_weights(op, "box_weights", box_weights)
     validation.choice(op, "box_coder", box_coder, BOX_CODERS)
+    if isinstance(pairs, Tensor) or not isinstance(pairs, Iterable):
+        validation.fail_type(op, "pairs", "be pairs (pred_deltas, target_deltas)", pairs)
     plain = balanced = 0.0
     count = rows = 0
     with torch.no_grad():
@@ -45,6 +47,9 @@ def calibrate_w_loc(
                 validation.fail_type(op, f"pairs[{count}]", "be a pair (pred_deltas, target_deltas)", pair)
             for name, part in zip(("pred_deltas", "target_deltas"), pair, strict=True):
                 validation.tensor(op, f"pairs[{count}] {name}", part, validation.FLOAT_DTYPES)
+                if part.ndim != 2 or part.shape[1] != 4 or part.shape != pair[0].shape or part.is_meta:
+                    want = "be with values and have shape (P, 4), as its pair has"
+                    validation.fail_value(op, f"pairs[{count}] {name}", want, part)
             # float64: the sums run over many batches.
             pred, target = (part.detach().to("cpu", torch.float64) for part in pair)
             iou = delta_iou(pred, target, weights=box_weights, box_coder=box_coder)

@@ -151,6 +151,14 @@ def number(op: str, argument: str, value: Any, low: float = 0.0, high: float = m
         fail_value(op, argument, f"be finite and at least {low:g}" if low > -math.inf else "be finite", value)
 
 
+def positive(op: str, argument: str, value: Any) -> None:
+    """A finite real number above 0."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real))):
+        fail_type(op, argument, "be a number", value)
+    if not 0 < value < math.inf:
+        fail_value(op, argument, "be positive and finite", value)
+
+
 def choice(op: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str):
         fail_type(op, argument, f"be one of {', '.join(map(repr, allowed))}", value)
@@ -179,9 +187,7 @@ def four_weights(op: str, argument: str, value: Any) -> None:
     if are_plain(*value) and 0.0 not in value:
         return
     for i, weight in enumerate(value):
-        number(op, f"{argument}[{i}]", weight)
-        if weight == 0:
-            fail_value(op, f"{argument}[{i}]", "be positive", weight)
+        positive(op, f"{argument}[{i}]", weight)
 
 
 # --------------------------------------------------------------------------------------------- shared keyword arguments
@@ -226,9 +232,7 @@ def divisor(op: str, argument: str, value: Any, device: torch.device, images: in
                 op, argument, "be positive and finite", value.reshape(-1).tolist()[0] if value.ndim == 0 else value
             )
         return
-    number(op, argument, value)
-    if value == 0:
-        fail_value(op, argument, "be positive", value)
+    positive(op, argument, value)
 
 
 def reduction(op: str, name: Any, avg_factor: Any, device: torch.device) -> None:

@@ -94,11 +94,25 @@ def _default_folder(settings: Config) -> Path:
     return folder
 
 
+# What --set may change of a trained model's configuration besides inference.*: how images are found and read.
+_READING = (
+    "format", "image_size", "keep_ratio", "short_side", "long_side", "mean", "std", "workers", "on_bad_image",
+    "bad_image_limit", "allow_symlinks", "timeout",
+)  # fmt: skip
+
+
 def _changes(assignments: list[str] | None, amp: str, device: str, workers: int | None) -> list[tuple[str, Any]]:
     """(key, value) over a checkpoint's configuration: --set, and the options of what uses a trained model."""
     from ..detection.config import parse_assignment
+    from ..detection.errors import UsageError
 
     changes = [parse_assignment(a) for a in assignments or []]
+    for key, _ in changes:
+        if not key.startswith("inference.") and key not in [f"data.{name}" for name in _READING]:
+            raise UsageError(
+                f"--set: {key} has no effect on a trained model; what has: inference.*, data.{', data.'.join(_READING)}"
+                " (and --device, --amp, --split)"
+            )
     changes += [("train.amp", amp), ("train.device", device)]
     return changes if workers is None else [*changes, ("data.workers", workers)]
 
@@ -115,7 +129,9 @@ def eval_command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="inference.key=value or one of how images are read.")
+    ] = None,
     save_results: Annotated[
         str | None, typer.Option("--save-results", metavar="FILE.json", help="Write the detections as COCO results.")
     ] = None,
@@ -156,7 +172,9 @@ def predict_command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="inference.key=value; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="inference.key=value or one of how images are read.")
+    ] = None,
 ) -> None:
     """Detect on images: pictures with the boxes drawn, and their numbers as JSON."""
     from ..detection.predict_files import predict_files

@@ -243,5 +243,7 @@ def find_checkpoint(
             raise UsageError(f"{path} holds no checkpoints (expected {folder}/step-*.pt)")
         return found
     if path.is_file():
+        if path.suffix != ".pt":
+            raise UsageError(f"{path} is no checkpoint: those are RUN/checkpoints/step-*.pt")
         return path, load_checkpoint(path, device=device)
     raise UsageError(f"{path} is neither a run's folder nor a checkpoint file")

@@ -153,8 +153,9 @@ PRESETS = _presets()
 def preset(name: str) -> Config:
     """A fresh configuration by name."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise UsageError(f"unknown configuration {name!r}; the nearest is {near[0]!r} (all: ioubal configs)")
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"the nearest is {near[0]!r} (all: ioubal configs)" if near else "`ioubal configs` lists them"
+        raise UsageError(f"unknown configuration {name!r}; {hint}")
     config = Config()
     config.update(PRESETS[name][1], f"preset {name}")
     config.validate()

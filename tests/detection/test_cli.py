@@ -81,10 +81,17 @@ def test_configs(ioubal, tmp_path):
             ["train", "--data", "DATA", "--set", "loss.backend=cuda", "--device", "cpu"],
             "loss.backend: cuda cannot be used",
         ),
-        (["train", "--data", "DATA", "--set", "train.batch_size=1000"], "1000"),
+        (["train", "--data", "DATA", "--set", "train.batch_size=1000"], "a smaller train.batch_size would do"),
         (["train", "--data", "DATA", "--resume"], "--resume: name the run's folder with -o"),
         (["train", "--data", "DATA", "--resume", "-o", "/nowhere/run"], "--resume: /nowhere/run is not a folder"),
         (["eval", "/nowhere", "--data", "DATA"], "/nowhere is neither a run's folder nor a checkpoint file"),
+        (["eval", "/nowhere", "--data", "DATA", "--set", "loss.eta=0"], "--set: loss.eta has no effect on a trained"),
+        (
+            ["predict", "/nowhere", "x.png", "-o", "out", "--set", "model.name=ssd_tiny"],
+            "--set: model.name has no effect",
+        ),
+        (["train", "--data", "DATA", "--config", "q"], "unknown configuration 'q'; `ioubal configs` lists them"),
+        (["eval", __file__, "--data", "DATA"], "test_cli.py is no checkpoint: those are RUN/checkpoints/step-*.pt"),
         (["configs", "retinanet_tyni"], "unknown configuration 'retinanet_tyni'; the nearest is 'retinanet_tiny'"),
     ],
 )

@@ -381,6 +381,19 @@ def test_calibration_of_the_proposals():
         calibrate(make("ssd"), [batch("ssd")], rpn=True)
 
 
+def test_batches_that_are_none():
+    model, (images, targets) = make("ssd"), batch("ssd")
+    first = r"batches\[0\] must be"
+    for batches, text in (
+        ((images, targets), f"{first} a pair|the targets of {first} a list of dicts"),
+        ([images[0]], f"{first} a pair"),
+        ([(images, targets[:1])], f"the targets of {first} {len(images)}, one for each image"),
+        ([([x.numpy() for x in images], targets)], f"the images of {first} a list of tensors"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"calibrate_w_loc: ({text})"):
+            ik.integrations.torchvision.calibrate_w_loc(model, batches)
+
+
 @pytest.mark.parametrize("scope", ["batch", "image"])
 @pytest.mark.parametrize("family", ["retinanet", "ssd", "faster_rcnn"])
 def test_a_batch_without_any_box(family, scope):

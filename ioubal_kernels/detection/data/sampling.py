@@ -53,8 +53,9 @@ class BatchStream:
         self.global_batch = batch_size * world_size
         if num_samples < self.global_batch:
             raise DataError(
-                f"TrainLoader: dataset: expected at least one batch of {batch_size} images for each of {world_size} "
-                f"process{'es' if world_size > 1 else ''} = {self.global_batch} images, got {num_samples}"
+                f"the training split: expected at least one batch of {batch_size} images for each of {world_size} "
+                f"process{'es' if world_size > 1 else ''} = {self.global_batch} images, got {num_samples}; a smaller"
+                " train.batch_size would do"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size

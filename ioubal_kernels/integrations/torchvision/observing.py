@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ioubal_kernels as ik
+from ioubal_kernels import validation
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _recorders: WeakKeyDictionary[nn.Module, Recording] = WeakKeyDictionary()
@@ -123,6 +124,20 @@ def record_dense(
     record_flat(module, torch.cat(predicted), torch.cat(targets), plain)
 
 
+def _checked(op: str, argument: str, batch: Any) -> tuple[Any, Any]:
+    """A pair (images, targets) as a detector takes it in training."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        validation.fail_type(op, argument, "be a pair (images, targets): batches is a list of them", batch)
+    images, targets = batch
+    if isinstance(images, (tuple, list)) and not all(isinstance(image, Tensor) for image in images):
+        validation.fail_type(op, f"the images of {argument}", "be a list of tensors", images)
+    if not isinstance(targets, (tuple, list)) or not all(isinstance(target, dict) for target in targets):
+        validation.fail_type(op, f"the targets of {argument}", "be a list of dicts", targets)
+    if isinstance(images, (tuple, list)) and len(images) != len(targets):
+        validation.fail_value(op, f"the targets of {argument}", f"be {len(images)}, one for each image", targets)
+    return images, targets
+
+
 def positive_deltas(
     model: nn.Module, module: nn.Module, batches: Iterable[tuple[Any, Any]]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -135,8 +150,8 @@ def positive_deltas(
     try:
         model.train()
         with torch.random.fork_rng(devices=devices), torch.no_grad(), record(module) as pairs:
-            for images, targets in batches:
-                model(images, targets)
+            for i, batch in enumerate(batches):
+                model(*_checked("calibrate_w_loc", f"batches[{i}]", batch))
     finally:
         for part, training in modes.items():
             part.training = training
