@@ -89,7 +89,8 @@ class _Detection:
         for i, (x, d) in enumerate(zip(self.logits, self.deltas, strict=True)):
             if x.ndim == 3:
                 self.classes, row = x.shape[2], 0
-                for size in level_sizes or [x.shape[1]]:
+                cut = self.scope == LEVEL.value and len(level_sizes) > 0
+                for size in level_sizes if cut else [x.shape[1]]:
                     levels.append(_Level(i, row, size, 1, 1, row, False))
                     row += size
                 continue

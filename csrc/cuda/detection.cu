@@ -162,6 +162,7 @@ class Detection {
  private:
   void add_levels() {
     int64_t first_anchor = 0;
+    const bool cut = a_.by_level() && !a_.level_sizes.empty();
     for (size_t i = 0; i < a_.logits.size(); ++i) {
       const Tensor &x = a_.logits[i], &d = a_.deltas[i];
       Level level{};
@@ -173,7 +174,7 @@ class Detection {
         level.image_stride = x.size(1) * classes_;
         const std::vector<int64_t> whole = {x.size(1)};
         int64_t first_row = 0;
-        for (const int64_t rows : a_.level_sizes.empty() ? whole : a_.level_sizes) {
+        for (const int64_t rows : cut ? a_.level_sizes : whole) {
           Level part = level;
           part.logits = static_cast<const char*>(level.logits) + first_row * classes_ * x.element_size();
           part.deltas = static_cast<const char*>(level.deltas) + first_row * d.stride(1) * d.element_size();
