@@ -153,10 +153,9 @@ def number(op: str, argument: str, value: Any, low: float = 0.0, high: float = m
 
 def positive(op: str, argument: str, value: Any) -> None:
     """A finite real number above 0."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real))):
-        fail_type(op, argument, "be a number", value)
-    if not 0 < value < math.inf:
-        fail_value(op, argument, "be positive and finite", value)
+    number(op, argument, value, -math.inf)
+    if value <= 0:
+        fail_value(op, argument, "be positive", value)
 
 
 def choice(op: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
