@@ -327,7 +327,7 @@ def test_a_batch_and_an_epoch_without_boxes(tmp_path):
 def test_arguments_are_checked(data):
     config = TransformConfig(size=(48, 64))
     with pytest.raises(
-        DataError, match="the training split: expected at least one batch of 11 images for each of 1 process = 11 images, got 10"
+        DataError, match="expected at least one batch of 11 images for each of 1 process = 11 images, got 10"
     ):
         TrainLoader(data, config, 11)
     with pytest.raises(DataError, match="6 images for each of 2 processes = 12 images, got 10"):
