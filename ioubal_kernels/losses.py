@@ -97,7 +97,8 @@ _retinanet_loss.__signature__ = _merged_signature()
 
 
 class IoUBalancedLoss(_FunctionModule):
-    """``iou_balanced_detection_loss`` as a module: the same keyword arguments, the same forward.
+    """``iou_balanced_detection_loss`` as a module: the same keyword arguments, the same forward. As with all of these
+    modules the arguments are attributes: ``loss.eta = 0.5`` before a step.
 
     ``process_group="world"`` stays a string until the call, so that the module pickles.
     """
