@@ -39,17 +39,14 @@ def wall_seconds(call: Callable[[int], Any], number: int) -> float:
 
 def sample(path: TimedPath, number: int, clock: Clock, neighbour: Neighbour | None, tries: int) -> float:
     """Seconds of one call, the first of at most `tries` before and after which the core is not shared, or the last."""
-    for last in range(tries - 1, -1, -1):
+    for _ in range(tries):
         if path.prepare is not None:
             path.prepare(number)
-        if neighbour is None:
-            return clock(path.call, number)
-        idle = neighbour.wait()
+        idle = neighbour is None or neighbour.wait()
         elapsed = clock(path.call, number)
-        if idle and neighbour.is_idle():
+        if neighbour is None or (idle and neighbour.is_idle()):
             return elapsed
-        if not last:
-            path.disturbed += 1
+    path.disturbed += 1
     return elapsed
 
 

@@ -40,9 +40,9 @@ class _FunctionModule(nn.Module):
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """The keyword arguments that differ from the function's defaults."""
+        """The keyword arguments that differ from the function's defaults; arrays and tensors cannot say so by !=."""
         defaults = _keywords(type(self)._function)
-        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items() if not _same(v, defaults[k]))
+        return ", ".join(f"{k}={v!r}" for k, v in self.keywords.items() if repr(v) != repr(defaults[k]))
 
     def _call(self, *tensors: Any, **overrides: Any) -> Any:
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -54,11 +54,6 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     per_call = ("weight", "scope_ids")
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in per_call}
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Whether they print alike: arrays and tensors are compared element by element, if at all."""
-    return value is default or (type(value) is type(default) and repr(value) == repr(default))
 
 
 _MATCHING = ("high", "low", "allow_low_quality", "force_best")

@@ -322,9 +322,9 @@ def check_saved_elsewhere(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) 
     contiguous copies (``torch.autograd.graph.save_on_cpu(pin_memory=True)``). For another grad_output than the
     expected one, so that they are computed from it.
     """
+    value = loss()
+    want = torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))
     for copy in (Tensor.clone, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)):
-        value = loss()
-        want = torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))
         with torch.autograd.graph.saved_tensors_hooks(lambda x, copy=copy: copy(x.detach()), lambda x: x):
             value = loss()
         got = torch.autograd.grad(value, leaves, torch.full_like(value, 2.0))
@@ -353,9 +353,10 @@ def extreme_logits(dtype: torch.dtype = torch.float32) -> Tensor:
     return rounded[~(rounded.isinf() & values.isfinite())]
 
 
-def off_alignment(t: Tensor, offset: int) -> Tensor:
-    """A tensor equal to t, so many elements behind a multiple of 16 bytes, with the strides of a dense t."""
-    return t.new_empty(t.numel() + offset).as_strided(t.shape, t.stride(), offset).copy_(t)
+def placed(t: Tensor, offset: int = 0) -> Tensor:
+    """The same values and strides at an offset (elements) of an allocation that ends where the tensor ends."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return t.new_empty(offset + span).as_strided(t.shape, t.stride(), offset).copy_(t.detach())
 
 
 def same_values_other_memory(t: Tensor) -> Iterator[tuple[str, Tensor]]:

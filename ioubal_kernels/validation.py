@@ -71,12 +71,9 @@ def has_storage(value: Tensor) -> bool:
     return type(value) in _WITH_VALUES or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _box_format(value: Tensor) -> str | None:
-    """What a torchvision BoundingBoxes says its coordinates are; None of other tensors."""
-    if type(value) in _WITH_VALUES:
-        return None
-    found = getattr(value, "format", None)
-    return getattr(found, "value", None)
+def _may_be_corners(value: Any) -> bool:
+    """False for a torchvision BoundingBoxes that says its coordinates are others than x1 y1 x2 y2."""
+    return type(value) in _WITH_VALUES or getattr(getattr(value, "format", None), "value", "XYXY") == "XYXY"
 
 
 def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -> None:
@@ -89,9 +86,9 @@ def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -
         fail_type(op, argument, f"have dtype {names}", value)
     if value.layout is not torch.strided or value.is_nested:
         fail_type(op, argument, "be a dense strided tensor (not sparse, nested or mkldnn)", value)
-    if _box_format(value) not in (None, "XYXY"):
+    if not _may_be_corners(value):
         raise ValueError(
-            f"{op}: {argument} must be boxes x1 y1 x2 y2, got BoundingBoxes of format {_box_format(value)}; convert"
+            f"{op}: {argument} must be boxes x1 y1 x2 y2, got BoundingBoxes of format {value.format.value}; convert"
             " them by torchvision.transforms.v2.functional.convert_bounding_box_format"
         )
 
@@ -105,7 +102,7 @@ def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int], de
         and not value.is_nested
         and value.shape == shape
         and value.device == device
-        and _box_format(value) in (None, "XYXY")
+        and _may_be_corners(value)
     )
 
 

@@ -186,7 +186,6 @@ class _Detection:
                 level.anchors,
             )
             for level in self.levels
-            if level.positions > 0
         ]
         dense = DensePass(
             self.marks,

@@ -155,7 +155,7 @@ class _FlatFocal:
         dense = DensePass(
             self.marks,
             self.scratch,
-            [DenseLevel(self.logits, out, 0, 0, self.rows, 0)] if self.rows else [],
+            [DenseLevel(self.logits, out, 0, 0, self.rows, 0)],
             1,
             self.classes,
             self.rows,

@@ -61,9 +61,9 @@ class DenseLevel:
         return x, x if self.out is None else self.out.data_ptr() + start
 
     def parts(self, classes: int) -> list[DenseLevel]:
-        """The level, or where it has too many rows some of them each."""
+        """The level, or where it has too many rows some of them each; none of a level without rows."""
         if self.planes or self.rows * classes <= RUN:
-            return [self]
+            return [self] if self.rows else []
         step = max(RUN // classes // 1024, 1) * 1024  # every part is aligned as the first one
         return [
             replace(

@@ -96,8 +96,8 @@ def _default_folder(settings: Config) -> Path:
 
 # What --set may change of a trained model's configuration besides inference.*: how images are found and read.
 _READING = (
-    "format", "image_size", "keep_ratio", "short_side", "long_side", "mean", "std", "workers", "on_bad_image",
-    "bad_image_limit", "allow_symlinks", "timeout",
+    "data.format", "data.image_size", "data.keep_ratio", "data.short_side", "data.long_side", "data.mean", "data.std",
+    "data.workers", "data.on_bad_image", "data.bad_image_limit", "data.allow_symlinks", "data.timeout",
 )  # fmt: skip
 
 
@@ -108,9 +108,9 @@ def _changes(assignments: list[str] | None, amp: str, device: str, workers: int 
 
     changes = [parse_assignment(a) for a in assignments or []]
     for key, _ in changes:
-        if not key.startswith("inference.") and key not in [f"data.{name}" for name in _READING]:
+        if not key.startswith("inference.") and key not in _READING:
             raise UsageError(
-                f"--set: {key} has no effect on a trained model; what has: inference.*, data.{', data.'.join(_READING)}"
+                f"--set: {key} has no effect on a trained model; what has: inference.*, {', '.join(_READING)}"
                 " (and --device, --amp, --split)"
             )
     changes += [("train.amp", amp), ("train.device", device)]

@@ -153,10 +153,8 @@ class _DetectionLoss(torch.autograd.Function):
         spec, saved = ctx.spec, ctx.saved_tensors
         levels, backend, expected = spec.levels, spec.backend, spec.grad_scale
         last = 2 * levels + 2 + 2 * spec.num_gt + 3  # of the constants; the sums and the workspace follow
-        heads, constants = (
-            (*laid_out(saved[:levels], ctx.layouts), *saved[levels : 2 * levels]),
-            saved[2 * levels : last],
-        )
+        heads = (*laid_out(saved[:levels], ctx.layouts), *saved[levels : 2 * levels])
+        constants = saved[2 * levels : last]
         scale_tensor = constants[-1]
         # Each loss has its own gradients: none of the classification loss reaches the deltas, nor the other way round.
         # A loss that took no part in this backward keeps its buffers for a later one.

@@ -126,7 +126,7 @@ def test_no_grad_allocates_no_gradient(mode):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_what_is_saved_may_be_kept_elsewhere(layout):
     inputs = testing.detection_inputs(classes=5, positive_share=0.2, layout=layout)
-    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, 1).requires_grad_())
+    inputs = inputs._map_heads(lambda t: testing.placed(t, 1).requires_grad_())
     testing.check_saved_elsewhere(lambda: sum(ik.iou_balanced_detection_loss(*inputs.arguments())[:2]), inputs.heads())
 
 
@@ -134,7 +134,7 @@ def test_what_is_saved_may_be_kept_elsewhere(layout):
 @pytest.mark.parametrize("name", CALLED)
 def test_what_is_saved_of_rows_may_be_kept_elsewhere(name, reduction):
     loss, x = flat_case(name)
-    x = testing.off_alignment(x, 1).requires_grad_()
+    x = testing.placed(x, 1).requires_grad_()
     testing.check_saved_elsewhere(lambda: loss(x, reduction=reduction), [x])
 
 

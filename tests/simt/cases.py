@@ -14,17 +14,10 @@ from torch import Tensor
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.testing import DetectionInputs, assert_close_budget
+from ioubal_kernels.testing import DetectionInputs, assert_close_budget, placed
 
 # Float32 accumulates the error of its polynomials where a loss has a few terms only: an element's budget then.
 FEW_TERMS = 64
-
-
-def placed(t: Tensor, offset: int = 0) -> Tensor:
-    """The same values and strides at an offset (elements) of an allocation that ends where the tensor ends."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
-    store = torch.empty(offset + span, dtype=t.dtype)
-    return store.as_strided(t.shape, t.stride(), offset).copy_(t.detach())
 
 
 def spread_out(t: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def test_what_is_saved_may_be_kept_elsewhere(layout, offset):
     inputs = testing.detection_inputs(
         seed=3, classes=5, per_location=3, levels=((6, 10),), positive_share=0.2, layout=layout
     )
-    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, offset).requires_grad_())
+    inputs = inputs._map_heads(lambda t: cases.placed(t, offset).requires_grad_())
     testing.check_saved_elsewhere(lambda: sum(detection_loss(inputs)[:2]), inputs.heads())
 
 
@@ -161,7 +161,7 @@ def test_what_is_saved_of_rows_may_be_kept_elsewhere(offset, reduction):
     labels = torch.full((rows,), -1)
     own = torch.arange(127, rows * classes, 128)
     labels[own // classes] = own % classes
-    x = testing.off_alignment(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), offset)
+    x = cases.placed(torch.randn(rows, classes, generator=torch.Generator().manual_seed(1)), offset)
     x.requires_grad_()
     iou = torch.linspace(0.1, 1, rows)
     testing.check_saved_elsewhere(

@@ -168,12 +168,7 @@ def test_mixed_layouts_of_levels():
 def test_addresses(layout, offset):
     """Off the multiples of 16 bytes: narrower accesses."""
     inputs = testing.detection_inputs(seed=5, images=2, classes=16, levels=((4, 8),), layout=layout)
-
-    def moved(t):
-        store = torch.zeros(t.numel() + offset, dtype=t.dtype)[offset:]
-        return store.view(t.shape).copy_(t)
-
-    check_detection(inputs._map_heads(moved))
+    check_detection(inputs._map_heads(lambda t: testing.placed(t, offset)))
 
 
 @pytest.mark.parametrize("layout", ("flat", "channels_last"))
@@ -181,7 +176,7 @@ def test_what_is_saved_may_be_kept_elsewhere(layout):
     inputs = testing.detection_inputs(
         seed=3, images=1, classes=3, per_location=2, levels=((3, 2),), positive_share=0.3, layout=layout
     )
-    inputs = inputs._map_heads(lambda t: testing.off_alignment(t, 1).requires_grad_())
+    inputs = inputs._map_heads(lambda t: testing.placed(t, 1).requires_grad_())
     testing.check_saved_elsewhere(lambda: sum(_triton(*inputs.arguments())[:2]), inputs.heads())
 
 
