@@ -375,11 +375,29 @@ def box_iou(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
+def centered_overlap(shift, w1, w2):
+    """Overlap of two intervals of widths w1 and w2 whose centres are `shift` apart."""
+    narrow = tl.where(w2 < w1, w2, w1)
+    reach = 0.5 * (w1 + w2) - tl.abs(shift)
+    return not_negative(tl.where(narrow < reach, narrow, reach))
+
+
+@triton.jit
 def delta_iou(p0, p1, p2, p3, t0, t1, t2, t3, w0, w1, w2, w3, FOVEA: tl.constexpr):
-    """IoU of the two decoded boxes. Decoding is a shift and a scale per axis, to which IoU is invariant: no anchor."""
-    a0, a1, a2, a3 = decode_box(p0, p1, p2, p3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
-    b0, b1, b2, b3 = decode_box(t0, t1, t2, t3, -0.5, -0.5, 0.5, 0.5, w0, w1, w2, w3, FOVEA)
-    return box_iou(a0, a1, a2, a3, b0, b1, b2, b3)
+    """IoU of the two boxes that deltas decode to on any one anchor: decoding is a shift and a scale per axis, to which
+    IoU is invariant. Sizes and distances are never turned into corners, which would lose them far from the anchor."""
+    p2, p3 = exp_clamped(p2 / w2), exp_clamped(p3 / w3)
+    t2, t3 = exp_clamped(t2 / w2), exp_clamped(t3 / w3)
+    if FOVEA:  # distances from one centre to all sides
+        p0, p1 = exp_clamped(p0 / w0), exp_clamped(p1 / w1)
+        t0, t1 = exp_clamped(t0 / w0), exp_clamped(t1 / w1)
+        inter_w = tl.where(t0 < p0, t0, p0) + tl.where(t2 < p2, t2, p2)
+        inter = inter_w * (tl.where(t1 < p1, t1, p1) + tl.where(t3 < p3, t3, p3))
+        united = (p0 + p2) * (p1 + p3) + (t0 + t2) * (t1 + t3) - inter
+    else:
+        inter = centered_overlap(p0 / w0 - t0 / w0, p2, t2) * centered_overlap(p1 / w1 - t1 / w1, p3, t3)
+        united = p2 * p3 + t2 * t3 - inter
+    return inter / united
 
 
 # ---------------------------------------------------------------------------------------------- matching

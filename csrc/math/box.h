@@ -24,21 +24,26 @@ struct Quad {
   T v[4];
 };
 
+// A size, or one of the fovea coder's distances, in units of the anchor's.
+template <class T>
+IOUBAL_HD T decode_size(T delta, T weight) {
+  return std::exp(clamp(delta / weight, -max_log_ratio<T>(), max_log_ratio<T>()));
+}
+
 template <class T>
 IOUBAL_HD Quad<T> decode_box(const Quad<T>& deltas, const Quad<T>& anchor, const Quad<T>& weights, BoxCoder coder) {
   const T width = anchor.v[2] - anchor.v[0], height = anchor.v[3] - anchor.v[1];
   const T center_x = anchor.v[0] + T(0.5) * width, center_y = anchor.v[1] + T(0.5) * height;
-  const T limit = max_log_ratio<T>();
   if (coder == BoxCoder::kFovea) {
-    const T left = width * std::exp(clamp(deltas.v[0] / weights.v[0], -limit, limit));
-    const T top = height * std::exp(clamp(deltas.v[1] / weights.v[1], -limit, limit));
-    const T right = width * std::exp(clamp(deltas.v[2] / weights.v[2], -limit, limit));
-    const T bottom = height * std::exp(clamp(deltas.v[3] / weights.v[3], -limit, limit));
+    const T left = width * decode_size(deltas.v[0], weights.v[0]);
+    const T top = height * decode_size(deltas.v[1], weights.v[1]);
+    const T right = width * decode_size(deltas.v[2], weights.v[2]);
+    const T bottom = height * decode_size(deltas.v[3], weights.v[3]);
     return {{center_x - left, center_y - top, center_x + right, center_y + bottom}};
   }
   const T x = center_x + deltas.v[0] / weights.v[0] * width, y = center_y + deltas.v[1] / weights.v[1] * height;
-  const T half_w = T(0.5) * width * std::exp(clamp(deltas.v[2] / weights.v[2], -limit, limit));
-  const T half_h = T(0.5) * height * std::exp(clamp(deltas.v[3] / weights.v[3], -limit, limit));
+  const T half_w = T(0.5) * width * decode_size(deltas.v[2], weights.v[2]);
+  const T half_h = T(0.5) * height * decode_size(deltas.v[3], weights.v[3]);
   return {{x - half_w, y - half_h, x + half_w, y + half_h}};
 }
 

@@ -22,12 +22,34 @@ IOUBAL_HD T box_iou(const Quad<T>& a, const Quad<T>& b) {
   return united == T(0) ? T(0) : inter / united;
 }
 
-// IoU of the two decoded boxes. Decoding is a shift and a scale per axis, to which IoU is invariant: decode on the unit
-// anchor, no anchor needed.
+// Overlap of two intervals of widths w1 and w2 whose centres are `shift` apart.
+template <class T>
+IOUBAL_HD T centered_overlap(T shift, T w1, T w2) {
+  const T narrow = w2 < w1 ? w2 : w1, reach = T(0.5) * (w1 + w2) - std::fabs(shift);
+  return clamp(narrow < reach ? narrow : reach, T(0), T(INFINITY));
+}
+
+// IoU of the two boxes that deltas decode to on any one anchor: decoding is a shift and a scale per axis, to which IoU
+// is invariant. Sizes and distances are never turned into corners, which would lose them far from the anchor (at
+// infinity, a box's width would be NaN).
 template <class T>
 IOUBAL_HD T delta_iou(const Quad<T>& pred, const Quad<T>& target, const Quad<T>& weights, BoxCoder coder) {
-  const Quad<T> unit = {{T(-0.5), T(-0.5), T(0.5), T(0.5)}};
-  return box_iou(decode_box(pred, unit, weights, coder), decode_box(target, unit, weights, coder));
+  T inter = T(1), area_p = T(1), area_t = T(1);
+  for (int axis = 0; axis < 2; ++axis) {
+    const int low = axis, high = axis + 2;
+    const T p1 = decode_size(pred.v[high], weights.v[high]), t1 = decode_size(target.v[high], weights.v[high]);
+    if (coder == BoxCoder::kFovea) {  // distances from one centre to both sides
+      const T p0 = decode_size(pred.v[low], weights.v[low]), t0 = decode_size(target.v[low], weights.v[low]);
+      inter *= (t0 < p0 ? t0 : p0) + (t1 < p1 ? t1 : p1);
+      area_p *= p0 + p1;
+      area_t *= t0 + t1;
+    } else {
+      inter *= centered_overlap(pred.v[low] / weights.v[low] - target.v[low] / weights.v[low], p1, t1);
+      area_p *= p1;
+      area_t *= t1;
+    }
+  }
+  return inter / (area_p + area_t - inter);
 }
 
 }  // namespace ioubal

@@ -307,6 +307,21 @@ class TestNumbers:
         wide, _ = detection(d.double(), "reference")
         torch.testing.assert_close(loss.localization.double(), wide.localization, rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize("coder", ["delta", "fovea"])
+    @pytest.mark.parametrize("value", [INF, -INF])
+    def test_a36_infinite_deltas(self, value: float, coder: str, backend: str) -> None:
+        """A box infinitely far away has an IoU of 0, so no loss of its own; an infinite size is clamped for the IoU."""
+        for place in range(4):
+            d = testing.detection_inputs(0)
+            n, r = (d.matched_idxs >= 0).nonzero().tolist()[0]
+            d.bbox_deltas[n, r, place] = value
+            loss, grads = detection(d, backend, box_coder=coder)
+            wide, wide_grads = detection(d.double(), "reference", box_coder=coder)
+            far = coder == "delta" and place < 2
+            assert not any(t.isnan() for t in loss) and loss.localization.isfinite() == far
+            for got, want in zip((*loss, *grads), (*wide, *wide_grads), strict=True):
+                torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-7)
+
     def test_a37_large_coordinates(self, backend: str) -> None:
         base = torch.tensor([[0.0, 0.0, 300.0, 200.0], [10.0, 0.0, 300.0, 240.0]])
         for offset in (1e6, 1e7):

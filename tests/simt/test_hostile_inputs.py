@@ -119,6 +119,17 @@ def test_extreme_logits(dtype, gamma):
             cases.check_detection(flat.in_layout(layout), gamma=gamma)
 
 
+@pytest.mark.parametrize("coder", ("delta", "fovea"))
+@pytest.mark.parametrize("value", (INF, -INF))
+def test_infinite_deltas(value, coder):
+    """A centre infinitely far away has no overlap with its box; an infinite size is clamped."""
+    for place in range(4):
+        pred, target = testing.delta_inputs(3, rows=40)
+        pred[3, place] = value
+        want = ik.delta_iou(pred.double(), target.double(), box_coder=coder, backend="reference")
+        testing.assert_close_budget(ik.delta_iou(pred, target, box_coder=coder, backend="cpu"), want, torch.float32, floor=1.0)
+
+
 @pytest.mark.parametrize("classes", (5, 130))
 def test_softmax_rows_with_infinite_logits(classes):
     """One +inf takes all, several share, -inf alone has no limit, NaN stays; rows in registers and rows read again."""
