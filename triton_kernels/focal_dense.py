@@ -213,7 +213,8 @@ def rows_tile(
     BYTES: tl.constexpr = T.primitive_bitwidth // 8
     STEP: tl.constexpr = THREADS * VECTOR
     REACH: tl.constexpr = UNROLL * STEP
-    WORDS: tl.constexpr = VECTOR * BYTES // 4
+    WORDS: tl.constexpr = max(VECTOR * BYTES // 4, 1)
+    NARROW: tl.constexpr = VECTOR * BYTES < 4  # not even a word
     level = level_of(lv.tile0, tile)
     local = tile - pick(lv.tile0, level)
     per_image = pick(lv.tiles, level)
@@ -239,7 +240,7 @@ def rows_tile(
     while (i < loop) & (entry < size):
         # What is not whole goes the long way: then no mask stands in the short one.
         short = is_usual(factor) & (entry >= 0) & (entry <= size - REACH)
-        if WEIGHTED or WORDS == 0:
+        if WEIGHTED or NARROW:
             short = False
         elif OUTPUT == LOSS:  # a row without a valid label gets NaN
             if short:
@@ -323,7 +324,8 @@ def planes_tile(
     VECTORS: tl.constexpr = UNROLL * THREADS
     STEP: tl.constexpr = THREADS * VECTOR
     PER_WORD: tl.constexpr = 32 // T.primitive_bitwidth
-    WORDS: tl.constexpr = VECTOR // PER_WORD
+    WORDS: tl.constexpr = max(VECTOR // PER_WORD, 1)
+    NARROW: tl.constexpr = VECTOR < PER_WORD  # not even a word
     level = level_of(lv.tile0, tile)
     local = tile - pick(lv.tile0, level)
     windows = pick(lv.tiles, level)
@@ -356,7 +358,7 @@ def planes_tile(
     twice = tl.zeros((THREADS,), tl.float32)
     i = tl.zeros((), tl.int32)
     short = is_usual(factor)
-    if WORDS == 0:
+    if NARROW:
         short = False
     if short:
         ignored = ()
