@@ -30,6 +30,7 @@ TYPES = {
 MAX_REGISTERS = 128
 # Options of kernels whose results are compared for equality: no product is contracted into a multiply-add.
 EXACT = {"enable_fp_fusion": False}
+NOWHERE = 1 << 40  # in place of an empty tensor's address, which no kernel reads; 64 bits as all others have
 PARTS = tl.constexpr(9)  # the sums of a tile of positives, see positives_kernel
 
 
@@ -129,9 +130,10 @@ def ground_truth(gt_boxes: Sequence[Tensor], gt_labels: Sequence[Tensor]) -> tup
     def filled(values: list[int]) -> tuple[int, ...]:
         return pack(*values, *[values[-1] if values else 0] * (entries - len(values)))
 
+    # That of an empty tensor is 0, a 32-bit integer: each set of images without boxes would compile the kernels anew.
     truth = GroundTruth(
-        filled([t.data_ptr() for t in gt_boxes]),
-        filled([t.data_ptr() for t in gt_labels]),
+        filled([t.data_ptr() or NOWHERE for t in gt_boxes]),
+        filled([t.data_ptr() or NOWHERE for t in gt_labels]),
         filled([t.shape[1 if padded else 0] for t in gt_boxes]),
     )
     return truth, {

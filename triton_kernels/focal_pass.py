@@ -26,7 +26,7 @@ MOST_ROWS = 2048  # of a group, whose marks are looked at at once
 PROGRAMS = 8192  # of a launch, to fill a GPU twice; beyond that they are longer, up to
 TILE_BYTES, TILE_BYTES_PLANES = 8192, 16384  # of logits
 RUN = 1 << 30  # logits of an image's level of rows: they are counted in 32 bits
-FULL = 0.9  # share of a program's slots that should be in use
+FULL = 0.9  # of the best use of a program's time: enough
 
 
 class Choice(NamedTuple):
@@ -61,7 +61,10 @@ class DenseLevel:
         return x, x if self.out is None else self.out.data_ptr() + start
 
     def parts(self, classes: int) -> list[DenseLevel]:
-        """The level, or where it has too many rows some of them each; none of a level without rows."""
+        """The level, or where it has too many rows some of them each; none of a level without rows. The planes of a
+        single class are rows of one logit: their marks lie in the same order."""
+        if self.planes and classes == 1:
+            return replace(self, planes=False).parts(classes)
         if self.planes or self.rows * classes <= RUN:
             return [self] if self.rows else []
         step = max(RUN // classes // 1024, 1) * 1024  # every part is aligned as the first one
@@ -77,16 +80,18 @@ class DenseLevel:
 
 
 @functools.lru_cache(maxsize=1024)
-def period_of(locations: int, classes: int, vector: int, group: int) -> int:
-    """Classes of a period: as few as make whole vectors and fill the groups of a program well."""
+def period_of(locations: int, classes: int, vector: int, group: int, loop: int) -> int:
+    """Classes of a period: as few as make whole vectors, fill the groups of a program well and leave a program, of up
+    to `loop` groups, more than the one that looking at its marks costs."""
     fewest = vector // math.gcd(locations, vector)
 
-    def share(n: int) -> float:  # of the slots of the groups that a period takes
-        vectors = n * locations // vector
-        return vectors / (cdiv(vectors, group) * group)
+    def use(n: int) -> float:  # share of a program's slots in use, of its time without the marks
+        vectors, groups = n * locations // vector, min(classes // n, loop)
+        return vectors / (cdiv(vectors, group) * group) * groups / (groups + 1)
 
     choices = [n for n in range(fewest, classes + 1, fewest) if classes % n == 0]
-    return next((n for n in choices if share(n) >= FULL), max(choices, key=share))
+    best = max(map(use, choices))
+    return next(n for n in choices if use(n) >= FULL * best)
 
 
 @dataclass
@@ -170,7 +175,7 @@ class DensePass:
         loop = choice.groups or min(cdiv(logits, reach * PROGRAMS), max(tile_bytes // (reach * size), 1))
         one_row, periods, most = True, [0] * len(levels), 1
         if planes:
-            periods = [period_of(level.locations, self.classes, vector, group) for level in levels]
+            periods = [period_of(level.locations, self.classes, vector, group, loop) for level in levels]
             tiles = [cdiv(n * level.locations // vector, group) for n, level in zip(periods, levels)]
             counts = [
                 self.images * level.anchors * tile * cdiv(self.classes // n, loop)

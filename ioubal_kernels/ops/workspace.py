@@ -16,8 +16,7 @@ _TILE_WORDS = 64  # 128, but for those that a number of anchors per location doe
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _TRITON_ROWS, _TRITON_ANCHORS = 2048, 8192  # of a tile of the Triton kernels' positives
-# Of the Triton kernels' dense pass: so many tiles, or of so many logits each; in small problems of so many.
-_TRITON_PROGRAMS, _TRITON_TILE, _TRITON_GROUP = 8192, 2048, 256
+_TRITON_GROUP = 256  # logits that a program of the Triton kernels' dense pass reads at once, at least
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -30,9 +29,11 @@ def _mark_size(classes: int) -> int:
     return 1 if classes <= 128 else 2 if classes <= 32768 else 4  # triton_kernels/positives.py
 
 
-def _triton_tiles(logits: int) -> int:
-    """A loss of each is kept. Those of planes may be half empty, and are twice as large."""
-    return logits // _TRITON_TILE + 2 * min(logits // _TRITON_GROUP, _TRITON_PROGRAMS)
+def triton_tiles(logits: int, runs: int) -> int:
+    """At most so many programs has Triton's dense pass, each of which keeps a loss: most read several groups of logits,
+    but where only all planes of an anchor together make whole vectors they read one. `runs`: stretches of memory that
+    begin with a group of their own: images' levels of rows, or planes."""
+    return logits // _TRITON_GROUP + runs
 
 
 def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
@@ -47,7 +48,7 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         kept = rows + tiles
         if name == "focal":
             kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ROWS // 2 * tiles
-            kept += _triton_tiles(rows * columns) + 1
+            kept += triton_tiles(rows * columns, rows * columns // (1 << 29) + 1)  # parts of 2^30 logits
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES
@@ -72,8 +73,7 @@ def detection_workspace(
         return []
     if backend == "triton":
         tiles = images * (anchors // _TRITON_ANCHORS + levels)
-        # Of planes one a class more for an anchor.
-        dense_tiles = _triton_tiles(images * anchors * classes) + images * (2 * levels + groups * (classes + 1))
+        dense_tiles = triton_tiles(images * anchors * classes, images * (2 * levels + groups * (classes + 1)))
         floats = 3 * images + 2 * scopes + dense_tiles + images * anchors * (4 + _mark_size(classes)) // 4
         return _tensor(_PARTIALS * (tiles + images * levels), floats, device)
     words = images * (anchors // _WORD + groups)

@@ -100,8 +100,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         out = ik.iou_balanced_detection_loss(*inputs.arguments(), backend="triton", **options)
         (out.classification + out.localization).backward()
 
-    def flat(function: Any, classes: int, weighted: bool, reduction: str) -> None:
+    def flat(function: Any, classes: int, weighted: bool, reduction: str, offset: int = 0) -> None:
         rows = testing.classification_inputs(rows=200, classes=classes, softmax=True, dtype=dtype)
+        rows.logits = testing.placed(rows.logits, offset)
         options: dict[str, Any] = {}
         if weighted:
             options = {"weight": rows.weight, "scope_ids": rows.scope_ids, "num_scopes": rows.num_scopes}
@@ -136,9 +137,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     wide, mixed = ((32, 64), (16, 32)), ((32, 64), (5, 7))
     yield "detection flat", lambda: detection("flat", wide)
     yield "detection nchw", lambda: detection("nchw", mixed)
+    yield "detection nchw 91", lambda: detection("nchw", mixed, 91)  # of 16 bits, vectors of a single logit
     yield "detection channels_last 91", lambda: detection("channels_last", wide, 91, gamma=1.5, box_coder="fovea")
     yield "focal weighted", lambda: flat(focal, 80, True, "mean")
     yield "focal none", lambda: flat(focal, 80, False, "none")
+    yield "focal misaligned", lambda: flat(focal, 81, False, "mean", 1)
     yield "cross entropy 81", lambda: flat(softmax, 81, True, "mean")
     yield "cross entropy 4096", lambda: flat(softmax, 4096, False, "none")
     yield "smooth L1", smooth_l1

@@ -8,7 +8,7 @@ from checks import DTYPES, check_detection, ids
 
 from ioubal_kernels import testing
 from ioubal_kernels.ops import with_triton, workspace
-from ioubal_kernels.triton_kernels import focal_pass, positives
+from ioubal_kernels.triton_kernels import _launch, focal_pass, positives
 
 LEVELS = ((3, 4), (1, 1))
 GAMMAS = (2.0, 1.5, 0.0, 1.0)
@@ -139,14 +139,57 @@ def test_rows_of_too_many_logits_are_cut(monkeypatch, layout):
     assert uncut == cuts[: len(uncut)]
 
 
-def test_periods_are_whole_vectors_that_fill_their_groups():
-    """Classes of a period for the maps of an 800 x 1333 image, for vectors of 4 and 8 logits."""
-    for locations, vector in itertools.product((16700, 4200, 1050, 273, 77, 8), (4, 8)):
-        classes = focal_pass.period_of(locations, 80, vector, 512)
-        vectors = classes * locations / vector
-        assert 80 % classes == 0 and vectors == int(vectors)
-        assert vectors > 0.75 * 512 * -(-vectors // 512) or classes == 80
-    assert focal_pass.period_of(16700, 80, 4, 512) == 1 and focal_pass.period_of(16700, 80, 8, 512) == 2
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("classes", (1, 2, 3, 20, 37, 61, 80, 81, 601, 1203))
+def test_programs_of_a_pass(dtype, classes):
+    """Periods are whole vectors, programs have work, and there is room for the loss of each, whatever the maps' sizes."""
+    sizes = [(h, w) for h in (320, 416, 512, 600, 640, 800) for w in (333, 512, 640, 1000, 1216, 1333)]
+    x = torch.empty(1, dtype=dtype)
+    for i, ((height, width), anchors) in enumerate(itertools.product(sizes, (1, 3, 9))):
+        strides, images = ((8, 16, 32, 64, 128), (4, 8), (16,))[i % 3], (1, 2, 16, 32)[i % 4]
+        levels, first = [], 0
+        for stride in strides:
+            locations = -(-height // stride) * -(-width // stride)
+            rows, step = locations * anchors, locations * anchors * classes
+            levels.append(focal_pass.DenseLevel(x, None, 0, step, rows, first, i % 5 != 0, locations, anchors))
+            first += rows
+        dense = focal_pass.DensePass(None, None, levels, images, classes, first, 2.0)
+        tiles = 0
+        for vector, together in dense.groups():
+            plan = dense.plan(vector, together)
+            tiles += plan["tiles"]
+            for level in together if plan["consts"]["PLANES"] else ():
+                group = plan["consts"]["THREADS"] * plan["consts"]["UNROLL"]
+                period = focal_pass.period_of(level.locations, classes, vector, group, plan["loop"])
+                vectors = period * level.locations / vector
+                assert classes % period == 0 and vectors == int(vectors)
+        logits = images * first * classes
+        room = workspace.triton_tiles(logits, images * (2 * len(levels) + len(levels) * anchors * (classes + 1)))
+        assert tiles <= room <= logits // 128 + 4 * images * len(levels) * anchors * (classes + 1)
+
+
+def test_periods_fill_their_groups():
+    assert focal_pass.period_of(16700, 80, 4, 64, 16) == 1 and focal_pass.period_of(16700, 80, 8, 64, 16) == 2
+    # 525 vectors fill 82 % of their groups; all planes of a prime number of classes would be a program of one group.
+    assert focal_pass.period_of(1050, 61, 2, 128, 16) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("layout", ("nchw", "channels_last"))
+def test_a_single_class(layout, dtype):
+    """Planes of one class are rows of one logit, of any alignment."""
+    inputs = testing.detection_inputs(
+        seed=11, images=2, classes=1, per_location=3, levels=((9, 7), (3, 5)), dtype=dtype, ignored_share=0.2
+    )
+    check_detection(inputs.in_layout(layout))
+
+
+def test_images_without_boxes_compile_nothing_anew():
+    """Integers of 32 and of 64 bits are variants of a kernel: an empty tensor's address, 0, must not look like one."""
+    empty, some = [torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)], [torch.zeros(2, 4), torch.zeros(2).long()]
+    for boxes, labels in (empty, some):
+        truth, _ = _launch.ground_truth([boxes, some[0]], [labels, some[1]])
+        assert min(*truth.boxes, *truth.labels) > 2**32
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
