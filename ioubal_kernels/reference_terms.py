@@ -62,7 +62,7 @@ def softmax_term(logits: Tensor, columns: Tensor) -> Tensor:
     # would lose their digits, and so would their gradients.
     beside = (finite - own_finite).scatter(1, index, float("-inf"))
     rest = beside.clamp(max=0.0).exp().sum(1)
-    leads = (beside <= 0).all(1)
+    leads = (beside <= 0).all(1) & (own_finite.squeeze(1) > float("-inf"))  # false where it is NaN
     term = torch.where(leads, rest.log1p(), -F.log_softmax(finite, dim=1).gather(1, index).squeeze(1))
     # One or more +inf share all the probability: p_j = 1 / count there, so the loss is their mean minus the label's
     # logit.
@@ -77,9 +77,10 @@ def smooth_l1_term(difference: Tensor, beta: float) -> Tensor:
     """Eq. 2: d^2 / (2 beta) if |d| <= beta, else |d| - beta / 2, element by element. beta 0 is |d|."""
     if beta == 0.0:
         return difference.abs()
-    inner = difference.clamp(-beta, beta)
     size = difference.abs()
-    return 0.5 * inner * inner / beta + torch.where(size > beta, size - beta, 0.0)
+    outside = size > beta
+    inner = torch.where(outside, 0.0, difference)  # NaN as well, so that its gradient is
+    return 0.5 * inner * inner / beta + torch.where(outside, size - 0.5 * beta, 0.0)
 
 
 def iou_power(iou: Tensor, used: Tensor, exponent: float, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ Under torch.compile the forward only reads and the backward computes.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -179,13 +181,22 @@ def rescale_inplace(
     return buffers
 
 
-def tensor_or_number(value: Any, default: float = 0.0) -> tuple[Tensor | None, float]:
-    """A scalar argument as an op takes it: (contiguous float64 tensor, unused number) or (None, number)."""
+def tensor_or_number(value: Any) -> tuple[Tensor | None, float]:
+    """A scalar argument as an op takes it: (contiguous float64 tensor, unused number) or (None, number; 0: none)."""
     if value is None:
-        return None, default
+        return None, 0.0
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64).contiguous(), default
+        return value.detach().to(torch.float64).contiguous(), 0.0
     return None, float(value)
+
+
+def expected_grad_output(grad_scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """grad_scale as an op takes it, rounded to the losses' dtype: so is the grad_output that it must equal."""
+    if isinstance(grad_scale, Tensor):
+        return tensor_or_number(grad_scale.detach().to(dtype))
+    if dtype == torch.float64 or torch.compiler.is_compiling():  # compiled, nothing is prepared for it
+        return None, float(grad_scale)
+    return None, ctypes.c_float(grad_scale).value
 
 
 def is_dense(x: Tensor) -> bool:
@@ -209,7 +220,10 @@ def check_inplace(name: str, logits: list[Tensor], grad_scale: float | Tensor) -
             if first < ends:
                 raise ValueError(f"{name}: inplace=True needs levels that share no memory: each has its own gradient")
             ends = last
-    if not isinstance(grad_scale, Tensor) and grad_scale == 0:
-        raise ValueError(
-            f"{name}: inplace=True needs grad_scale != 0, got {grad_scale}: the gradient could not be scaled back"
-        )
+    if not isinstance(grad_scale, Tensor) or has_values(grad_scale):
+        value = float(grad_scale)
+        if not math.isfinite(value) or abs(value) < torch.finfo(torch.float32).tiny:
+            raise ValueError(
+                f"{name}: inplace=True needs a grad_scale that is finite and != 0, got {value}: the gradient could not"
+                " be scaled back"
+            )

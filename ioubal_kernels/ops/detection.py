@@ -14,6 +14,7 @@ from . import library
 from .autograd import (
     apply,
     check_inplace,
+    expected_grad_output,
     fills_checked,
     gradient_buffers,
     guard_double_backward,
@@ -301,7 +302,7 @@ def detection_loss(
     loss_parameters = (float(eps), float(w_loc), bool(normalize_loc), float(cls_weight))
     cls_avg, cls_divisor = tensor_or_number(avg_factor[0])
     loc_avg, loc_divisor = tensor_or_number(avg_factor[1])
-    scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
+    scale_tensor, scale = expected_grad_output(grad_scale, result_dtype(cls_logits[0], bbox_deltas[0]))
     spec = _Spec(
         backend,
         len(cls_logits),

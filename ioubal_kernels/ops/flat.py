@@ -14,6 +14,7 @@ from . import library
 from .autograd import (
     apply,
     check_inplace,
+    expected_grad_output,
     fills_checked,
     gradient_buffers,
     guard_double_backward,
@@ -103,7 +104,7 @@ class _FlatLoss(torch.autograd.Function):
         if wanted:
             ctx.spec, ctx.world_size, ctx.buffers, ctx.layouts = spec, world_size, buffers, layouts_of([x])
             if ctx.inplace:
-                ctx.save_for_backward(constants[5])
+                ctx.save_for_backward(x, constants[5])  # x: its buffer must not be written before the backward
             else:
                 ctx.save_for_backward(x, *constants, sums, *workspace)
         return loss
@@ -112,7 +113,7 @@ class _FlatLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         spec, name = ctx.spec, ctx.spec.called
         if ctx.inplace:
-            (scale_tensor,) = ctx.saved_tensors
+            _, scale_tensor = ctx.saved_tensors
             (grad,) = rescale_inplace(name, ctx, spec.backend, grad_output, scale_tensor, spec.grad_scale)
             return grad, None, None
         x, second, third, weight, scope_ids, avg_factor, scale_tensor, sums, *workspace = ctx.saved_tensors
@@ -194,7 +195,7 @@ def _apply(
     if reduction == "none":
         return apply(_ElementwiseLoss, x, (second, third, weight, scope_ids), _Spec(*common))
     avg_tensor, divisor = (None, 1.0) if reduction == "sum" else tensor_or_number(avg_factor)
-    scale_tensor, scale = tensor_or_number(grad_scale, 1.0)
+    scale_tensor, scale = expected_grad_output(grad_scale, result_dtype(x))
     return apply(
         _FlatLoss,
         x,

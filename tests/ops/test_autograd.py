@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
+from ioubal_kernels.ops import autograd, detection, flat, library
 
 
 def flat_case(name, dtype=torch.float32):
@@ -95,6 +96,28 @@ def test_grad_scale_changes_nothing_but_speed(grad_scale, factor):
     want = torch.autograd.grad(loss(x.requires_grad_()) * factor, x)[0]
     got = torch.autograd.grad(loss(x, grad_scale=grad_scale) * factor, x)[0]
     torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("scale", (1 / 3, 0.1, 3.049, 1e-7))
+@pytest.mark.parametrize("as_tensor", (None, torch.float32, torch.float64))
+def test_the_expected_grad_output_is_rounded_as_the_one_that_comes(monkeypatch, scale, as_tensor, inplace):
+    """float32 has no 1/3: a float64 one would never be met, and every backward would go over the gradient again."""
+    launched = []
+    for module in (autograd, detection, flat):
+        monkeypatch.setattr(module, "op", lambda name, backend: launched.append(name) or library.op(name, backend))
+    given = scale if as_tensor is None else torch.tensor(scale, dtype=as_tensor)
+    loss, x = flat_case("focal")
+    leaf = x.clone().requires_grad_()
+    (loss(leaf * 1, grad_scale=given, inplace=inplace) * scale).backward()
+    want = x.clone().requires_grad_()
+    loss(want, grad_scale=1.0).backward(torch.tensor(scale))
+    torch.testing.assert_close(leaf.grad, want.grad, rtol=1e-6, atol=0)
+    inputs = testing.detection_inputs().requiring_grad()
+    launched.clear()
+    out = ik.iou_balanced_detection_loss(*inputs.arguments(), grad_scale=given)
+    ((out.classification + out.localization) * scale).backward()
+    assert launched == ["detection_checked_fill"]
 
 
 def test_only_what_requires_grad_gets_one():
@@ -315,8 +338,9 @@ def test_inplace_refuses_what_it_cannot_serve(name):
     twice.cls_logits = [twice.cls_logits[0] * 1] * 2
     with pytest.raises(ValueError, match="iou_balanced_detection_loss: .* share no memory"):
         ik.iou_balanced_detection_loss(*twice.arguments(), inplace=True)
-    with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*grad_scale != 0"):
-        loss(logits * 1, inplace=True, grad_scale=0.0)
+    for bad in (0.0, 1e-45, torch.tensor(0.0), torch.tensor(float("nan")), torch.tensor(float("inf"))):
+        with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*grad_scale that is finite and != 0"):
+            loss(logits * 1, inplace=True, grad_scale=bad)
     with pytest.raises(ValueError, match=f"^{CALLED[name]}: .*reduction"):
         loss(logits * 1, inplace=True, reduction="none")
     with pytest.raises(ValueError, match="contiguous"):
@@ -342,6 +366,19 @@ def test_inplace_is_noticed_by_others_that_saved_the_logits():
     value = loss(logits, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (value + other).backward()
+
+
+def test_inplace_notices_that_its_gradient_was_overwritten():
+    loss, x = flat_case("focal")
+    logits = x.clone().requires_grad_() * 1
+    value = loss(logits, inplace=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    logits = x.clone().requires_grad_() * 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss(logits, inplace=True) + loss(logits, inplace=True)).backward()
 
 
 def test_the_context_releases_its_memory():

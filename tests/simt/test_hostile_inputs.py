@@ -127,7 +127,9 @@ def test_infinite_deltas(value, coder):
         pred, target = testing.delta_inputs(3, rows=40)
         pred[3, place] = value
         want = ik.delta_iou(pred.double(), target.double(), box_coder=coder, backend="reference")
-        testing.assert_close_budget(ik.delta_iou(pred, target, box_coder=coder, backend="cpu"), want, torch.float32, floor=1.0)
+        testing.assert_close_budget(
+            ik.delta_iou(pred, target, box_coder=coder, backend="cpu"), want, torch.float32, floor=1.0
+        )
 
 
 @pytest.mark.parametrize("classes", (5, 130))
