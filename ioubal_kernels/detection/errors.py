@@ -26,7 +26,7 @@ class NonFiniteError(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """SIGINT or SIGTERM arrived and the run was saved: exit code 130 or 143."""
+    """SIGINT, SIGTERM or SIGHUP arrived and the run was saved: exit code 130, 143 or 129."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

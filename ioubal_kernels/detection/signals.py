@@ -1,10 +1,13 @@
-"""SIGINT and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first asks the run to save and stop, the second ends it at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignal:
@@ -20,8 +23,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: object) -> None:

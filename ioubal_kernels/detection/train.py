@@ -70,7 +70,7 @@ def train(
         UsageError, DataError: bad configuration or data, before anything is written.
         OutputError: the folder cannot be written.
         NonFiniteError: the loss became NaN; RUN/nonfinite-*.json has the batch.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint was saved.
     """
     reporter = reporter or Reporter()
     config.validate()

@@ -19,6 +19,7 @@ from ..detection.errors import UsageError
 from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
 from ..detection.rundir import CONFIG_FILE, LOG_FILE, holds_run
+from ..detection.signals import STOP_SIGNALS
 from .plans import Job
 
 POLL = 0.25  # seconds
@@ -175,7 +176,7 @@ def _note_end(folder: Path, each: _Running, outcome: Outcome) -> None:
     label = each.job.label
     if is_finished(folder / each.job.folder):
         outcome.finished.append(label)
-    elif each.process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+    elif each.process.returncode in (-signal.SIGTERM, *(128 + number for number in STOP_SIGNALS)):
         # Before it handles signals a process just ends, and has done nothing yet that could be lost.
         (outcome.saved if holds_run(folder / each.job.folder) else outcome.waiting).append(label)
     else:

@@ -171,7 +171,9 @@ def start_training(data: str, run: Path, iterations: int) -> subprocess.Popen:
     """`python -m ioubal_kernels train`, returned when its first checkpoint is there."""
     command = [sys.executable, "-m", "ioubal_kernels", "train", "--data", data, "-o", str(run), *TINY]
     command += ["--set", f"train.iterations={iterations}", "--set", "train.checkpoint_every=2", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 90
     while not list_checkpoints(run / "checkpoints"):
         assert process.poll() is None, process.communicate()
@@ -180,10 +182,17 @@ def start_training(data: str, run: Path, iterations: int) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_exits(tiny_data, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "to_all"),
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)],
+)
+def test_a_signal_saves_and_exits(tiny_data, tmp_path, number, code, to_all):
+    """Also one to the whole job, loaders included, as terminals, `timeout` and schedulers send them."""
     process = start_training(tiny_data, tmp_path / "run", 100_000)
-    process.send_signal(number)
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert f"stopped by signal {int(number)} at step" in err

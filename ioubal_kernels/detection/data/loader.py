@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -198,16 +200,29 @@ def _data_loader(images: _Images, batches: Any, workers: int, timeout: float) ->
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_Collate(images.config.size_divisor),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_the_parent,
         timeout=timeout if workers else 0,
         # For the workers' base seed, which nothing here uses: the global generator stays as it is.
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: what to do about it is for the training alone to decide."""
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C, a lost terminal and a scheduler's SIGTERM reach all processes of a job: what to do about them is for the
+    training alone to decide, which still needs its batches. Its own SIGTERM does end a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # only it tells who sent one
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _batches(loader: DataLoader[Any], workers: int) -> Iterator[Batch]:
