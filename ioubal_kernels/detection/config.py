@@ -282,7 +282,12 @@ class Config(Checked):
         defaults = LossConfig()
         self.loss.eta = (self.loss.eta or defaults.eta) if name in ("cls", "both") else 0.0
         if name in ("loc", "both"):
-            self.loss.lambda_ = self.loss.lambda_ or defaults.lambda_
+            if self.loss.lambda_ == 0:  # a baseline's configuration, whose factors are those of no weights
+                self.loss.lambda_ = defaults.lambda_
+                if self.loss.w_loc == 1.0:
+                    self.loss.w_loc = defaults.w_loc
+                if self.loss.rpn_w_loc == 1.0:
+                    self.loss.rpn_w_loc = defaults.rpn_w_loc
         else:
             self.loss.lambda_, self.loss.w_loc, self.loss.rpn_w_loc = 0.0, 1.0, 1.0
 

@@ -120,7 +120,7 @@ def calibrate(
         rpn: calibrate the proposals' factor instead (Faster R-CNN).
         processes: whose batches are looked at together; all get the same value.
     """
-    if config.lambda_ == 0:
+    if config.lambda_ == 0 or config.normalize_loc:  # Eq. 7 keeps the sum unchanged by itself
         return 1.0
     pairs = (to_device(batch, device, channels_last) for batch in batches)
     inputs = ((images, detector.targets(boxes, labels)) for images, boxes, labels in pairs)

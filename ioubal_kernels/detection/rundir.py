@@ -19,6 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"  # the last thing that a finished run writes
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"

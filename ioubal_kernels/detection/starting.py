@@ -94,6 +94,19 @@ def with_norm_of(source: Source | None, config: Config) -> Config:
     return replace(config, model=replace(config.model, norm=theirs.model.built_norm))
 
 
+def with_norm_kept(theirs: dict[str, dict[str, Any]], config: Config) -> Config:
+    """The configuration of a run that goes on, asked for by the line that began it: the normalisation that
+    `with_norm_of` found then, where it is left open.
+
+    Args:
+        theirs: the run's configuration, as `unpack_config` has it.
+    """
+    model = theirs.get("model", {})
+    if config.model.init_from is None or config.model.norm != "auto" or model.get("norm") is None:
+        return config
+    return replace(config, model=replace(config.model, norm=model["norm"]))
+
+
 def start_from(source: Source, detector: Detector, reporter: Reporter) -> None:
     """Load a checkpoint's evaluated weights, but for layers of another shape (a head for other classes).
 

@@ -31,6 +31,7 @@ def pack_state(
     skipped: int,
     w_loc: float,
     rpn_w_loc: float,
+    processes: int,
     seconds: float,
 ) -> dict[str, Any]:
     """The state after `step` steps. Learning rate and random numbers need no entry: they are functions of the step."""
@@ -48,6 +49,7 @@ def pack_state(
         "skipped": skipped,
         "w_loc": w_loc,
         "rpn_w_loc": rpn_w_loc,
+        "processes": processes,
         "seconds": seconds,
     }
 

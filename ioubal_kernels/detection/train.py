@@ -29,11 +29,15 @@ from .provenance import provenance, weights_digest
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device, transform_config
 from .results import DETECTIONS_FILE, save_detections
 from .signals import StopSignal
-from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_of
+from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_kept, with_norm_of
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
 from .weights import load_weights, new_detector
+
+# A checkpoint holds what follows from these; with others a run could not go on from it.
+FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name"}
+CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
 
 
 @dataclass
@@ -148,6 +152,9 @@ class _Trainer:
         self.workers = choose_workers(config.data.workers, self.device)
         self.total = number_of_steps(config, loader.batches_per_epoch)
         self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, 1.0, 1.0
+        self.changed: set[str] = (
+            set()
+        )  # what differs from the configuration of the checkpoint that the run goes on from
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
@@ -159,6 +166,9 @@ class _Trainer:
 
     def run_to_end(self, resume: bool, allow_config_change: bool) -> TrainResult:
         saved = self._load_saved(allow_config_change) if resume else None
+        if resume and saved is None:
+            self.source = source_of(self.config)
+            self.config = with_norm_of(self.source, self.config)
         self._build(saved)
         self.log.write(
             "resume" if saved else "start",
@@ -176,9 +186,11 @@ class _Trainer:
             weights=weights_digest(self.detector),
             **provenance(self.device),
         )
-        if not saved:
-            if self.processes.first:
-                atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
+        if self.processes.first and (self.changed or not saved):
+            atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
+        if self.processes.first and self.step < self.total:
+            (self.run / rundir.METRICS_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
+        if self.changed & CALIBRATED_KEYS or not saved:
             self._calibrate()
         self._apply_loss()
         with self.figures:
@@ -191,13 +203,28 @@ class _Trainer:
             self.reporter.info(f"{self.run} holds no checkpoint yet: starting from the beginning")
             return None
         path, saved = found
-        changes = config_diff(unpack_config(saved, path), self.config.to_dict())
+        theirs = unpack_config(saved, path)
+        self.config = with_norm_kept(theirs, self.config)
+        changes = config_diff(theirs, self.config.to_dict())
+        processes = saved.get("processes", self.processes.world_size)  # not in the first versions' checkpoints
+        if processes != self.processes.world_size:
+            changes.append(
+                f"processes: {processes} -> {self.processes.world_size} (a step has another number of images, an epoch"
+                " another number of steps)"
+            )
         fingerprint = self.pair.training.fingerprint()
         if saved["data"] != fingerprint:
             changes.append(f"training data (classes, images, boxes): {saved['data'][:12]}... -> {fingerprint[:12]}...")
         if list(saved["classes"]) != list(self.pair.training.classes):
             raise UsageError(
                 f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}"
+            )
+        self.changed = {line.split(":")[0] for line in changes}
+        fixed = sorted(self.changed & FIXED_KEYS)
+        if fixed:
+            raise UsageError(
+                f"{path}: {', '.join(fixed)}: cannot change in a run (what is saved depends on it):\n  "
+                + "\n  ".join(line for line in changes if line.split(":")[0] in fixed)
             )
         if changes and not allow_config_change:
             raise UsageError(
@@ -247,7 +274,11 @@ class _Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         stepper = self.stepper
         load_weights(self.detector, saved["model"], self.run)
+        # The saved state has the saved configuration's numbers: weight decay and momentum are this one's.
+        numbers = [{k: v for k, v in group.items() if k != "params"} for group in stepper.optimizer.param_groups]
         stepper.optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(stepper.optimizer.param_groups, numbers, strict=True):
+            group.update(own)
         load_weights(stepper.ema.module, saved["ema"]["model"], self.run)
         stepper.ema.load_state_dict(saved["ema"])
         self.loader.load_state_dict(saved["loader"])
@@ -388,6 +419,7 @@ class _Trainer:
             skipped=self.skipped,
             w_loc=self.w_loc,
             rpn_w_loc=self.rpn_w_loc,
+            processes=self.processes.world_size,
             seconds=self._seconds(),
         )
         save_checkpoint(self.run / rundir.CHECKPOINTS, self.step, state)
@@ -451,6 +483,8 @@ class _Trainer:
         seconds = self._seconds()
         if self.metrics is not None and self.processes.first:
             save_detections(self.run / DETECTIONS_FILE, self.found)
-            atomic_write_text(self.run / "metrics.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
+            atomic_write_text(
+                self.run / rundir.METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n"
+            )
         self.log.write("end", step=self.step, seconds=round(seconds, 3), w_loc=self.w_loc)
         return TrainResult(self.metrics, self.step, seconds, self.w_loc, self.run)

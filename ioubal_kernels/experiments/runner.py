@@ -18,8 +18,9 @@ from ..detection.config import config_diff
 from ..detection.errors import UsageError
 from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
-from ..detection.rundir import CONFIG_FILE, LOG_FILE, holds_run
+from ..detection.rundir import CONFIG_FILE, LOG_FILE, METRICS_FILE, holds_run
 from ..detection.signals import STOP_SIGNALS
+from ..detection.starting import with_norm_kept
 from .plans import Job
 
 POLL = 0.25  # seconds
@@ -40,7 +41,7 @@ class Outcome:
 
 def is_finished(run: Path) -> bool:
     """Whether a training came to its end: metrics.json is the last thing it writes."""
-    return (run / "metrics.json").is_file()
+    return (run / METRICS_FILE).is_file()
 
 
 def check_runs(folder: Path, jobs: Sequence[Job]) -> None:
@@ -53,7 +54,8 @@ def check_runs(folder: Path, jobs: Sequence[Job]) -> None:
         file = folder / job.folder / CONFIG_FILE
         if not file.is_file():
             continue
-        changes = config_diff(load_config(str(file)).to_dict(), job.config.to_dict())
+        theirs = load_config(str(file)).to_dict()
+        changes = config_diff(theirs, with_norm_kept(theirs, job.config).to_dict())
         if changes:
             raise UsageError(
                 f"{folder / job.folder} was trained differently; choose another folder with -o:\n  "

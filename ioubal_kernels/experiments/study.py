@@ -15,7 +15,7 @@ from ..detection.errors import UsageError
 from ..detection.evaluate import ImageDetections
 from ..detection.presets import load_config
 from ..detection.results import DETECTIONS_FILE, load_detections
-from ..detection.rundir import CONFIG_FILE, read_log
+from ..detection.rundir import CONFIG_FILE, METRICS_FILE, read_log
 from .grid import BASELINE, BOTH, CLS, LOC, LONG
 from .localization import Localization, localization
 from .plans import Job, Plan
@@ -219,7 +219,7 @@ def load_run(folder: Path) -> Run:
         raise UsageError(f"{folder}: the run is not finished (ioubal train --resume -o {folder} continues it)")
     config = load_config(str(folder / CONFIG_FILE))
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         metrics["AP"], metrics["thresholds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'metrics.json'}: not the metrics of a run: {error}") from error

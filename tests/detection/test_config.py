@@ -42,6 +42,16 @@ def test_loss_switch(loss, eta, lambda_, w_loc):
     assert (config.loss.eta, config.loss.lambda_, config.loss.w_loc, config.loss.label()) == (eta, lambda_, w_loc, loss)
 
 
+def test_loss_switch_back_from_a_baseline():
+    config = Config()
+    config.set_loss("baseline")
+    config.set_loss("both")
+    assert config == Config()
+    config.set("loss.w_loc", 3.0)
+    config.set_loss("loc")
+    assert config.loss.w_loc == 3.0
+
+
 def test_loss_switch_keeps_chosen_exponents():
     config = Config()
     config.set("loss.eta", 0.7)

@@ -180,7 +180,7 @@ def test_resume_falls_back_when_the_last_checkpoint_is_corrupt(finished, tmp_pat
     assert_same_state(folder, tmp_path / "run")
 
 
-def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path):
+def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path, monkeypatch):
     import shutil
 
     _, folder, _ = finished
@@ -192,7 +192,84 @@ def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path):
         UsageError, match=r"--allow-config-change(.|\n)*optim.lr: 0.003 -> 0.5\n *train.iterations: 10 -> 12"
     ):
         run(changed, tmp_path / "run", resume=True)
-    assert run(changed, tmp_path / "run", resume=True, allow_config_change=True).steps == 12
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    changed.set("optim.weight_decay", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Trainer, "_finish", lambda trainer: trainer)
+        trainer = run(changed, tmp_path / "run", resume=True, allow_config_change=True)
+    # The longer run is not finished by what the shorter one left.
+    assert trainer.step == 12 and not (tmp_path / "run" / "metrics.json").exists()
+    assert [g["weight_decay"] for g in trainer.stepper.optimizer.param_groups] == [0.01, 0.0]
+    saved = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert saved == changed
+    assert run(saved, tmp_path / "run", resume=True).steps == 12
+
+
+@pytest.mark.parametrize(("key", "value"), [("optim.name", "sgd"), ("model.anchor_scale", 5.0)])
+def test_what_a_checkpoint_depends_on_cannot_change(finished, tmp_path, key, value):
+    import shutil
+
+    _, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    changed = load_config(str(folder / "config.yaml"))
+    changed.set(key, value)
+    with pytest.raises(UsageError, match=f"{key}: cannot change in a run"):
+        run(changed, tmp_path / "run", resume=True, allow_config_change=True)
+
+
+def test_a_changed_w_loc_counts(finished, tmp_path):
+    import shutil
+
+    _, folder, result = finished
+    for setting in (2.5, "auto"):
+        shutil.copytree(folder, tmp_path / str(setting))
+        changed = load_config(str(folder / "config.yaml"))
+        changed.set("train.iterations", 12)
+        changed.set("loss.w_loc", setting)
+        changed.set("loss.lambda_", 1.0 if setting == "auto" else 1.5)
+        got = run(changed, tmp_path / str(setting), resume=True, allow_config_change=True)
+        assert got.w_loc == 2.5 if setting == 2.5 else 1 < got.w_loc < result.w_loc
+
+
+def test_another_number_of_processes_is_a_change(finished, tmp_path, monkeypatch):
+    import shutil
+
+    config, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    load = train_module.load_newest_checkpoint
+
+    def of_two(folder):
+        path, saved = load(folder)
+        return path, {**saved, "processes": 2}
+
+    monkeypatch.setattr(train_module, "load_newest_checkpoint", of_two)
+    with pytest.raises(UsageError, match="processes: 2 -> 1"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def test_starting_weights_outlive_a_crash_before_the_first_checkpoint(finished, tmp_path, monkeypatch):
+    config, folder, _ = finished
+    config = config.copy()
+    config.set("model.init_from", str(folder))
+
+    def crash(*args):
+        raise RuntimeError("power cut")
+
+    digests = []
+    for resume in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+            patch.setattr(train_module._Trainer, "_save", crash)
+            run(config, tmp_path / "run", resume=resume)
+        digests += [r["weights"] for r in read_log(tmp_path / "run") if r["event"] == "start"]
+    assert len(digests) == 2 and digests[0] == digests[1]
+    # The line that began the run goes on with it: what "auto" meant then is not a change.
+    assert run(config, tmp_path / "run", resume=True).steps == 10
+    assert run(config, tmp_path / "run", resume=True).steps == 10
+
+
+def test_eq_7_needs_no_factor(tiny_config, tmp_path):
+    config = tiny_config(**{"train.iterations": 1, "loss.normalize_loc": True})
+    assert run(config, tmp_path / "run").w_loc == 1.0
 
 
 def test_other_data_are_refused_on_resume(finished, tmp_path):

@@ -142,7 +142,7 @@ def test_rows_of_too_many_logits_are_cut(monkeypatch, layout):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("classes", (1, 2, 3, 20, 37, 61, 80, 81, 601, 1203))
 def test_programs_of_a_pass(dtype, classes):
-    """Periods are whole vectors, programs have work, and there is room for the loss of each, whatever the maps' sizes."""
+    """Periods are whole vectors, and there is room for the loss of every program, whatever the sizes of the maps."""
     sizes = [(h, w) for h in (320, 416, 512, 600, 640, 800) for w in (333, 512, 640, 1000, 1216, 1333)]
     x = torch.empty(1, dtype=dtype)
     for i, ((height, width), anchors) in enumerate(itertools.product(sizes, (1, 3, 9))):
