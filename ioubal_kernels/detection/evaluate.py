@@ -7,16 +7,17 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Dataset, to_coco_dict
+from .data import BadImageError, Dataset, to_coco_dict
 from .errors import UsageError
+from .progress import Reporter
 from .voc_metric import voc07_metrics
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * t, 2) for t in range(10))
@@ -45,7 +46,7 @@ def evaluate_detections(
     dataset: Dataset,
     detections: Iterable[ImageDetections],
     *,
-    max_detections: int = 100,
+    max_detections: int | None = None,
     voc07: bool | None = None,
 ) -> dict[str, Any]:
     """COCO metrics of detections on a dataset.
@@ -54,7 +55,8 @@ def evaluate_detections(
         dataset: ground truth; crowd regions and VOC's difficult boxes are ignored.
         detections: at most one entry per image counts: a second one for the same image (a distributed sampler pads with
             repeated images) is dropped. Images without an entry count as images without detections.
-        max_detections: per image and class, the best-scored, as pycocotools counts them.
+        max_detections: of an image and class, the best-scored, that count. None: 100 as COCO has it, however many a
+            model leaves, and all for VOC's metric.
         voc07: also the 11-point metric of Pascal VOC 2007; None: for Pascal VOC folders.
 
     Returns:
@@ -84,7 +86,7 @@ def evaluate_detections(
         found.dataset = {"images": truth_dict["images"], "categories": truth_dict["categories"], "annotations": results}
         found.createIndex()
         coco_eval = COCOeval(truth, found, "bbox")
-        coco_eval.params.maxDets = [max_detections]
+        coco_eval.params.maxDets = [100 if max_detections is None else max_detections]
         coco_eval.evaluate()
         coco_eval.accumulate()
     precision, recall = coco_eval.eval["precision"], coco_eval.eval["recall"]
@@ -112,7 +114,7 @@ def evaluate_detections(
     return metrics
 
 
-def _voc07(dataset: Dataset, results: list[dict[str, Any]], max_detections: int) -> dict[str, Any]:
+def _voc07(dataset: Dataset, results: list[dict[str, Any]], max_detections: int | None) -> dict[str, Any]:
     # The devkit's stable sort sees detections in the order of the images.
     position = {record.id: k for k, record in enumerate(dataset.records)}
     count = len(results)
@@ -127,6 +129,31 @@ def _voc07(dataset: Dataset, results: list[dict[str, Any]], max_detections: int)
         np.fromiter((item["category_id"] - 1 for item in results), np.int64, count),
         max_detections=max_detections,
     )
+
+
+def without_unread(
+    dataset: Dataset, detections: Sequence[ImageDetections], limit: float, reporter: Reporter
+) -> Dataset:
+    """The images that could be read: those with an entry, even one without boxes. The others (data.on_bad_image: skip)
+    are no misses of the model; they are named.
+
+    Args:
+        limit: data.bad_image_limit, the share of images that may be missing (always at least one).
+
+    Raises:
+        BadImageError: more are.
+    """
+    found = {item.image_id for item in detections}
+    names = [record.name for record in dataset.records if record.id not in found]
+    if not names:
+        return dataset
+    allowed = max(1, int(limit * len(dataset)))
+    if len(names) > allowed:
+        raise BadImageError(
+            f"evaluation: expected at most {allowed} bad images of {len(dataset)} with on_bad_image='skip'", names
+        )
+    reporter.warn(f"{len(names)} of {len(dataset)} images could not be read and are left out: {', '.join(names[:20])}")
+    return replace(dataset, records=[record for record in dataset.records if record.id in found])
 
 
 def _mean(values: np.ndarray) -> float | None:

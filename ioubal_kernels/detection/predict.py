@@ -14,7 +14,7 @@ from .checkpoint import find_checkpoint
 from .config import Config, InferenceConfig
 from .data import Batch, Dataset, boxes_to_original, describe, eval_loader, load_dataset
 from .errors import UsageError
-from .evaluate import ImageDetections, evaluate_detections
+from .evaluate import ImageDetections, evaluate_detections, without_unread
 from .models import Detector
 from .objective import autocast, images_to_device
 from .processes import Processes
@@ -205,4 +205,5 @@ def evaluate_checkpoint(
         reporter.info(f"{count} detections on {len(dataset)} images in {save_results}")
         if not dataset.labelled:
             return {"images": len(dataset), "detections": count}
-    return evaluate_detections(dataset, detections, max_detections=config.inference.max_detections, voc07=voc07)
+    dataset = without_unread(dataset, detections, config.data.bad_image_limit, reporter)
+    return evaluate_detections(dataset, detections, voc07=voc07)

@@ -20,7 +20,7 @@ from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoi
 from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
-from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent
+from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent, without_unread
 from .objective import apply_loss, calibrate
 from .predict import make_eval_loader, predict_dataset
 from .processes import Processes, launched_as, started
@@ -467,8 +467,8 @@ class _Trainer:
         metrics = None
         if self.processes.first:
             everything = [item for part in parts for item in part]
-            limit = self.config.inference.max_detections
-            metrics = evaluate_detections(dataset, everything, max_detections=limit)
+            read = without_unread(dataset, everything, self.config.data.bad_image_limit, self.reporter)
+            metrics = evaluate_detections(read, everything)
         self.metrics = self.processes.from_first(metrics)
         self.metrics_step = self.step
         if self.processes.first:

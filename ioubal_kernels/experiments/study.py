@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..detection.config import Config, config_diff
+from ..detection.config import Config, LossConfig, config_diff
 from ..detection.data import DataError, Dataset, DatasetPair, load_pair
 from ..detection.errors import UsageError
 from ..detection.evaluate import ImageDetections
@@ -265,12 +265,12 @@ def study_of_runs(folders: Iterable[Path], *, title: str) -> Study:
             rows.append(row)
         arm = next((arm for arm in row.arms if _same_but_seed(arm.runs[0], run)), None)
         if arm is None:
-            label = run.config.loss.label()
-            name = label if row.arm(label) is None else folder.name
+            label, more = run.config.loss.label(), _beside_the_weights(run.config.loss)
+            name = label + more if row.arm(label + more) is None else folder.name
             number = 2
             while row.arm(name) is not None:
                 name, number = f"{folder.name} ({number})", number + 1
-            arm = ArmRuns(name, ARM_LABELS.get(name, name), [])
+            arm = ArmRuns(name, ARM_LABELS[label] + more if name == label + more else name, [])
             row.arms.append(arm)
         if run.seed in arm.by_seed:
             raise UsageError(f"{folder}: the same training, seed {run.seed}, as {arm.by_seed[run.seed].folder}")
@@ -280,12 +280,21 @@ def study_of_runs(folders: Iterable[Path], *, title: str) -> Study:
     return Study(title, rows)
 
 
+def _beside_the_weights(loss: LossConfig) -> str:
+    """What else tells a loss from one that `--loss` makes: a baseline with another w_loc is none."""
+    if loss.lambda_ and loss.normalize_loc:
+        return ", Eq. 7"
+    return "" if loss.lambda_ or loss.w_loc in (1.0, "auto") else f", w_loc {loss.w_loc:g}"
+
+
 def _data_name(run: Run) -> str:
     return Path(run.config.data.path or "?").name
 
 
 def _comparable(one: Run, other: Run) -> bool:
-    places = [(r.config.model.name, r.config.data.path, r.config.data.eval_split) for r in (one, other)]
+    places = [
+        (r.config.model.name, Path(r.config.data.path or "").resolve(), r.config.data.eval_split) for r in (one, other)
+    ]
     return places[0] == places[1]
 
 

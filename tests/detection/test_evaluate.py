@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ioubal_kernels.detection.data import Dataset, make_record
+from ioubal_kernels.detection.data import BadImageError, Dataset, make_record
 from ioubal_kernels.detection.errors import UsageError
-from ioubal_kernels.detection.evaluate import ImageDetections, evaluate_detections, percent
+from ioubal_kernels.detection.evaluate import ImageDetections, evaluate_detections, percent, without_unread
+from ioubal_kernels.detection.progress import Reporter
 
 
 def dataset(images: list[dict], classes: tuple[str, ...] = ("a", "b")) -> Dataset:
@@ -121,6 +122,28 @@ def test_max_detections_keeps_the_best():
     many = found(1, [[150, 150, 160, 160]] * 3 + [[10, 10, 110, 110]], [0.9, 0.8, 0.7, 0.6], [0] * 4)
     assert evaluate_detections(data, [many], max_detections=3)["AP"] == 0.0
     assert evaluate_detections(data, [many], max_detections=4)["AP"] == pytest.approx(0.25)
+
+
+def test_coco_counts_a_hundred_detections_and_voc_all():
+    """A hit behind 100 misses: an SSD leaves 200 boxes."""
+    data = dataset([ONE_BOX])
+    boxes, scores = [[150, 150, 160, 160]] * 100 + [[10, 10, 110, 110]], torch.linspace(0.9, 0.1, 101).tolist()
+    many = found(1, boxes, scores, [0] * 101)
+    metrics = evaluate_detections(data, [many], voc07=True)
+    assert metrics["AP"] == 0.0
+    assert metrics["VOC07"]["AP"] == pytest.approx(1 / 101)
+
+
+def test_images_that_could_not_be_read_are_no_misses(capsys):
+    data = dataset([ONE_BOX, ONE_BOX, {"boxes": [], "labels": []}])
+    reporter = Reporter(quiet=True)
+    hit, nothing = found(2, [[10, 10, 110, 110]], [0.9], [0]), found(3, [], [], [])
+    read = without_unread(data, [hit, nothing], 0.0, reporter)  # always one may be missing
+    assert evaluate_detections(read, [hit, nothing])["AP"] == ONE and len(read) == 2
+    assert "1 of 3 images could not be read and are left out: " in capsys.readouterr().err
+    assert without_unread(data, [hit, nothing, found(1, [], [], [])], 0.0, reporter) is data
+    with pytest.raises(BadImageError, match="at most 1 bad images of 3"):
+        without_unread(data, [nothing], 0.1, reporter)
 
 
 @pytest.mark.parametrize(

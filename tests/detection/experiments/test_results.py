@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from ioubal_kernels.detection.errors import UsageError
+from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.results import load_detections, save_detections
 from ioubal_kernels.experiments.page import tables_of, write_tables
 from ioubal_kernels.experiments.results import RESULTS_FILE, load_results, metric, save_results
@@ -126,6 +127,23 @@ def test_runs_named_by_hand_are_grouped(reproduction):
     assert row.same_start is True
     with pytest.raises(UsageError, match="the same training, seed 0, as"):
         study_of_runs([folders[0], folders[0]], title="twice")
+
+
+def test_another_w_loc_makes_no_baseline(reproduction, tmp_path):
+    """Named first, it would take the place of what the others are compared with."""
+    baseline = reproduction.folder / reproduction.plan.jobs()[0].folder
+    control = shutil.copytree(baseline, tmp_path / "control")
+    config = load_config(str(control / "config.yaml"))
+    assert config.loss.label() == "baseline"
+    config.set("loss.w_loc", 2.0)
+    (control / "config.yaml").write_text(config.to_yaml())
+    (row,) = study_of_runs([control, baseline], title="two").rows
+    assert [arm.label for arm in row.arms] == ["baseline", "baseline, w_loc 2"]
+    config.set("loss.lambda_", 1.5)
+    config.set("loss.normalize_loc", True)
+    (control / "config.yaml").write_text(config.to_yaml())
+    (row,) = study_of_runs([control, baseline], title="two").rows
+    assert [arm.label for arm in row.arms] == ["baseline", "+ IoU-balanced Loc, Eq. 7"]
 
 
 def test_unfinished_and_foreign_folders(reproduction, tmp_path):
