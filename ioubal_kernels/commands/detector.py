@@ -39,12 +39,14 @@ def train_command(
     ] = False,
 ) -> None:
     """Train a detector and evaluate it. The defaults learn a small dataset from scratch within minutes on a CPU."""
+    from ..detection.architectures import MODELS
     from ..detection.config import parse_assignment
     from ..detection.errors import UsageError
     from ..detection.presets import load_config
     from ..detection.processes import launched_as
     from ..detection.progress import Reporter
     from ..detection.rundir import CONFIG_FILE
+    from ..detection.unused_keys import why_unused
 
     if resume and out is None:
         raise UsageError("--resume: name the run's folder with -o")
@@ -66,15 +68,26 @@ def train_command(
     for key, value in given.items():
         if value is not None:
             settings.set(key, value)
-    for assignment in set_ or []:
-        settings.set(*parse_assignment(assignment))
+    recipe = MODELS[settings.model.name].family
+    changes = [parse_assignment(assignment) for assignment in set_ or []]
+    for key, value in changes:
+        settings.set(key, value)
     settings.validate()
+    for key, _ in changes:
+        because = why_unused(settings, key)
+        if because is not None:
+            raise UsageError(f"--set: {key} has no effect with {because}")
     from ..detection.train import train
 
     rank, processes, _ = launched_as()
     if out is None and processes > 1:
         raise UsageError("-o: with several processes name the run's folder: all must use the same")
     reporter = Reporter(quiet=rank > 0)
+    if MODELS[settings.model.name].family != recipe:
+        reporter.warn(
+            f"model.name={settings.model.name} is trained with the recipe of another detector ({recipe}); its own comes"
+            f" with -c {settings.model.name} or one of `ioubal configs`"
+        )
     folder = Path(out) if out is not None else _default_folder(settings)
     result = train(settings, folder, resume=resume, allow_config_change=allow_config_change, reporter=reporter)
     if result.metrics is not None:

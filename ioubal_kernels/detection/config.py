@@ -237,6 +237,10 @@ class Config(Checked):
             raise UsageError("model.backbone_sha256: given without model.backbone_file")
         if architecture.family == "ssd" and self.data.image_size is None:
             raise UsageError(f"data.image_size: {model.name} needs a fixed size (height, width), got null")
+        if architecture.family in ("ssd", "faster_rcnn") and self.loss.normalizer_scope == "level":
+            raise UsageError(
+                f"loss.normalizer_scope: {model.name}'s losses are not by level: expected batch or image, got level"
+            )
         if architecture.backbone == "vgg16":
             edge = 512 if model.name.startswith("ssd512") else 300
             smallest = (10, 15) if edge == 512 else (15, 20)

@@ -16,6 +16,7 @@ from ioubal_kernels.detection.config import (
 )
 from ioubal_kernels.detection.errors import UsageError
 from ioubal_kernels.detection.presets import PRESETS, load_config, preset
+from ioubal_kernels.detection.unused_keys import why_unused
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,6 +41,36 @@ def test_loss_switch(loss, eta, lambda_, w_loc):
     config = Config()
     config.set_loss(loss)
     assert (config.loss.eta, config.loss.lambda_, config.loss.w_loc, config.loss.label()) == (eta, lambda_, w_loc, loss)
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "assignment", "because"),
+    [
+        ("table2_retinanet_r50", "train.iterations=3", r"train.iterations has no effect with train.epochs=12.0"),
+        ("retinanet_tiny", "data.short_side=320", "data.short_side has no effect with data.image_size"),
+        ("retinanet_tiny", "loss.rpn=true", "loss.rpn has no effect with model.name=retinanet_tiny"),
+        ("faster_rcnn_tiny", "loss.rpn_w_loc=2", "loss.rpn_w_loc has no effect with loss.rpn=false"),
+        ("retinanet_tiny", "optim.momentum=0.5", "optim.momentum has no effect with optim.name=adamw"),
+        ("retinanet_tiny", "optim.milestones=[0.5]", "optim.milestones has no effect with optim.schedule=cosine"),
+        ("ssd_tiny", "loss.alpha=0.5", "loss.alpha has no effect with model.name=ssd_tiny"),
+        ("ssd_tiny", "loss.normalizer_scope=level", "loss.normalizer_scope: ssd_tiny's losses are not by level"),
+    ],
+)
+def test_train_refuses_what_has_no_effect(ioubal, tmp_path, preset_name, assignment, because):
+    code, _, err = ioubal(
+        "train", "-c", preset_name, "--data", "nowhere", "--set", assignment, "-o", str(tmp_path / "r")
+    )
+    assert code == 2 and because in " ".join(err.split()), err
+    assert not (tmp_path / "r").exists()
+
+
+def test_every_key_that_can_be_unused_exists():
+    keys = set(all_keys())
+    for name in ("retinanet_tiny", "ssd_tiny", "faster_rcnn_tiny", "foveabox_tiny"):
+        unused = {key for key in keys if why_unused(preset(name), key)}
+        assert unused and unused < keys
+        # Not what a recipe itself sets: each of its own keys has an effect.
+        assert not unused & {"loss.beta", "loss.w_loc", "optim.lr", "data.image_size"}
 
 
 def test_loss_switch_back_from_a_baseline():
