@@ -237,6 +237,7 @@ def test_smooth_l1_without_rows_or_weights():
         got = loss(x, target[:rows], torch.zeros_like(weight[:rows]), avg_factor=1)
         got.backward()
         assert got == 0 and (x.grad == 0).all()
+        assert loss(x, target[:rows], weight[:rows], reduction_override="none").shape == (rows, 4)
     assert loss(pred, target, weight[:, 0], avg_factor=2) == loss(pred, target, weight, avg_factor=2)
 
 

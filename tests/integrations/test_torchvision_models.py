@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from small_models import CLASSES, FAMILIES, Backbone, assert_same, batch, make, step
 from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 import ioubal_kernels as ik
@@ -92,7 +94,8 @@ def test_subclasses_and_custom_heads():
     model = make("retinanet")
     model.__class__ = Louder
     model.head.__class__ = CustomHead
-    convert(model)
+    with pytest.warns(UserWarning, match="Louder.compute_loss is not called any more"):
+        convert(model)
     assert isinstance(model, Louder) and model.loudness() == 11
     assert_same(step(model, *inputs), want)
     assert pickle.loads(pickle.dumps(model)).loudness() == 11
@@ -164,3 +167,60 @@ def test_a_label_out_of_range_is_an_error():
     targets[0]["labels"][0] = CLASSES
     with pytest.raises(ValueError, match="gt_labels"):
         model.train()(images, targets)
+
+
+@pytest.mark.parametrize("family", ("retinanet", "ssd", "faster_rcnn"))
+def test_a_loss_of_ones_own_does_not_vanish_silently(family):
+    model, inputs = make(family), batch(family)
+    owner = model.rpn if family == "faster_rcnn" else model
+    stock = type(owner)
+    owner.__class__ = type("Mine", (stock,), {"compute_loss": lambda self, *a: stock.compute_loss(self, *a)})
+    with pytest.warns(
+        UserWarning, match=f"convert: Mine.compute_loss is not called any more.*adds to {stock.__name__}'s"
+    ):
+        convert(model, rpn=family == "faster_rcnn")
+    step(model, *inputs)
+    if family == "faster_rcnn":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(model)  # its proposals' losses are its own again
+
+
+@pytest.mark.parametrize("frozen", ("head", "head.classification_head", "head.regression_head"))
+@pytest.mark.parametrize("scope", ("batch", "level"))
+def test_a_part_of_the_head_in_another_mode(frozen, scope):
+    model, (images, targets) = make("retinanet"), batch("retinanet")
+    convert(model, normalizer_scope=scope).train()
+    want = {name: value.detach() for name, value in model(images, targets).items()}
+    model = convert(make("retinanet"), normalizer_scope=scope).train()
+    model.get_submodule(frozen).eval()
+    got = model(images, targets)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    plain = make("retinanet").eval()(images)
+    model = convert(make("retinanet")).eval()
+    model.get_submodule(frozen).train()
+    for got, expected in zip(model(images), plain, strict=True):
+        assert all(torch.equal(got[k], expected[k]) for k in expected)
+    assert not [name for module in model.modules() for name in module.__dict__ if "raw" in name]
+
+
+def test_anchors_that_differ_between_images():
+    class Growing(AnchorGenerator):
+        def forward(self, images, features):
+            return [anchors * (1 + 0.3 * n) for n, anchors in enumerate(super().forward(images, features))]
+
+    model, inputs = make("retinanet"), batch("retinanet")
+    model.anchor_generator.__class__ = Growing
+    want = step(model, *inputs)
+    assert_same(step(convert(model, eta=0.0, lambda_=0.0), *inputs), want)
+
+
+@pytest.mark.parametrize("family", ("retinanet", "ssd"))
+def test_targets_of_mixed_dtypes(family):
+    """float64 boxes beside an empty float32 tensor, labels of several kinds: torchvision takes them."""
+    model, (images, targets) = make(family), batch(family)
+    want = step(convert(model), images, targets)
+    mixed = [{**t, "boxes": t["boxes"].double() if n < 2 else t["boxes"]} for n, t in enumerate(targets)]
+    for n, kind in enumerate((torch.int32, torch.uint8)):
+        mixed[n]["labels"] = mixed[n]["labels"].to(kind)
+    assert_same(step(model, images, mixed), want, rtol=1e-5)

@@ -388,7 +388,7 @@ class IoUBalancedSmoothL1Loss(_Loss):
             pred, target, iou = (t.repeat_interleave(4, 0) for t in (pred, target, iou))
             own = torch.eye(4, device=pred.device).repeat(shape[0], 1)
             if weight is not None:
-                own = own * weight.reshape(shape[0], -1).repeat_interleave(4, 0)
+                own = own * (weight[:, None] if weight.ndim == 1 else weight).repeat_interleave(4, 0)
             weight = own
         loss = ik.iou_balanced_smooth_l1_loss(
             pred,

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 import ioubal_kernels as ik
 
 from . import flat
 from .settings import OP, Settings
-from .swapping import Balanced, swap, swap_back
+from .swapping import Balanced, swap, swap_back, warn_of_own_loss
 
 OWN_BETA = 1 / 9
 
@@ -91,6 +92,8 @@ def convert(model: nn.Module, settings: Settings, rpn_settings: Settings | None 
     """Swap the box head, and the RPN if settings for it are given; else give it its own class back."""
     if settings.normalizer_scope == "level":
         raise ValueError(f"{OP}: normalizer_scope must be 'batch' or 'image' for R-CNN models, got 'level'")
+    if rpn_settings is not None:
+        warn_of_own_loss(model.rpn, RegionProposalNetwork)
     swap(model.roi_heads, BalancedRoIHeads, settings)
     if rpn_settings is None:
         swap_back(model.rpn)

@@ -8,33 +8,43 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetHead, RetinaNetRegressionHead
+from torchvision.models.detection.retinanet import (
+    RetinaNet,
+    RetinaNetClassificationHead,
+    RetinaNetHead,
+    RetinaNetRegressionHead,
+)
 from torchvision.ops import box_iou
 
 import ioubal_kernels as ik
+from ioubal_kernels.boxes import result_dtype
 
 from .observing import flatten_maps, record_dense, remember
 from .settings import OP, Settings
-from .swapping import Balanced, swap, swap_back
+from .swapping import Balanced, swap, swap_back, warn_of_own_loss
 
 # What torchvision's smooth-L1 types are as a threshold; its IoU losses have none.
 OWN_BETA = {"l1": 0.0, "smooth_l1": 1.0}
 
 
+# Set by the model for its training forward: a part may be in another mode (a frozen head in eval mode, for instance).
+_RAW = "_iou_balanced_raw"
+
+
 class RawClassification(Balanced):
-    """In training the head's maps as they are: a list over levels of (N, A*K, H, W)."""
+    """In the model's training the head's maps as they are: a list over levels of (N, A*K, H, W)."""
 
     def forward(self, x: list[Tensor]) -> Any:
-        if not self.training:
+        if not getattr(self, _RAW, False):
             return super().forward(x)
         return [self.cls_logits(self.conv(features)) for features in x]
 
 
 class RawRegression(Balanced):
-    """In training the head's maps as they are: a list over levels of (N, A*4, H, W)."""
+    """In the model's training the head's maps as they are: a list over levels of (N, A*4, H, W)."""
 
     def forward(self, x: list[Tensor]) -> Any:
-        if not self.training:
+        if not getattr(self, _RAW, False):
             return super().forward(x)
         return [self.bbox_reg(self.conv(features)) for features in x]
 
@@ -42,14 +52,26 @@ class RawRegression(Balanced):
 class BalancedRetinaNet(Balanced):
     """Matching for the whole batch in one call, then `iou_balanced_detection_loss`."""
 
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        raw = [part for part, _ in _raw_parts(self)] if self.training else []
+        for part in raw:
+            setattr(part, _RAW, True)
+        try:
+            return super().forward(images, targets)
+        finally:
+            for part in raw:
+                delattr(part, _RAW)
+
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Any], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
         loss_type = self.head.regression_head._loss_type
         settings = self.iou_balanced.with_beta(own_beta(self))
-        boxes, labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+        boxes = _of_one_dtype([t["boxes"] for t in targets])
+        labels = [t["labels"].to(torch.int64) for t in targets]
         # torchvision's generator lays the same grid over every image of a batch.
-        shared = anchors[0] if isinstance(self.anchor_generator, AnchorGenerator) else torch.stack(anchors)
+        same = getattr(type(self.anchor_generator), "forward", None) is AnchorGenerator.forward
+        shared = anchors[0] if same else torch.stack(anchors)
         matched = self._match(shared, anchors, boxes)
         logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
         weights = self.head.regression_head.box_coder.weights
@@ -103,6 +125,13 @@ class BalancedRetinaNet(Balanced):
         )
 
 
+def _of_one_dtype(boxes: list[Tensor]) -> list[Tensor]:
+    """Data sets mix them: float64 boxes beside an empty float32 tensor."""
+    if len({b.dtype for b in boxes}) == 1:
+        return boxes
+    return [b.to(result_dtype(*boxes)) for b in boxes]
+
+
 def _per_image(matched: Tensor) -> Tensor:
     """torchvision's divisors (N,): each image's positives, at least one, times the number of images."""
     return (matched >= 0).sum(1).clamp(min=1).float() * len(matched)
@@ -121,6 +150,7 @@ def convert(model: nn.Module, settings: Settings) -> None:
         raise ValueError(
             f"{OP}: normalizer_scope 'level' needs torchvision's own RetinaNetHead, got {type(model.head).__name__}"
         )
+    warn_of_own_loss(model, RetinaNet)
     swap(model, BalancedRetinaNet, settings)
     for part, mixin in parts:
         swap(part, mixin, settings)

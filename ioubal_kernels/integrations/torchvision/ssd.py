@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSD
 
 import ioubal_kernels as ik
 
 from . import flat
 from .settings import OP, Settings
-from .swapping import Balanced, swap, swap_back
+from .swapping import Balanced, swap, swap_back, warn_of_own_loss
 
 OWN_BETA = 1.0
 
@@ -37,7 +38,7 @@ class BalancedSSD(Balanced):
         for n, target in enumerate(targets):
             rows = positive[n].nonzero().squeeze(1)
             gt = matched[n, rows]
-            labels[n, rows] = target["labels"][gt]
+            labels[n, rows] = target["labels"][gt].to(labels.dtype)
             goals.append(ik.encode_boxes(target["boxes"][gt], anchors[n][rows], weights=self.box_coder.weights))
         rows = positive.flatten().nonzero().squeeze(1)
         image = torch.arange(images, device=logits.device).repeat_interleave(count)
@@ -73,6 +74,7 @@ def hard_negatives(logits: Tensor, positive: Tensor, ratio: float) -> Tensor:
 def convert(model: nn.Module, settings: Settings) -> None:
     if settings.normalizer_scope == "level":
         raise ValueError(f"{OP}: normalizer_scope must be 'batch' or 'image' for SSD, got 'level'")
+    warn_of_own_loss(model, SSD)
     swap(model, BalancedSSD, settings)
 
 

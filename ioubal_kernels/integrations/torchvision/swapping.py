@@ -8,11 +8,12 @@ has no name to be imported by, hence the way it pickles.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from torch import nn
 
-from .settings import Settings
+from .settings import OP, Settings
 
 ATTRIBUTE = "iou_balanced"
 
@@ -36,6 +37,17 @@ def _balanced_class(mixin: type, original: type) -> type:
 def _new(mixin: type, original: type) -> Any:
     cls = _balanced_class(mixin, original)
     return cls.__new__(cls)
+
+
+def warn_of_own_loss(module: nn.Module, stock: type) -> None:
+    """For a class with its own `compute_loss`: the balanced one takes its place, with whatever it adds to `stock`'s."""
+    original = getattr(type(module), "_original", type(module))
+    if original.compute_loss is not stock.compute_loss:
+        warnings.warn(
+            f"{OP}: {original.__name__}.compute_loss is not called any more: the balanced one takes its place. What it"
+            f" adds to {stock.__name__}'s has to be added where the model is called",
+            stacklevel=4,
+        )
 
 
 def swap(module: nn.Module, mixin: type, settings: Settings) -> None:
