@@ -35,7 +35,7 @@ class _FunctionModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """``module.eta = 0.0`` sets the keyword argument: a schedule writes it before a step."""
         if name in self.__dict__.get("keywords", {}):
-            self.keywords[name] = value
+            self.__dict__["keywords"] = {**self.keywords, name: value}  # anew: a shallow copy keeps its own
         else:
             super().__setattr__(name, value)
 

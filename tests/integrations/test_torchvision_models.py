@@ -175,9 +175,7 @@ def test_a_loss_of_ones_own_does_not_vanish_silently(family):
     owner = model.rpn if family == "faster_rcnn" else model
     stock = type(owner)
     owner.__class__ = type("Mine", (stock,), {"compute_loss": lambda self, *a: stock.compute_loss(self, *a)})
-    with pytest.warns(
-        UserWarning, match=f"convert: Mine.compute_loss is not called any more.*adds to {stock.__name__}'s"
-    ):
+    with pytest.warns(UserWarning, match=f"Mine.compute_loss is not called any more.*adds to {stock.__name__}'s"):
         convert(model, rpn=family == "faster_rcnn")
     step(model, *inputs)
     if family == "faster_rcnn":

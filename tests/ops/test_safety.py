@@ -1,5 +1,6 @@
 """Threads, memory bounds, alignment: what must hold whatever the machine does."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import cpu_variants
+from ioubal_kernels.ops.library import cpu_variants, isa_levels, limit_isa
 
 
 def everything(layout):
@@ -208,3 +209,19 @@ def test_unchecked_bad_labels_poison_the_loss_and_nothing_else(bad, monkeypatch)
     det.matched_idxs[1, 3] = bad
     out = ik.iou_balanced_detection_loss(*det.arguments())
     assert out.classification.isnan() and out.localization.isnan()
+
+
+@pytest.mark.parametrize("bits", (0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, -1, -0x2AAAAA))
+@pytest.mark.parametrize("gamma", (0.0, 1.0, 2.0, 1.5))
+def test_every_nan_stays_one(bits, gamma):
+    """Also one whose low bits are set: arithmetic with integers must not make a number of it."""
+    for isa, rows, label in itertools.product(isa_levels(), (8, 1000), (0, 1, -1)):
+        limit_isa(isa)
+        x = torch.zeros(rows, 3)
+        x.view(torch.int32)[rows // 2, 1] = bits
+        labels = torch.full((rows,), -1)
+        labels[rows // 2] = label
+        leaf = x.requires_grad_()
+        loss = ik.iou_balanced_sigmoid_focal_loss(leaf, labels, torch.ones(rows), gamma=gamma)
+        loss.backward()
+        assert loss.isnan() and leaf.grad[rows // 2, 1].isnan() and leaf.grad.isnan().sum() == 1, (isa, rows, label)
