@@ -21,6 +21,7 @@ INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 REDUCTIONS = ("mean", "sum", "none")
 _CHECK_MODES = ("auto", "0", "1")
 _WITH_VALUES = (Tensor, torch.nn.Parameter)
+_in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)  # private, so allowed to disappear
 _STRIDED = torch.strided
 _INFINITY = math.inf
 
@@ -69,6 +70,11 @@ def has_storage(value: Tensor) -> bool:
     stands for another (FakeTensor and others that redefine __torch_dispatch__).
     """
     return type(value) in _WITH_VALUES or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_transformed(value: Tensor | None) -> bool:
+    """Whether a tensor belongs to a torch.func transform (vmap, grad and others)."""
+    return value is not None and _in_functorch is not None and _in_functorch(value)
 
 
 def _may_be_corners(value: Any) -> bool:
@@ -281,8 +287,10 @@ def values_checked(sample: Tensor) -> bool:
     """
     mode = environment("IOUBAL_CHECK", _CHECK_KEY)
     if mode is None or mode == "auto":
-        # A tensor subclass (FakeTensor, a tracer's proxy) may have no values to read.
-        return sample.is_cpu and has_storage(sample) and not torch.compiler.is_compiling()
+        # A tensor subclass (FakeTensor, a tracer's proxy) or one of torch.func may have no values to read.
+        return (
+            sample.is_cpu and has_storage(sample) and not torch.compiler.is_compiling() and not is_transformed(sample)
+        )
     if mode not in _CHECK_MODES:
         raise name_error("ioubal_kernels", "the environment variable IOUBAL_CHECK", _CHECK_MODES, mode)
     return mode == "1"

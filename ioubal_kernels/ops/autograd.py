@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..validation import has_storage
+from ..validation import has_storage, is_transformed
 from .library import op
 
 _NO_FORWARD_MODE = "forward-mode AD is not supported by the fused kernels; use backend='reference'"
@@ -28,7 +28,6 @@ _NO_EXPORT = (
 _NO_DOUBLE_BACKWARD = "double backward is not supported by the fused kernels; use backend='reference'"
 # Private in torch, so allowed to disappear: torch's own error takes over then.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
@@ -56,9 +55,10 @@ def _refuse_export(name: str, inputs: Sequence[Tensor]) -> None:
         raise NotImplementedError(f"{name}: {_NO_EXPORT}")
 
 
-def refuse_transforms(name: str, *inputs: Tensor) -> None:
+def refuse_transforms(name: str, *inputs: Tensor, constants: Sequence[Tensor | None] = ()) -> None:
     """Raises NotImplementedError for an input that carries a tangent or belongs to a torch.func transform, and for one
     to be differentiated while torch.export traces: the exported program would silently leave its gradient out.
+    ``constants`` carry no tangent that would matter.
 
     (A ``jvp`` on the Function would do for the first, but Dynamo refuses to trace one.)
     """
@@ -66,7 +66,7 @@ def refuse_transforms(name: str, *inputs: Tensor) -> None:
         if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             _refuse_export(name, inputs)
         return
-    if _in_functorch is not None and any(map(_in_functorch, inputs)):
+    if torch._C._are_functorch_transforms_active() and any(map(is_transformed, (*inputs, *constants))):
         raise NotImplementedError(f"{name}: {_NO_TRANSFORM}")
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(f"{name}: {_NO_FORWARD_MODE}")

@@ -276,9 +276,9 @@ def detection_loss(
     """Both losses, num_positives and mean_iou; see ``functional.iou_balanced_detection_loss``."""
     if inplace:
         check_inplace(_NAME, list(cls_logits), grad_scale)
-    refuse_transforms(_NAME, *cls_logits, *bbox_deltas)
     boxes = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     labels = [gt_labels] if isinstance(gt_labels, Tensor) else list(gt_labels)
+    refuse_transforms(_NAME, *cls_logits, *bbox_deltas, constants=(anchors, matched_idxs, *boxes, *labels))
     backend = backend or library.backend_of(matched_idxs)
     packed = fills_checked(backend, process_group, cls_logits[0])
     if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs

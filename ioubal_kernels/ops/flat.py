@@ -186,7 +186,7 @@ def _apply(
     check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    refuse_transforms(called, x)
+    refuse_transforms(called, x, constants=(second, third, weight, scope_ids))
     backend = backend or library.backend_of(x)
     common = (name, called, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
     packed = name == "focal" and reduction != "none" and fills_checked(backend, process_group, x)

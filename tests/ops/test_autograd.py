@@ -207,6 +207,16 @@ def test_torch_func_transforms_are_refused():
         torch.func.jvp(loss, (x,), (x,))
     with pytest.raises(NotImplementedError, match="torch.func"):
         torch.vmap(lambda v: loss(v))(x.expand(3, *x.shape))
+    # Constants as well, whose values are not to be checked then.
+    inputs = testing.classification_inputs(rows=50, classes=6, softmax=True)
+    for function in (ik.iou_balanced_sigmoid_focal_loss, ik.iou_balanced_cross_entropy):
+        for labels, iou in ((inputs.labels[None], inputs.iou[None]), (inputs.labels.expand(3, -1), inputs.iou)):
+            stacked = (0, None) if iou.ndim == 1 else (0, 0)
+            with pytest.raises(NotImplementedError, match="torch.func"):
+                torch.vmap(lambda y, q, f=function: f(inputs.logits, y, q), in_dims=stacked)(labels, iou)
+    got = torch.vmap(lambda y: ik.iou_balanced_cross_entropy(inputs.logits, y, inputs.iou, backend="reference"))(labels)
+    want = ik.iou_balanced_cross_entropy(inputs.logits, inputs.labels, inputs.iou, backend="reference")
+    torch.testing.assert_close(got, want.expand(3))
 
 
 def test_an_exported_program_keeps_the_op():
