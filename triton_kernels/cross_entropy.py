@@ -17,12 +17,13 @@ from ._launch import MAX_REGISTERS, Workspace, cdiv, number, on_device, pack, po
 from ._math import LOG2E, balance_share, ex2, iou_power, rcp, twice_log1p, weighted_loss
 from .coefficients import BY_ID, Coefficients, clear_tickets, finish_loss, take_scratch
 from .focal import no_rows
-from .positives import store_sums
+from .positives import store_totals
 
 ENTRIES = 1024  # logits of a program, or one row
 MAX_COLUMNS = 2048
 MAX_ROWS = 128
 SUM_BLOCK = 2048
+SUM_ROWS = 2048  # of a tile of the positives' sums
 
 
 @triton.jit
@@ -86,59 +87,79 @@ def row_terms(x_ptr, row, mask, target, K: tl.constexpr, COLUMNS: tl.constexpr, 
     return first, top, own, others, loss, infinite, undefined
 
 
-@triton.jit(do_not_specialize=["rows", "scopes", "all_tiles", "background"])
+@triton.jit(do_not_specialize=["rows", "background"])
 def cross_entropy_positives_kernel(
-    sc,
-    balances,  # packed address: float32 per row, iou^eta of positives
+    losses,  # packed address: float32 per row, the loss of positives
     logits,
+    labels,
+    rows: tl.int64,
+    background: tl.int64,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    local = tl.arange(0, ROWS)
+    label = tl.load(labels + row0 + local, mask=row0 + local < rows, other=-1).to(tl.int64)
+    positive = (label >= 0) & (label < K) & (label != background)
+    if tl.max(positive.to(tl.int32), 0) > 0:
+        target = tl.where(positive, label, 0).to(tl.int32)
+        _, _, _, _, loss, _, _ = row_terms(logits + row0 * K, local, positive, target, K, COLUMNS, VECTOR)
+        tl.store(pointer(losses, tl.float32) + row0 + local, loss, mask=positive)
+
+
+@triton.jit(do_not_specialize=["rows", "scopes", "tiles", "background"])
+def cross_entropy_sums_kernel(
+    sc,
+    addresses,  # packed, float32 per row, of positives: iou^eta, written here, and the loss
     labels,
     iou,
     weight,
     scope_ids,
     rows: tl.int64,
     scopes,
-    all_tiles,
+    tiles,
     background: tl.int64,
     eta: tl.float64,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BY_SCOPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    """By tiles of many rows: of each and every scope there are sums to be kept."""
     clear_tickets(sc)
-    row0 = tl.program_id(0).to(tl.int64) * ROWS
-    local = tl.arange(0, ROWS)
-    row = row0 + local
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = row < rows
     label = tl.load(labels + row, mask=inside, other=-1).to(tl.int64)
     invalid = label >= K
-    scope = tl.zeros((ROWS,), tl.int64)
+    scope = tl.zeros((TILE,), tl.int32)
     if BY_SCOPE:
-        scope = tl.load(scope_ids + row, mask=inside, other=0).to(tl.int64)
-        invalid = invalid | (scope < 0) | (scope >= scopes)
+        given = tl.load(scope_ids + row, mask=inside, other=0).to(tl.int64)
+        invalid = invalid | (given < 0) | (given >= scopes)
+        scope = tl.where(invalid, 0, given).to(tl.int32)
     positive = inside & (label >= 0) & (invalid == 0) & (label != background)
+    loss = tl.load(pointer(addresses[1], tl.float32) + row, mask=positive, other=0.0).to(tl.float64)
+    if WEIGHTED:
+        loss *= tl.load(weight + row, mask=positive, other=0.0).to(tl.float64)
+    balance = iou_power(tl.load(iou + row, mask=positive, other=0.0).to(tl.float64), eta)
+    plain, weighted = balance_share(loss, balance)
+    tl.store(pointer(addresses[0], tl.float32) + row, balance.to(tl.float32), mask=positive)
     # Counts are the whole batch's, not a scope's: they go to the first slot.
-    number_of = tl.where(inside & (label >= 0), 1.0, 0.0).to(tl.float64)
-    bad = tl.where(inside & invalid, 1.0, 0.0).to(tl.float64)
-    nothing = tl.zeros((ROWS,), tl.float64)
-    plain = tl.zeros((ROWS,), tl.float64)
-    weighted = tl.zeros((ROWS,), tl.float64)
-    if tl.max(positive.to(tl.int32), 0) > 0:
-        target = tl.where(positive, label, 0).to(tl.int32)
-        _, _, _, _, row_loss, _, _ = row_terms(logits + row0 * K, local, positive, target, K, COLUMNS, VECTOR)
-        loss = row_loss.to(tl.float64)
-        if WEIGHTED:
-            loss *= tl.load(weight + row, mask=positive, other=0.0).to(tl.float64)
-        balance = iou_power(tl.load(iou + row, mask=positive, other=0.0).to(tl.float64), eta)
-        plain, weighted = balance_share(loss, balance)
-        tl.store(pointer(balances, tl.float32) + row, balance.to(tl.float32), mask=positive)
+    number_of = tl.sum((inside & (label >= 0)).to(tl.int32), 0).to(tl.float64)
+    bad = tl.sum((inside & invalid).to(tl.int32), 0).to(tl.float64)
+    nothing = tl.zeros((), tl.float64)
+    low = tl.min(tl.where(positive, scope, scopes), 0)  # scopes are mostly sorted: a tile has few of them
+    high = tl.max(tl.where(positive, scope, -1), 0)
     slot = tl.zeros((), tl.int32)
     while slot < scopes:
-        mine = positive & (scope == slot)
-        s, w = tl.where(mine, plain, 0.0), tl.where(mine, weighted, 0.0)
-        store_sums(sc, slot, scopes, all_tiles, number_of, nothing, bad, s, w, nothing, nothing, nothing, nothing)
+        s = nothing
+        w = nothing
+        if (slot >= low) & (slot <= high):
+            mine = positive & (scope == slot)
+            s = tl.sum(tl.where(mine, plain, 0.0), 0)
+            w = tl.sum(tl.where(mine, weighted, 0.0), 0)
+        store_totals(sc, slot, scopes, tiles, number_of, nothing, bad, s, w, nothing, nothing, nothing, nothing)
         number_of = nothing
         bad = nothing
         slot += 1
@@ -279,15 +300,15 @@ class _SoftmaxLoss:
         width = min(power_of_two(self.columns), MAX_COLUMNS)
         self.consts = {
             "K": self.columns,
-            "WEIGHTED": weight is not None,
-            "BY_SCOPE": scope_ids is not None,
             "ROWS": max(min(ENTRIES // width, MAX_ROWS), 1),
             "COLUMNS": width,
             "num_warps": 4,
         }
+        self.options = {"K": self.columns, "WEIGHTED": weight is not None, "BY_SCOPE": scope_ids is not None}
         self.tiles = cdiv(self.rows, self.consts["ROWS"])
         self.memory = Workspace(workspace)
-        self.scratch = take_scratch(self.memory, self.tiles, num_scopes, num_scopes, 1, num_scopes)
+        self.sum_tiles = cdiv(self.rows, SUM_ROWS)
+        self.scratch = take_scratch(self.memory, self.sum_tiles, num_scopes, num_scopes, 1, num_scopes)
         self.balances = self.memory.take(self.rows, 4)
 
     def vector(self, *tensors: Tensor) -> int:
@@ -297,24 +318,34 @@ class _SoftmaxLoss:
 
     def coefficients(self, sums: Tensor, compute_sums: bool, **options: Any) -> None:
         if compute_sums:
+            losses = self.memory.take(self.rows, 4)
             cross_entropy_positives_kernel[(self.tiles,)](
-                self.scratch,
-                pack(self.balances)[0],
+                pack(losses)[0],
                 self.logits,
+                self.labels,
+                self.rows,
+                self.background,
+                VECTOR=self.vector(self.logits),
+                **self.consts,
+            )
+            cross_entropy_sums_kernel[(self.sum_tiles,)](
+                self.scratch,
+                pack(self.balances, losses),
                 self.labels,
                 self.iou,
                 self.logits if self.weight is None else self.weight,
                 self.labels if self.scope_ids is None else self.scope_ids,
                 self.rows,
                 self.scopes,
-                self.tiles,
+                self.sum_tiles,
                 self.background,
                 self.eta,
-                VECTOR=self.vector(self.logits),
-                **self.consts,
+                TILE=SUM_ROWS,
+                num_warps=8,
+                **self.options,
             )
         Coefficients(
-            self.scratch, sums, self.tiles, self.scopes, BY_ID.value, compute_sums, rows_count_all=True, **options
+            self.scratch, sums, self.sum_tiles, self.scopes, BY_ID.value, compute_sums, rows_count_all=True, **options
         ).launch()
 
     def fill(
@@ -357,6 +388,8 @@ class _SoftmaxLoss:
             VECTOR=self.vector(x, x if grad is None else grad),
             SUM_BLOCK=SUM_BLOCK,
             maxnreg=MAX_REGISTERS,
+            WEIGHTED=self.options["WEIGHTED"],
+            BY_SCOPE=self.options["BY_SCOPE"],
             **self.consts,
         )
 

@@ -224,7 +224,7 @@ class DensePass:
             x if self.expected[0] is None else self.expected[0],
         )
         warps = choice.warps or WARPS
-        # In planes that may have nothing to do a period of many classes and the loop over tiles spill beyond 64 (sm_80).
+        # In planes that may have nothing to do, a period of many classes and the loop over tiles spill at 64 (sm_80).
         more = gamma < 0 or self.row_weight is not None or (self.may_skip and plan["consts"]["PLANES"])
         registers, resident = (REGISTERS_MORE, RESIDENT_MORE) if more else (REGISTERS, RESIDENT)
         dense_kernel[(programs_of(plan["tiles"], self.may_skip, x, resident // warps),)](

@@ -83,14 +83,23 @@ def listed_at(listed, first, count, LANES: tl.constexpr):
 @triton.jit
 def store_sums(sc, slot, slots, all_tiles, s0, s1, s2, s3, s4, s5, s6, s7, s8):
     """A tile's nine sums (columns as in coefficients.py), each summed over the lanes."""
+    store_totals(
+        sc, slot, slots, all_tiles, tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0),
+        tl.sum(s5, 0), tl.sum(s6, 0), tl.sum(s7, 0), tl.sum(s8, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_totals(sc, slot, slots, all_tiles, s0, s1, s2, s3, s4, s5, s6, s7, s8):
+    """The same of sums that are scalars of the program."""
     at = pointer(sc.partial, tl.float64) + tl.cast(slot, tl.int64) * all_tiles + tl.program_id(0)
     step = tl.cast(slots, tl.int64) * all_tiles
-    tl.store(at, tl.sum(s0, 0))
-    tl.store(at + step, tl.sum(s1, 0))
-    tl.store(at + 2 * step, tl.sum(s2, 0))
-    tl.store(at + 3 * step, tl.sum(s3, 0))
-    tl.store(at + 4 * step, tl.sum(s4, 0))
-    tl.store(at + 5 * step, tl.sum(s5, 0))
-    tl.store(at + 6 * step, tl.sum(s6, 0))
-    tl.store(at + 7 * step, tl.sum(s7, 0))
-    tl.store(at + 8 * step, tl.sum(s8, 0))
+    tl.store(at, s0)
+    tl.store(at + step, s1)
+    tl.store(at + 2 * step, s2)
+    tl.store(at + 3 * step, s3)
+    tl.store(at + 4 * step, s4)
+    tl.store(at + 5 * step, s5)
+    tl.store(at + 6 * step, s6)
+    tl.store(at + 7 * step, s7)
+    tl.store(at + 8 * step, s8)

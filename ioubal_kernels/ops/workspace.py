@@ -16,7 +16,7 @@ _TILE_WORDS = 64  # 128, but for those that a number of anchors per location doe
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _TRITON_ROWS, _TRITON_ANCHORS = 2048, 8192  # of a tile of the Triton kernels' positives
-_TRITON_GROUP = 256  # logits that a program of the Triton kernels' dense pass reads at once, at least
+triton_group = 256  # logits that a program of the Triton kernels' dense pass reads at once, at least, when by rule
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -33,7 +33,7 @@ def triton_tiles(logits: int, runs: int) -> int:
     """At most so many programs has Triton's dense pass, each of which keeps a loss: most read several groups of logits,
     but where only all planes of an anchor together make whole vectors they read one. `runs`: stretches of memory that
     begin with a group of their own: images' levels of rows, or planes."""
-    return logits // _TRITON_GROUP + runs
+    return logits // triton_group + runs
 
 
 def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int, device: torch.device) -> list[Tensor]:
@@ -41,11 +41,12 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
     if backend == "cpu":
         return []
     if backend == "triton":
-        # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 4 (cross entropy).
-        wide = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1
-        tile = {"focal": _TRITON_ROWS, "cross_entropy": wide, "smooth_l1": 128}[name]
+        # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 8 (cross entropy), 4.
+        tile = {"focal": _TRITON_ROWS, "cross_entropy": _TRITON_ROWS, "smooth_l1": 128}[name]
         tiles = rows // tile + 1
         kept = rows + tiles
+        if name == "cross_entropy":
+            kept = 2 * rows + rows // (max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1) + 1
         if name == "focal":
             kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ROWS // 2 * tiles
             kept += triton_tiles(rows * columns, rows * columns // (1 << 29) + 1)  # parts of 2^30 logits

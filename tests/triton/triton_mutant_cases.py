@@ -93,7 +93,11 @@ def focal() -> None:
 def softmax() -> None:
     rows = testing.classification_inputs(seed=33, rows=33, classes=3, softmax=True)
     one = torch.nn.functional.one_hot(rows.labels.clamp(min=0), 3).double()
-    check_flat(ik.iou_balanced_cross_entropy, rows.logits, rows.labels, rows.iou, floor=one, reduction="sum")
+    sorted_ids = torch.arange(33) // 12
+    for options in ({}, {"scope_ids": sorted_ids, "num_scopes": 4}):
+        check_flat(
+            ik.iou_balanced_cross_entropy, rows.logits, rows.labels, rows.iou, floor=one, reduction="sum", **options
+        )
 
 
 def smooth_l1() -> None:
@@ -117,6 +121,10 @@ def boxes() -> None:
             results.append((out.detach(), grad))
         testing.assert_close_budget(results[1][0], results[0][0], torch.float32, floor=10.0)
         testing.assert_close_budget(results[1][1], results[0][1], torch.float32)
+    moved = anchors + torch.tensor([3.0, -2.0, 5.0, 1.0])
+    want = ik.paired_box_iou(anchors.double(), moved.double(), backend="reference")
+    got = ik.paired_box_iou(guarded.guarded(anchors), guarded.guarded(moved), backend="triton")
+    testing.assert_close_budget(got, want, torch.float32, floor=1.0)
 
 
 def anchors_and_boxes() -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,9 +66,15 @@ _math.py detection
     w2 * tl.log((b2 - b0) / height)
     weight * tl.log(clamp((reach + 0.5 * size)
     weight * tl.log(clamp((reach + size)
+    united = p2 * p3 + t2 * t3 - inter
+    united = p2 * p3 + t2 * t3
+    (t0 + t2) * (t1 + t3) - inter
+    (t0 + t2) * (t1 + t3)
+    tl.where(narrow < reach, narrow, reach)
+    narrow
+_math.py boxes
     united = area_a + area_b - inter
     united = area_a + area_b
-_math.py boxes
     (low + high) * size / w0
     (low - high) * size / w0
 _math.py detection
@@ -242,6 +248,10 @@ cross_entropy.py softmax
     value = tl.where(hit, -own[:, None]
     mask = inside[:, None] & (k < K // VECTOR * VECTOR)[None, :]
     mask = inside[:, None] & (k <= K)[None, :]
+    if (slot >= low) & (slot <= high):
+    if (slot > low) & (slot <= high):
+    tl.where(positive, scope, -1)
+    tl.where(positive, scope - 1, -1)
 smooth_l1.py smooth_l1
     factor *= w_loc * tl.load(grad_rows
     factor *= tl.load(grad_rows

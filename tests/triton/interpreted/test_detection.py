@@ -94,6 +94,7 @@ def test_many_locations(layout):
 def test_launch_choices(monkeypatch, layout, groups, vectors):
     """Groups of a program, and vectors that reach from one plane into the next: a map of 2,047 locations."""
     monkeypatch.setattr(focal_pass, "choice", focal_pass.choice)
+    monkeypatch.setattr(workspace, "triton_group", workspace.triton_group)
     with_triton.choose_plan(groups=groups, vectors=vectors)
     inputs = testing.detection_inputs(
         seed=groups, images=2, classes=8, per_location=1, levels=((23, 89), (3, 5)), positive_share=0.002,

@@ -7,6 +7,8 @@ from guarded import guarded
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
+from ioubal_kernels.ops import workspace
+from ioubal_kernels.triton_kernels import cross_entropy
 
 SHAPES = ((1, 1), (33, 3), (39, 80), (13, 91), (1100, 2))
 OPTIONS = {
@@ -91,6 +93,25 @@ def test_cross_entropy(dtype, shape, options):
         background_index=background,
         **chosen,
     )
+
+
+@pytest.mark.parametrize("order", ("sorted", "mixed"))
+def test_cross_entropy_of_many_scopes(monkeypatch, order):
+    """Several tiles of sums, each with a few of the scopes (images of a batch) or with all; two scopes without rows."""
+    monkeypatch.setattr(cross_entropy, "SUM_ROWS", 128)
+    monkeypatch.setattr(workspace, "_TRITON_ROWS", 128)
+    rows, scopes = 300, 9
+    inputs = testing.classification_inputs(seed=6, rows=rows, classes=5, softmax=True, ignored_share=0.1)
+    ids = torch.arange(rows) * 7 // rows + 1
+    ids = ids if order == "sorted" else ids[torch.randperm(rows, generator=torch.Generator().manual_seed(1))]
+    options = {"scope_ids": ids, "num_scopes": scopes, "reduction": "sum"}
+    check_flat(softmax, inputs.logits, inputs.labels, inputs.iou, floor=floor_of(inputs, {}, "sum, eps"), **options)
+
+
+def test_scopes_take_little_memory():
+    """SSD300, 64 images, a scope each: kept in proportion to rows times scopes, the sums would exceed the logits."""
+    (room,) = workspace.rows_workspace("triton", "cross_entropy", 558_848, 81, 64, torch.device("meta"))
+    assert room.nbytes < 558_848 * 81 * 2 / 10
 
 
 def test_cross_entropy_of_long_rows():
