@@ -26,6 +26,7 @@ from ioubal_kernels.detection.optim import clip_gradients, make_optimizer, set_l
 from ioubal_kernels.detection.predict import transform_config
 from ioubal_kernels.detection.presets import preset
 from ioubal_kernels.detection.resources import choose_workers, resolve_amp, resolve_device
+from ioubal_kernels.integrations.torchvision.retinanet import raw_maps
 
 SYNTHETIC_CLASSES = 8  # what the synthetic set has at most; a model may have more
 LARGEST_IMAGE = 640  # pixels of the synthetic images' sides: about COCO's
@@ -131,7 +132,7 @@ class Case:
     def forward(self, images: PreparedImages) -> HeadMaps:
         """Raw head maps, under the autocast of the trainer."""
         network = self.model.network
-        with autocast(self.device, self.amp):
+        with autocast(self.device, self.amp), raw_maps(network):
             outputs = network.head(list(network.backbone(images.tensors).values()))
         return HeadMaps(outputs["cls_logits"], outputs["bbox_regression"])
 

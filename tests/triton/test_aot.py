@@ -94,7 +94,7 @@ def test_the_passes_over_the_logits_read_and_write_16_bytes() -> None:
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     for name, (registers, loads, stores) in budget.items():
         assert registers <= 255
-        if "dense_kernel #1" in name:
+        if "dense_kernel #1" in name and "misaligned" not in name:  # there a gradient's phase is not the logits'
             assert loads > 0 and stores > 0, name
 
 

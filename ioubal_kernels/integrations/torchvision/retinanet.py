@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,14 +55,10 @@ class BalancedRetinaNet(Balanced):
     """Matching for the whole batch in one call, then `iou_balanced_detection_loss`."""
 
     def forward(self, images: Any, targets: Any = None) -> Any:
-        raw = [part for part, _ in _raw_parts(self)] if self.training else []
-        for part in raw:
-            setattr(part, _RAW, True)
-        try:
+        if not self.training:
             return super().forward(images, targets)
-        finally:
-            for part in raw:
-                delattr(part, _RAW)
+        with raw_maps(self):
+            return super().forward(images, targets)
 
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Any], anchors: list[Tensor]
@@ -123,6 +121,19 @@ class BalancedRetinaNet(Balanced):
                 for gt, own in zip(boxes, anchors, strict=True)
             ]
         )
+
+
+@contextlib.contextmanager
+def raw_maps(model: nn.Module) -> Iterator[None]:
+    """In it the head of a converted model hands over its maps as they are."""
+    parts = [part for part, _ in _raw_parts(model)]
+    for part in parts:
+        setattr(part, _RAW, True)
+    try:
+        yield
+    finally:
+        for part in parts:
+            delattr(part, _RAW)
 
 
 def _of_one_dtype(boxes: list[Tensor]) -> list[Tensor]:
