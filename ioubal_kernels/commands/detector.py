@@ -136,7 +136,7 @@ def eval_command(
     model: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="A run's folder or one checkpoint file.")],
     data: Annotated[str, typer.Option("--data", help="Dataset folder.")],
     split: Annotated[
-        str | None, typer.Option("--split", help="Which split. (default: found from what is on disk)")
+        str | None, typer.Option("--split", help="Which split. (default: the run's on its data, else found on disk)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",

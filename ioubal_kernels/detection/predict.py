@@ -167,7 +167,7 @@ def evaluate_checkpoint(
 
     Args:
         target: a run's folder or a checkpoint file.
-        data, split: the dataset's folder and split (None: the default one).
+        data, split: the dataset's folder and split (None: the run's own on its data, else the default one).
         changes: (key, value) over the checkpoint's configuration: device, number format, inference.
         reporter: where messages go.
         save_results: a COCO result file to write, see `coco_results`; required for a split without annotations.
@@ -183,6 +183,8 @@ def evaluate_checkpoint(
     trained = open_trained(target, changes)
     config = trained.config
     device = resolve_device(config.train.device)
+    if split is None and config.data.path is not None and Path(data).resolve() == Path(config.data.path).resolve():
+        split = config.data.eval_split  # what the run itself was evaluated on
     dataset = load_dataset(
         data,
         split,

@@ -152,9 +152,7 @@ class _Trainer:
         self.workers = choose_workers(config.data.workers, self.device)
         self.total = number_of_steps(config, loader.batches_per_epoch)
         self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, 1.0, 1.0
-        self.changed: set[str] = (
-            set()
-        )  # what differs from the configuration of the checkpoint that the run goes on from
+        self.changed: set[str] = set()  # keys that differ from those of the checkpoint that the run goes on from
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None

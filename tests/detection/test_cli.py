@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,24 @@ def test_a_traceback_on_request(ioubal, monkeypatch):
 
     with pytest.raises(UsageError):
         ioubal("configs", "tiny")
+
+
+def test_eval_is_on_the_runs_own_split(ioubal, tiny_data, tmp_path):
+    """Where its data have several, not the one that would be found first; on other data as ever."""
+    data = shutil.copytree(tiny_data, tmp_path / "set")
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    kept = {image["id"] for image in content["images"][:2]}
+    content["images"] = [image for image in content["images"] if image["id"] in kept]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (data / "annotations" / "instances_few.json").write_text(json.dumps(content))
+    run = tmp_path / "run"
+    options = ("--set", "train.iterations=1", "--set", "data.eval_split=few", *TINY)
+    assert ioubal("train", "--data", data, "-o", run, *options)[0] == 0
+    images = [
+        json.loads(ioubal("eval", run, "--data", where, "--json", "--workers", "0", *split)[1])["images"]
+        for where, split in ((data, ()), (data, ("--split", "val")), (tiny_data, ()))
+    ]
+    assert images == [2, 6, 6]
 
 
 def test_train_eval_resume(ioubal, tiny_data, tmp_path, monkeypatch):
