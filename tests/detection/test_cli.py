@@ -134,7 +134,7 @@ def test_eval_is_on_the_runs_own_split(ioubal, tiny_data, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "set")
     content = json.loads((data / "annotations" / "instances_val.json").read_text())
     kept = {image["id"] for image in content["images"][:2]}
-    content["images"] = [image for image in content["images"] if image["id"] in kept]
+    content["images"] = [{**i, "file_name": f"val/{i['file_name']}"} for i in content["images"] if i["id"] in kept]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
     (data / "annotations" / "instances_few.json").write_text(json.dumps(content))
     run = tmp_path / "run"
