@@ -304,7 +304,7 @@ class _SoftmaxLoss:
             "COLUMNS": width,
             "num_warps": 4,
         }
-        self.options = {"K": self.columns, "WEIGHTED": weight is not None, "BY_SCOPE": scope_ids is not None}
+        self.options = {"WEIGHTED": weight is not None, "BY_SCOPE": scope_ids is not None}
         self.tiles = cdiv(self.rows, self.consts["ROWS"])
         self.memory = Workspace(workspace)
         self.sum_tiles = cdiv(self.rows, SUM_ROWS)
@@ -340,6 +340,7 @@ class _SoftmaxLoss:
                 self.sum_tiles,
                 self.background,
                 self.eta,
+                K=self.columns,
                 TILE=SUM_ROWS,
                 num_warps=8,
                 **self.options,
@@ -388,8 +389,7 @@ class _SoftmaxLoss:
             VECTOR=self.vector(x, x if grad is None else grad),
             SUM_BLOCK=SUM_BLOCK,
             maxnreg=MAX_REGISTERS,
-            WEIGHTED=self.options["WEIGHTED"],
-            BY_SCOPE=self.options["BY_SCOPE"],
+            **self.options,
             **self.consts,
         )
 

@@ -138,7 +138,7 @@ def without_unread(
     are no misses of the model; they are named.
 
     Args:
-        limit: data.bad_image_limit, the share of images that may be missing (always at least one).
+        limit: data.bad_image_limit, the share of images that may be missing.
 
     Raises:
         BadImageError: more are.
@@ -147,7 +147,7 @@ def without_unread(
     names = [record.name for record in dataset.records if record.id not in found]
     if not names:
         return dataset
-    allowed = max(1, int(limit * len(dataset)))
+    allowed = dataset.most_bad_images(limit)
     if len(names) > allowed:
         raise BadImageError(
             f"evaluation: expected at most {allowed} bad images of {len(dataset)} with on_bad_image='skip'", names

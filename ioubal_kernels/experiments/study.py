@@ -222,7 +222,7 @@ def load_run(folder: Path) -> Run:
         metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         metrics["AP"], metrics["thresholds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / 'metrics.json'}: not the metrics of a run: {error}") from error
+        raise UsageError(f"{folder / METRICS_FILE}: not the metrics of a run: {error}") from error
     return Run(folder, config, metrics, read_log(folder))
 
 
@@ -265,12 +265,14 @@ def study_of_runs(folders: Iterable[Path], *, title: str) -> Study:
             rows.append(row)
         arm = next((arm for arm in row.arms if _same_but_seed(arm.runs[0], run)), None)
         if arm is None:
-            label, more = run.config.loss.label(), _beside_the_weights(run.config.loss)
-            name = label + more if row.arm(label + more) is None else folder.name
+            loss = run.config.loss.label()
+            more = _beside_the_weights(run.config.loss)
+            own = loss + more
+            name = own if row.arm(own) is None else folder.name
             number = 2
             while row.arm(name) is not None:
                 name, number = f"{folder.name} ({number})", number + 1
-            arm = ArmRuns(name, ARM_LABELS[label] + more if name == label + more else name, [])
+            arm = ArmRuns(name, ARM_LABELS[loss] + more if name == own else name, [])
             row.arms.append(arm)
         if run.seed in arm.by_seed:
             raise UsageError(f"{folder}: the same training, seed {run.seed}, as {arm.by_seed[run.seed].folder}")

@@ -129,7 +129,7 @@ def choose_plan(**plan: int) -> None:
     """Launches the dense pass as these fields of ``focal_pass.Choice`` say; without any by rule. For measurements."""
     focal_pass = importlib.import_module(_KERNELS + ".focal_pass")
     focal_pass.choice = focal_pass.Choice(**plan)
-    workspace.triton_group = 32 if plan.get("vectors") else 256  # a vector may be a single logit
+    workspace.triton_group = 32 if plan.get("vectors") else workspace.TRITON_GROUP  # a vector may be a single logit
 
 
 # ---------------------------------------------------------------------------------------------- registration

@@ -16,7 +16,8 @@ _TILE_WORDS = 64  # 128, but for those that a number of anchors per location doe
 _ROWS = 256
 _GROUP = 2048  # logits of a group of strips, at least; kept of each: two words of bits, and a loss or two
 _TRITON_ROWS, _TRITON_ANCHORS = 2048, 8192  # of a tile of the Triton kernels' positives
-triton_group = 256  # logits that a program of the Triton kernels' dense pass reads at once, at least, when by rule
+TRITON_GROUP = 256  # logits that a program of the Triton kernels' dense pass reads at once, at least, when by rule
+triton_group = TRITON_GROUP  # and now
 _MATCH_BLOCK = 128  # anchors culled together by the Triton kernels
 _PIECES = 16  # each is rounded up to 8 bytes
 
@@ -42,14 +43,15 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         return []
     if backend == "triton":
         # Rows per tile of sums; kept per row: a mark, 8 bytes and 2 of a list (focal), 8 (cross entropy), 4.
-        tile = {"focal": _TRITON_ROWS, "cross_entropy": _TRITON_ROWS, "smooth_l1": 128}[name]
-        tiles = rows // tile + 1
-        kept = rows + tiles
-        if name == "cross_entropy":
-            kept = 2 * rows + rows // (max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1) + 1
+        tiles = rows // (128 if name == "smooth_l1" else _TRITON_ROWS) + 1
         if name == "focal":
             kept = rows * (8 + _mark_size(columns)) // 4 + _TRITON_ROWS // 2 * tiles
             kept += triton_tiles(rows * columns, rows * columns // (1 << 29) + 1)  # parts of 2^30 logits
+        elif name == "cross_entropy":
+            together = max(min(1024 >> (columns - 1).bit_length(), 128), 1) if columns else 1  # rows of a program
+            kept = 2 * rows + rows // together + 1
+        else:
+            kept = rows + tiles
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
     tiles = rows // _ROWS + 1
     words = rows // _WORD + _PIECES

@@ -305,7 +305,7 @@ class TrainLoader:
         self.images = _Images(dataset, transform, seed, on_bad_image, cache, max_pixels)
         self.workers = workers
         self.timeout = timeout
-        self.max_bad_images = max(1, int(bad_image_limit * len(dataset)))
+        self.max_bad_images = dataset.most_bad_images(bad_image_limit)
         self.bad_images: dict[str, str] = {}
 
     @property

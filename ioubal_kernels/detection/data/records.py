@@ -227,6 +227,10 @@ class Dataset:
         """Boxes to train on."""
         return sum(int(record.trainable.sum()) for record in self.records)
 
+    def most_bad_images(self, share: float) -> int:
+        """How many images data.on_bad_image=skip may leave out: this share of them, always at least one."""
+        return max(1, int(share * len(self)))
+
     def all_boxes(self) -> np.ndarray:
         """float32 (sum of G', 4): every box to train on, one array; for anchor statistics."""
         arrays = [record.train_boxes for record in self.records]

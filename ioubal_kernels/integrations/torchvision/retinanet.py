@@ -68,7 +68,7 @@ class BalancedRetinaNet(Balanced):
         boxes = _of_one_dtype([t["boxes"] for t in targets])
         labels = [t["labels"].to(torch.int64) for t in targets]
         # torchvision's generator lays the same grid over every image of a batch.
-        same = getattr(type(self.anchor_generator), "forward", None) is AnchorGenerator.forward
+        same = type(self.anchor_generator).forward is AnchorGenerator.forward
         shared = anchors[0] if same else torch.stack(anchors)
         matched = self._match(shared, anchors, boxes)
         logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]

@@ -169,7 +169,14 @@ def test_programs_of_a_pass(dtype, classes):
         assert tiles <= room <= logits // 128 + 4 * images * len(levels) * anchors * (classes + 1)
 
 
-def test_periods_fill_their_groups():
+def test_periods_are_whole_vectors_that_fill_their_groups():
+    """Classes of a period for the maps of an 800 x 1333 image, for vectors of 4 and 8 logits."""
+    for locations, vector, loop in itertools.product((16700, 4200, 1050, 273, 77, 8), (4, 8), (1, 16)):
+        classes = focal_pass.period_of(locations, 80, vector, 64, loop)
+        vectors = classes * locations / vector
+        assert 80 % classes == 0 and vectors == int(vectors)
+        # All 80 planes of 8 locations are but one to three groups.
+        assert vectors > (0.75 if locations > 8 else 0.6) * 64 * -(-vectors // 64)
     assert focal_pass.period_of(16700, 80, 4, 64, 16) == 1 and focal_pass.period_of(16700, 80, 8, 64, 16) == 2
     # 525 vectors fill 82 % of their groups; all planes of a prime number of classes would be a program of one group.
     assert focal_pass.period_of(1050, 61, 2, 128, 16) == 1
