@@ -13,6 +13,11 @@ namespace {
 // Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
 constexpr int64_t kManySkips = 128;
 
+// Bytes of a gradient that, beside its logits, is past what a core has of a last cache: whoever reads it next finds
+// little of it there. On Zen 5 (32 MB) pass and next reading together are as fast either way at 16 MB, 8 % faster with
+// streaming stores at 32 MB.
+constexpr int64_t kStreamBytes = int64_t{24} << 20;
+
 int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace
@@ -92,7 +97,7 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
     const char* x = run.x + from * size;
     char* out = run.out ? run.out + from * size : nullptr;
     if (run.table) return (*run.table)(x, out, to - from, keep);
-    return compute(x, out, to - from, run.out_scale, gamma, keep, output);
+    return compute(x, out, to - from, run.out_scale, gamma, keep, output, stream_);
   };
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
@@ -141,6 +146,13 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
       blocks.push_back({static_cast<int64_t>(r), i, std::min(i + kBlockEntries, runs[r].count)});
     }
   }
+  int64_t written = 0;
+  bool in_place = false;
+  for (const Run& run : runs) {
+    written += run.count * size_of(dtype);
+    in_place |= run.out == run.x;
+  }
+  stream_ = output == Output::kGradient && !in_place && written >= kStreamBytes && streams(kernels());
   std::vector<double> sums(blocks.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
     FlushDenormals flush;

@@ -54,6 +54,7 @@ class DensePass {
   std::vector<Added> added_;
   std::vector<Skip> skips_;
   std::vector<uint8_t> masks_;
+  bool stream_ = false;
   std::vector<std::unique_ptr<FocalTable>> tables_;
 };
 

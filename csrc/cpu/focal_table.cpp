@@ -42,8 +42,8 @@ void build(double* entries, int dtype, double scale, double gamma, Output output
         bits[i] = static_cast<uint16_t>(first + i);
         x[i] = T(bits[i], T::from_bits());
       }
-      use.focal[kFloat32](x, loss, kBuildBlock, 1.0, gamma, {}, Output::kLoss);
-      if (output != Output::kNone) use.focal[dtype](bits, written, kBuildBlock, scale, gamma, {}, output);
+      use.focal[kFloat32](x, loss, kBuildBlock, 1.0, gamma, {}, Output::kLoss, false);
+      if (output != Output::kNone) use.focal[dtype](bits, written, kBuildBlock, scale, gamma, {}, output, false);
       for (int64_t i = 0; i < kBuildBlock; ++i) entries[first + i] = make_entry(loss[i], written[i]);
     }
   });

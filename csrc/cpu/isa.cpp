@@ -39,6 +39,17 @@ const KernelTable& kernels() {
   return portable_kernels();
 }
 
+bool streams(const KernelTable& table) {
+#if defined(__x86_64__)
+  // Measured: 0.75 of the time on Zen 5, 1.05 to 1.08 with AVX2 on Zen 3. Not on Intel.
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd && table.isa >= 4;
+#else
+  (void)table;
+  return false;
+#endif
+}
+
 int set_isa_limit(int limit) {
   if (limit >= 0) isa_limit.store(limit, std::memory_order_relaxed);
   return kernels().isa;

@@ -19,9 +19,10 @@ constexpr int64_t kMaskPad = 64;
 // Index of a dtype in the tables below.
 enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out.
+// Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out. stream: a
+// gradient past the caches; out is not x then.
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
-                              Output output);
+                              Output output, bool stream);
 
 // Softmax cross entropy of some rows: loss = logsumexp(x) - x[target], and where out is given scale * (softmax(x) -
 // onehot(target)). A row with a negative target is ignored: loss 0, zeros in out. A row without a finite loss is the
@@ -62,6 +63,9 @@ const KernelTable& avx512_bf16_kernels();
 
 // The best table this CPU can run, at most the limit set by set_isa_limit.
 const KernelTable& kernels();
+
+// Whether a large output is written faster past the caches by this CPU with this table.
+bool streams(const KernelTable& table);
 
 // Limits the choice to `limit` (for tests and benchmarks; negative: unchanged). Returns the level in use.
 int set_isa_limit(int limit);

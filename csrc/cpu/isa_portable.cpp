@@ -16,7 +16,7 @@ namespace {
 
 // float64 is for gradcheck and the oracle's company: plain scalar code.
 double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const PeriodicMask& mask,
-                       Output output) {
+                       Output output, bool) {
   const double* x = (const double*)x_;
   double* out = (double*)out_;
   double total = 0;
