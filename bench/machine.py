@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 import ioubal_kernels as ik
-from ioubal_kernels.ops.library import limit_isa
+from ioubal_kernels.ops.library import BEST_ISA, limit_isa
 
 ROOT = Path(__file__).resolve().parent.parent
-BEST_ISA = 5  # a limit that limits nothing
-ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16"}
+ISA_NAMES = {0: "portable", 2: "AVX2", 4: "AVX-512", 5: "AVX-512 BF16", 6: "AVX-512, Zen 5"}
 SMI_FIELDS = {
     "driver": "driver_version",
     "sm_clock_mhz": "clocks.sm",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import limit_isa
+from ioubal_kernels.ops.library import BEST_ISA, limit_isa
 
 from . import inputs as bench_inputs
 from . import machine
@@ -102,7 +102,7 @@ def fused(heads: testing.DetectionInputs, backend: str, isa: int | None = None, 
             return ik.iou_balanced_detection_loss(*heads.arguments(), backend=backend, **options)[:2]
         finally:
             if isa is not None:
-                limit_isa(machine.BEST_ISA)
+                limit_isa(BEST_ISA)
 
     return Work(losses, heads.heads())
 

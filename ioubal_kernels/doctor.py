@@ -25,6 +25,7 @@ INSTRUCTION_SETS = {
     2: "AVX2",
     4: "AVX-512",
     5: "AVX-512 with BF16",
+    6: "AVX-512 with BF16, as on Zen 5",
 }  # what torch.ops.ioubal.cpu_isa answers
 EXTRAS = {
     "train": ("torchvision", "pycocotools", "typer", "rich", "matplotlib", "yaml", "PIL", "scipy"),

@@ -64,7 +64,7 @@ void DensePass::prepare() {
 void DensePass::make_tables(int dtype, double gamma, Output output) {
   // Only runs that matter: with sample weights there may be one for each row. NaN cannot be looked for among scales.
   constexpr int64_t kSmallRun = 4096;
-  const int64_t threshold = table_threshold();
+  const int64_t threshold = table_threshold(gamma);
   const auto scale_of = [&](const Run& run) { return output == Output::kNone ? 0.0 : run.out_scale; };
   const auto counts = [&](const Run& run) {
     return run.count >= std::min(kSmallRun, threshold) && !std::isnan(scale_of(run));
@@ -152,7 +152,7 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
     written += run.count * size_of(dtype);
     in_place |= run.out == run.x;
   }
-  stream_ = output == Output::kGradient && !in_place && written >= kStreamBytes && streams(kernels());
+  stream_ = output == Output::kGradient && !in_place && written >= kStreamBytes && kernels().streams;
   std::vector<double> sums(blocks.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
     FlushDenormals flush;

@@ -194,14 +194,16 @@ double FocalTable::operator()(const void* x_, void* out_, int64_t n, const Perio
                      : look_up<false, false>(table, x, out, n, mask, minus_infinity_);
 }
 
-int64_t table_threshold() {
+int64_t table_threshold(double gamma) {
   const int64_t chosen = chosen_threshold.load(std::memory_order_relaxed);
-  return chosen >= 0 ? chosen : kWorthATable;
+  if (chosen >= 0) return chosen;
+  const bool fast = gamma == 0 || gamma == 1 || gamma == 2;
+  return fast && kernels().computes ? std::numeric_limits<int64_t>::max() : kWorthATable;
 }
 
 int64_t set_table_threshold(int64_t entries) {
   chosen_threshold.store(entries, std::memory_order_relaxed);
-  return table_threshold();
+  return table_threshold(2.0);
 }
 
 }  // namespace ioubal

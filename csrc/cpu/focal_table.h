@@ -25,7 +25,7 @@ class FocalTable {
 };
 
 // Logits that share a scale from which on a table pays, whatever the instruction set.
-int64_t table_threshold();
+int64_t table_threshold(double gamma);
 
 // Sets it (for tests and benchmarks; negative: back to the default). Returns the one in use.
 int64_t set_table_threshold(int64_t entries);

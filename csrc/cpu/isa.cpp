@@ -3,13 +3,24 @@
 
 #include <atomic>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 namespace ioubal {
 namespace {
 
-std::atomic<int> isa_limit{5};
+std::atomic<int> isa_limit{6};
+
+#if defined(__x86_64__)
+// Compilers of today do not all know it by name.
+bool is_zen5() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
+  return family >= 26;
+}
+#endif
 
 int detect() {
 #if defined(__x86_64__)
@@ -19,7 +30,8 @@ int detect() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? 5 : 4;
+  if (!__builtin_cpu_supports("avx512bf16")) return 4;
+  return is_zen5() ? 6 : 5;
 #else
   return 0;
 #endif
@@ -31,23 +43,13 @@ const KernelTable& kernels() {
   static const int best = detect();
   const int limit = isa_limit.load(std::memory_order_relaxed), level = best < limit ? best : limit;
 #if defined(__x86_64__)
+  if (level >= 6) return zen5_kernels();
   if (level >= 5) return avx512_bf16_kernels();
   if (level >= 4) return avx512_kernels();
   if (level >= 2) return avx2_kernels();
 #endif
   (void)level;
   return portable_kernels();
-}
-
-bool streams(const KernelTable& table) {
-#if defined(__x86_64__)
-  // Measured: 0.75 of the time on Zen 5, 1.05 to 1.08 with AVX2 on Zen 3. Not on Intel.
-  static const bool amd = __builtin_cpu_is("amd");
-  return amd && table.isa >= 4;
-#else
-  (void)table;
-  return false;
-#endif
 }
 
 int set_isa_limit(int limit) {

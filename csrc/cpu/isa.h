@@ -51,7 +51,9 @@ using SoftmaxRows = void (*)(SoftmaxTile& tile, float* buffer);
 struct KernelTable {
   FocalDense focal[4];
   SoftmaxRows softmax[4];
-  int isa;  // 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16
+  int isa;                // 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16, 6 the same on Zen 5
+  bool streams = false;   // a large gradient is written faster past the caches
+  bool computes = false;  // 16-bit logits of gamma 0, 1 and 2 are computed faster than looked up
 };
 
 const KernelTable& portable_kernels();
@@ -59,13 +61,11 @@ const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 const KernelTable& avx512_bf16_kernels();
+const KernelTable& zen5_kernels();
 #endif
 
 // The best table this CPU can run, at most the limit set by set_isa_limit.
 const KernelTable& kernels();
-
-// Whether a large output is written faster past the caches by this CPU with this table.
-bool streams(const KernelTable& table);
 
 // Limits the choice to `limit` (for tests and benchmarks; negative: unchanged). Returns the level in use.
 int set_isa_limit(int limit);

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ioubal_kernels import ops
-from ioubal_kernels.ops.library import limit_isa, limit_table
+from ioubal_kernels.ops.library import BEST_ISA, limit_isa, limit_table
 
 NEEDED = ops.load_error("cpu")
 EMULATED = "cuda (emulated)"
@@ -46,5 +46,5 @@ def best_isa():
     """Leaves the best instruction set selected, whatever a test chose."""
     yield
     if not NEEDED:
-        limit_isa(5)
+        limit_isa(BEST_ISA)
         limit_table(-1)
