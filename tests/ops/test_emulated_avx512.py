@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX", "g++")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = ((4, torch.float32), (4, torch.bfloat16), (4, torch.float16), (5, torch.bfloat16))
+FOCAL_VARIANTS = (*VARIANTS, *((6, dtype) for dtype in DTYPES))
 GRADIENT, LOSS = 1, 2
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is absent")]
@@ -39,7 +40,7 @@ def kernels(tmp_path_factory):
     return loaded
 
 
-def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, output=GRADIENT):
+def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, output=GRADIENT, stream=False):
     out = torch.full_like(x, float("nan"))
     i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     total = kernels.focal(
@@ -52,7 +53,7 @@ def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, 
             f64(scale),
             f64(gamma),
         ),
-        *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period), output),
+        *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period), output, int(stream)),
     )
     return total, out
 
@@ -65,7 +66,7 @@ def oracle(x, gamma):
 
 
 @pytest.mark.parametrize("gamma", (0.0, 1.0, 2.0, 0.5, 3.3))
-@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+@pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
 def test_dense_pass(kernels, isa, dtype, gamma):
     g = torch.Generator().manual_seed(0)
     for n, shift in itertools.product((1, 15, 16, 17, 64, 333, 9000), (0, 1, 5)):
@@ -75,11 +76,13 @@ def test_dense_pass(kernels, isa, dtype, gamma):
         # A few entries have an element's budget (their errors do not average out), a sum of many its own.
         assert abs(total - float(loss.sum())) <= (1e-6 if n >= 64 else 8e-6) * float(loss.sum())
         testing.assert_close_budget(out, 0.3 * grad, dtype, what=f"{n} entries, gradient")
+        streamed_total, streamed = call_focal(kernels, isa, x, gamma, stream=True)
+        assert streamed_total == total and torch.equal(streamed, out)
         _, each = call_focal(kernels, isa, x, gamma, output=LOSS)
         testing.assert_close_budget(each, 0.3 * loss, dtype, what=f"{n} entries, loss")
 
 
-@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+@pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
 def test_masked_pass(kernels, isa, dtype):
     g = torch.Generator().manual_seed(1)
     for n, period, start in itertools.product((100, 1000), (1, 3, 77, 640), (0, 2)):
@@ -96,7 +99,7 @@ def test_masked_pass(kernels, isa, dtype):
         testing.assert_close_budget(out, torch.where(counted, 0.3 * grad, 0.0), dtype, what=f"period {period}")
 
 
-@pytest.mark.parametrize("isa, dtype", VARIANTS, ids=str)
+@pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
 def test_extremes(kernels, isa, dtype):
     x = testing.extreme_logits(dtype)
     x = x[x.isfinite()]

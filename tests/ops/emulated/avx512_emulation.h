@@ -68,6 +68,30 @@ EMULATE __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATE __m512i _mm512_add_epi32(__m512i a, __m512i b) { return a + b; }
 EMULATE __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return a - b; }
 EMULATE __m512i _mm512_max_epi32(__m512i a, __m512i b) { return a > b ? a : b; }
+EMULATE __m512i _mm512_max_epi16(__m512i a, __m512i b) {
+  typedef int16_t short_lanes __attribute__((vector_size(64)));
+  const short_lanes x = (short_lanes)a, y = (short_lanes)b;
+  return (__m512i)(x > y ? x : y);
+}
+template <class... I>
+EMULATE __m512i _mm512_set_epi32(I... from_the_last) {
+  const int32_t values[] = {static_cast<int32_t>(from_the_last)...};
+  static_assert(sizeof(values) == 64, "16 lanes");
+  __m512i r;
+  for (int i = 0; i < 16; ++i) r[i] = values[15 - i];
+  return r;
+}
+// The lowest four bits of an index choose a lane, the fifth the source.
+EMULATE __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
+  __m512i r;
+  for (int i = 0; i < 16; ++i) r[i] = (index[i] & 16 ? b : a)[index[i] & 15];
+  return r;
+}
+EMULATE __mmask16 _mm512_cmpneq_epi32_mask(__m512i a, __m512i b) {
+  int m = 0;
+  for (int i = 0; i < 16; ++i) m |= (a[i] != b[i]) << i;
+  return static_cast<__mmask16>(m);
+}
 EMULATE __m512i _mm512_srai_epi32(__m512i a, int n) { return a >> n; }
 EMULATE __m512 _mm512_cvtepi32_ps(__m512i a) { return __builtin_convertvector(a, __m512); }
 EMULATE __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
@@ -116,6 +140,16 @@ EMULATE __m256i _mm256_loadu_si256(const __m256i* p) { return load<__m256i>(p); 
 EMULATE __m128i _mm_loadu_si128(const __m128i* p) { return load<__m128i>(p); }
 EMULATE void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, 64); }
 EMULATE void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, 64); }
+EMULATE __m512i _mm512_loadu_si512(const void* p) { return load<__m512i>(p); }
+// Streaming stores: whole lines only, counted until they are fenced.
+static int unfenced_stores = 0;
+EMULATE void _mm512_stream_si512(__m512i* p, __m512i a) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
+  std::memcpy(p, &a, 64);
+  ++unfenced_stores;
+}
+EMULATE void _mm512_stream_ps(void* p, __m512 a) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)a); }
+EMULATE void _mm_sfence() { unfenced_stores = 0; }
 EMULATE void _mm256_storeu_si256(__m256i* p, __m256i a) { std::memcpy(p, &a, 32); }
 
 EMULATE __m512 _mm512_cvtph_ps(__m256i a) {

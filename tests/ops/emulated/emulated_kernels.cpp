@@ -37,16 +37,27 @@ namespace avx512_bf16 {
 //
 #include "cpu/focal_dense.inc"
 #include "cpu/softmax_rows.inc"
+#undef IOUBAL_ISA
 }  // namespace avx512_bf16
 
+namespace zen5 {
+#define IOUBAL_ISA 6
+#include "cpu/simd.inc"
+//
+#include "cpu/focal_dense.inc"
+#undef IOUBAL_ISA
+}  // namespace zen5
+
+// NaN where streamed lines were left without a fence.
 extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n, double scale, double gamma,
-                        const uint8_t* mask, int64_t start, int64_t period, int output) {
-  const PeriodicMask keep = {mask, start, period};
-  const Output o = static_cast<Output>(output);
-  if (isa == 5) return avx512_bf16::focal_dense<BFloat16>(x, out, n, scale, gamma, keep, o);
-  if (dtype == 0) return avx512::focal_dense<float>(x, out, n, scale, gamma, keep, o);
-  if (dtype == 1) return avx512::focal_dense<BFloat16>(x, out, n, scale, gamma, keep, o);
-  return avx512::focal_dense<Half>(x, out, n, scale, gamma, keep, o);
+                        const uint8_t* mask, int64_t start, int64_t period, int output, int stream) {
+  const ioubal::FocalDense kernels[3][3] = {
+      {avx512::focal_dense<float>, avx512::focal_dense<BFloat16>, avx512::focal_dense<Half>},
+      {nullptr, avx512_bf16::focal_dense<BFloat16>, nullptr},
+      {zen5::focal_dense<float>, zen5::focal_dense<BFloat16>, zen5::focal_dense<Half>}};
+  const double total = kernels[isa - 4][dtype](x, out, n, scale, gamma, {mask, start, period},
+                                               static_cast<Output>(output), stream != 0);
+  return unfenced_stores ? NAN : total;
 }
 
 // All rows, in tiles as the library forms them; order: null, or the rows to take (then `selected` of them, no out).
