@@ -197,13 +197,13 @@ double FocalTable::operator()(const void* x_, void* out_, int64_t n, const Perio
 int64_t table_threshold(double gamma) {
   const int64_t chosen = chosen_threshold.load(std::memory_order_relaxed);
   if (chosen >= 0) return chosen;
-  const bool fast = gamma == 0 || gamma == 1 || gamma == 2;
-  return fast && kernels().computes ? std::numeric_limits<int64_t>::max() : kWorthATable;
+  const bool computed = kernels().computes && (gamma == 0 || gamma == 1 || gamma == 2);
+  return computed ? std::numeric_limits<int64_t>::max() : kWorthATable;
 }
 
 int64_t set_table_threshold(int64_t entries) {
   chosen_threshold.store(entries, std::memory_order_relaxed);
-  return table_threshold(2.0);
+  return entries >= 0 ? entries : kWorthATable;
 }
 
 }  // namespace ioubal

@@ -24,10 +24,11 @@ class FocalTable {
   bool writes_;
 };
 
-// Logits that share a scale from which on a table pays, whatever the instruction set.
+// Logits that share a scale from which on a table pays. With kernels that compute these gammas faster: none.
 int64_t table_threshold(double gamma);
 
-// Sets it (for tests and benchmarks; negative: back to the default). Returns the one in use.
+// Sets it for every gamma (for tests and benchmarks; negative: back to the default). Returns the one in use where
+// looking up is faster.
 int64_t set_table_threshold(int64_t entries);
 
 }  // namespace ioubal

@@ -169,9 +169,10 @@ def op(name: str, backend: str) -> Any:
 
 
 def limit_isa(level: int) -> int:
-    """Caps the CPU kernels' instruction set (0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 BF16, 6 the same on Zen 5); returns the one in use.
+    """Caps the CPU kernels' instruction set; returns the one in use.
 
-    For tests and benchmarks: the choice is the process's, and the best one is the default.
+    0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 BF16, 6 the same on Zen 5. For tests and benchmarks: the choice is the
+    process's, and the best one is the default.
     """
     return torch.ops.ioubal.cpu_isa(level)
 
