@@ -39,4 +39,6 @@ def test_large_as_in_parts(dtype, gamma, threads):
         torch.set_num_threads(before)
     assert torch.equal(whole, torch.cat([grad for _, grad in parts]))
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0], rtol=1e-6, atol=0)
-    assert bool((whole[labels == -2] == 0).all()) and bool((whole[labels != -2] != 0).float().mean() > 0.99)
+    counted = labels != -2
+    assert bool((whole[~counted] == 0).all())
+    assert float((whole[counted] != 0).float().mean()) > 0.9  # not all: float16 underflows
