@@ -91,6 +91,7 @@ struct SoftmaxLoss {
     tile.out = nullptr;
     tile.columns = columns;
     tile.all_rows = rows;
+    tile.stream = false;
     for (int64_t first = 0; first < count; first += tile.rows) {
       tile.rows = std::min(tile_rows, count - first);
       tile.order = positives + first;
@@ -148,12 +149,14 @@ struct SoftmaxLoss {
     std::vector<double> normalizers;
     for (int64_t s = 0; s < scopes.count(); ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
     std::vector<double> parts(blocks);
+    const bool stream = g && g != x && dtype_index(logits) == kFloat32 && stream_gradient(rows * stride);
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
       std::vector<float> buffer(softmax_buffer(columns));
       double balance[kSoftmaxRows], sample[kSoftmaxRows], losses[kSoftmaxRows];
       SoftmaxTile tile;
       tile.columns = columns;
       tile.order = nullptr;
+      tile.stream = stream;
       double sum = 0;
       for (int64_t at = first; at < last; at += tile.rows) {
         tile.rows = std::min(tile_rows, last - at);
@@ -170,6 +173,7 @@ struct SoftmaxLoss {
         for (int64_t i = 0; each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
       }
       parts[b] = sum;
+      if (stream) fence_streams();
     });
     double total = 0;
     for (double part : parts) total += part;

@@ -13,11 +13,6 @@ namespace {
 // Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
 constexpr int64_t kManySkips = 128;
 
-// Bytes of a gradient that, beside its logits, is past what a core has of a last cache: whoever reads it next finds
-// little of it there. On Zen 5 (32 MB) pass and next reading together are as fast either way at 16 MB, 8 % faster with
-// streaming stores at 32 MB.
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
-
 int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace
@@ -152,7 +147,7 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
     written += run.count * size_of(dtype);
     in_place |= run.out == run.x;
   }
-  stream_ = output == Output::kGradient && !in_place && written >= kStreamBytes && kernels().streams;
+  stream_ = output == Output::kGradient && !in_place && stream_gradient(written);
   std::vector<double> sums(blocks.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
     FlushDenormals flush;
@@ -160,6 +155,7 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
       const Run& run = runs[blocks[b].run];
       sums[b] = block(run, blocks[b].first, blocks[b].last, dtype, gamma, output);
     }
+    if (stream_) fence_streams();
   });
   double total = 0;
   for (size_t b = 0; b < blocks.size(); ++b) total += sums[b] * runs[blocks[b].run].loss_scale;

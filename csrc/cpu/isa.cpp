@@ -52,6 +52,19 @@ const KernelTable& kernels() {
   return portable_kernels();
 }
 
+bool stream_gradient(int64_t bytes) {
+  // Past what a core has of a last cache beside the logits: whoever reads the gradient next finds little of it there.
+  // On Zen 5 (32 MB) pass and next reading together are as fast either way at 16 MB, 8 % faster like this at 32 MB.
+  constexpr int64_t kLeast = int64_t{24} << 20;
+  return bytes >= kLeast && kernels().streams;
+}
+
+void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 int set_isa_limit(int limit) {
   if (limit >= 0) isa_limit.store(limit, std::memory_order_relaxed);
   return kernels().isa;

@@ -20,7 +20,7 @@ constexpr int64_t kMaskPad = 64;
 enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 // Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out. stream: a
-// gradient past the caches; out is not x then.
+// gradient past the caches; out is not x then, and fence_streams is the caller's.
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
                               Output output, bool stream);
 
@@ -36,6 +36,7 @@ struct SoftmaxTile {
   // out, and order[rows ... 2 * rows) names the rows that will be wanted next.
   const int64_t* order;
   int64_t all_rows;
+  bool stream;  // float32 past the caches; out is not x then, and fence_streams is the caller's
   int64_t target[kSoftmaxRows];
   double scale[kSoftmaxRows], loss[kSoftmaxRows];
 };
@@ -45,7 +46,7 @@ inline int64_t softmax_tile_rows(int64_t columns) {
   return rows >= kSoftmaxRows ? kSoftmaxRows : rows >= 8 ? rows / 8 * 8 : rows > 1 ? rows : 1;
 }
 // The size of the kernel's buffer: room for its alignment and for the last vector.
-inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 48; }
+inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 64; }
 using SoftmaxRows = void (*)(SoftmaxTile& tile, float* buffer);
 
 struct KernelTable {
@@ -66,6 +67,11 @@ const KernelTable& zen5_kernels();
 
 // The best table this CPU can run, at most the limit set by set_isa_limit.
 const KernelTable& kernels();
+
+// Whether a gradient of that many bytes, in memory of its own, is to be written past the caches.
+bool stream_gradient(int64_t bytes);
+// After a thread's last streamed line, before others read.
+void fence_streams();
 
 // Limits the choice to `limit` (for tests and benchmarks; negative: unchanged). Returns the level in use.
 int set_isa_limit(int limit);

@@ -115,7 +115,7 @@ def test_extremes(kernels, isa, dtype):
     assert total != total and out.isnan().sum() == 30
 
 
-def call_softmax(kernels, isa, x, target, scale, order=None, out=None):
+def call_softmax(kernels, isa, x, target, scale, order=None, out=None, stream=False):
     rows = target.numel()
     loss = torch.full((rows,), float("nan"), dtype=torch.float64)
     tensors = (x, out, target, scale.double(), order, loss)
@@ -123,7 +123,7 @@ def call_softmax(kernels, isa, x, target, scale, order=None, out=None):
     i64 = ctypes.c_int64
     kernels.softmax(
         *(isa, DTYPES.index(x.dtype), *pointers[:2], i64(x.shape[0]), i64(x.shape[1])),
-        *(*pointers[2:5], i64(rows), pointers[5]),
+        *(*pointers[2:5], i64(rows), pointers[5], int(stream)),
     )
     return loss
 
@@ -146,6 +146,9 @@ def test_softmax(kernels, isa, dtype, offset, spread, columns):
     hot = F.one_hot(target.clamp(min=0), columns) * (target >= 0)[:, None]
     testing.assert_close_budget(loss, each, torch.float32, floor=0.1, what="losses")
     testing.assert_close_budget(out, want, dtype, floor=testing.FLOOR + hot * scale[:, None].double(), what="gradient")
+    streamed = torch.full_like(x, float("nan"))
+    assert torch.equal(call_softmax(kernels, isa, x, target, scale, out=streamed, stream=True), loss)
+    assert torch.equal(streamed, out)
     order = torch.tensor([69, 68, 3, 3, 0, 41])
     loss = call_softmax(kernels, isa, x, target[order].contiguous(), scale, order)
     testing.assert_close_budget(loss, each[order], torch.float32, floor=0.1, what="losses of some rows")

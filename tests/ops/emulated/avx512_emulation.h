@@ -49,10 +49,6 @@ EMULATE __m512 _mm512_min_ps(__m512 a, __m512 b) { return lanes([&](int i) { ret
 EMULATE __m512 _mm512_rcp14_ps(__m512 a) {
   return lanes([&](int i) { return static_cast<float>(1.0 / a[i] * (i % 2 ? 1 + 0x1p-14 : 1 - 0x1p-14)); });
 }
-// a minus its nearest integer (imm8 8: no fraction bits, nearest even, exceptions suppressed).
-EMULATE __m512 _mm512_reduce_ps(__m512 a, int) {
-  return lanes([&](int i) { return std::isinf(a[i]) ? 0.f : a[i] - std::nearbyint(a[i]); });
-}
 EMULATE __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
   return lanes([&](int i) {
     if (std::isnan(b[i])) return b[i];
@@ -141,15 +137,12 @@ EMULATE __m128i _mm_loadu_si128(const __m128i* p) { return load<__m128i>(p); }
 EMULATE void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, 64); }
 EMULATE void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, 64); }
 EMULATE __m512i _mm512_loadu_si512(const void* p) { return load<__m512i>(p); }
-// Streaming stores: whole lines only, counted until they are fenced.
-static int unfenced_stores = 0;
+// Streaming stores: whole lines only.
 EMULATE void _mm512_stream_si512(__m512i* p, __m512i a) {
   if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
   std::memcpy(p, &a, 64);
-  ++unfenced_stores;
 }
 EMULATE void _mm512_stream_ps(void* p, __m512 a) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)a); }
-EMULATE void _mm_sfence() { unfenced_stores = 0; }
 EMULATE void _mm256_storeu_si256(__m256i* p, __m256i a) { std::memcpy(p, &a, 32); }
 
 EMULATE __m512 _mm512_cvtph_ps(__m256i a) {

@@ -48,22 +48,20 @@ namespace zen5 {
 #undef IOUBAL_ISA
 }  // namespace zen5
 
-// NaN where streamed lines were left without a fence.
 extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n, double scale, double gamma,
                         const uint8_t* mask, int64_t start, int64_t period, int output, int stream) {
   const ioubal::FocalDense kernels[3][3] = {
       {avx512::focal_dense<float>, avx512::focal_dense<BFloat16>, avx512::focal_dense<Half>},
       {nullptr, avx512_bf16::focal_dense<BFloat16>, nullptr},
       {zen5::focal_dense<float>, zen5::focal_dense<BFloat16>, zen5::focal_dense<Half>}};
-  const double total = kernels[isa - 4][dtype](x, out, n, scale, gamma, {mask, start, period},
-                                               static_cast<Output>(output), stream != 0);
-  return unfenced_stores ? NAN : total;
+  return kernels[isa - 4][dtype](x, out, n, scale, gamma, {mask, start, period}, static_cast<Output>(output),
+                                 stream != 0);
 }
 
 // All rows, in tiles as the library forms them; order: null, or the rows to take (then `selected` of them, no out).
 extern "C" void softmax(int isa, int dtype, const void* x, void* out, int64_t rows, int64_t columns,
                         const int64_t* target, const double* scale, const int64_t* order, int64_t selected,
-                        double* loss) {
+                        double* loss, int stream) {
   const int64_t size = dtype == 0 ? 4 : 2, count = order ? selected : rows, per_tile = softmax_tile_rows(columns);
   const SoftmaxRows kernel = isa == 5     ? avx512_bf16::softmax_rows<BFloat16>
                              : dtype == 0 ? avx512::softmax_rows<float>
@@ -75,6 +73,7 @@ extern "C" void softmax(int isa, int dtype, const void* x, void* out, int64_t ro
   SoftmaxTile tile;
   tile.columns = columns;
   tile.all_rows = rows;
+  tile.stream = stream != 0;
   for (int64_t first = 0; first < count; first += tile.rows) {
     tile.rows = std::min(per_tile, count - first);
     tile.order = order ? padded.data() + first : nullptr;
