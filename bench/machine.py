@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import ioubal_kernels as ik
+from ioubal_kernels.doctor import cpu_model
 from ioubal_kernels.ops.library import BEST_ISA, limit_isa
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +34,6 @@ MOMENTARY = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "ut
 RESTARTED = "_IOUBAL_BENCH_RESTARTED"
 # Freed memory stays with the process: without these two, page faults on fresh tensors drown what is measured.
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo(field: str) -> str:

@@ -91,14 +91,20 @@ def torch_version() -> str:
 
 
 def cpu_model() -> str:
+    """The processor's name. Virtual machines tell "AMD EPYC" of every generation: a name without a number gets one."""
     if sys.platform == "darwin":
         asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10)
         return asked.stdout.strip()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    number = "cpu family" if "AMD" in name else "model"  # Intel's family is always 6
+    if any(letter.isdigit() for letter in name) or number not in said:
+        return name
+    return f"{name}, {number.removeprefix('cpu ')} {said[number]}"
 
 
 def usable_cores() -> int:
