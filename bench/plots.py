@@ -42,8 +42,8 @@ def draw(stored: Stored, folder: Path) -> list[Path]:
 
 
 def where(stored: Stored) -> str:
-    row = stored.rows[0]
-    return stored.device if stored.gpu else f"1 thread of {stored.device} ({row['isa']})"
+    newest = max(stored.rows, key=lambda row: row["run"])  # older ones may be of plainer instructions
+    return stored.device if stored.gpu else f"1 thread of {stored.device} ({newest['isa']})"
 
 
 def cost(stored: Stored, target: Path) -> list[Path]:
