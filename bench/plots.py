@@ -34,6 +34,13 @@ LINES = {
 BATCHES = (1, 2, 4, 8, 16)
 
 
+class PlainLogFormatter(LogFormatter):
+    """Plain numbers, few of them."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def draw(stored: Stored, folder: Path) -> list[Path]:
     """Draws what there are rows for; the files written. A GPU's are named so."""
     kind = "-gpu" if stored.gpu else ""
@@ -100,7 +107,7 @@ def scaling(stored: Stored, target: Path) -> list[Path]:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            side(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, few of them
+            side(PlainLogFormatter(minor_thresholds=(2, 0.5)))
         axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
         axis.set_xlabel("images in the batch", fontsize=9)
         axis.set_title(title, fontsize=10, loc="left")
