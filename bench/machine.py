@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import ioubal_kernels as ik
-from ioubal_kernels.doctor import cpu_model
+from ioubal_kernels.doctor import cpu_model, cpuinfo
 from ioubal_kernels.ops.library import BEST_ISA, limit_isa
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +34,6 @@ MOMENTARY = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c", "ut
 RESTARTED = "_IOUBAL_BENCH_RESTARTED"
 # Freed memory stays with the process: without these two, page faults on fresh tensors drown what is measured.
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
-
-
-def _cpuinfo(field: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def cache_bytes() -> int:
@@ -128,7 +120,7 @@ def cpu_facts() -> dict[str, Any]:
         "heap": heap(),
         "cache_mib": round(cache_bytes() / 2**20, 1),
     }
-    clock = _cpuinfo("cpu MHz")
+    clock = cpuinfo().get("cpu MHz")
     return {**facts, "cpu_mhz": float(clock)} if clock else facts
 
 

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogFormatter
 
 from .results import Stored
 from .table import milliseconds
+from .timing import Row
 from .work import COPY
 
 matplotlib.use("Agg")
@@ -48,9 +49,9 @@ def draw(stored: Stored, folder: Path) -> list[Path]:
     return [*cost(stored, folder / f"cost{kind}.png"), *scaling(stored, folder / f"scaling{kind}.png")]
 
 
-def where(stored: Stored) -> str:
-    newest = max(stored.rows, key=lambda row: row["run"])  # older ones may be of plainer instructions
-    return stored.device if stored.gpu else f"1 thread of {stored.device} ({newest['isa']})"
+def where(stored: Stored, row: Row) -> str:
+    """What a picture's title says of the machine, by one of the rows that it shows."""
+    return stored.device if stored.gpu else f"1 thread of {stored.device} ({row['isa']})"
 
 
 def cost(stored: Stored, target: Path) -> list[Path]:
@@ -80,7 +81,7 @@ def cost(stored: Stored, target: Path) -> list[Path]:
     left.set_title("time, forward + backward (ms)", fontsize=10, loc="left")
     right.set_title("extra memory, in units of the logits", fontsize=10, loc="left")
     images = "one image" if batch == 1 else f"{batch} images"
-    title = f"RetinaNet 800 x 1333: 200,700 anchors x 80 classes, float32, {images}, {where(stored)}"
+    title = f"RetinaNet 800 x 1333: 200,700 anchors x 80 classes, float32, {images}, {where(stored, rows['fused'])}"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.tight_layout()
     return saved(figure, target)
@@ -89,18 +90,18 @@ def cost(stored: Stored, target: Path) -> list[Path]:
 def scaling(stored: Stored, target: Path) -> list[Path]:
     """Lines over the batch: milliseconds an image, and extra memory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    drawn = 0
+    shown: Row | None = None
     for path, (label, colour, style) in LINES.items():
         rows = [(b, stored.find(f"retinanet/b{b}/flat/float32", path)) for b in BATCHES]
         rows = [(batch, row) for batch, row in rows if row]
         if len(rows) < 2:
             continue
-        drawn += 1
+        shown = rows[-1][1]
         look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3.5, "label": label}
         left.plot([b for b, _ in rows], [row["median_ms"] / b for b, row in rows], **look)
         if path != COPY:
             right.plot([b for b, _ in rows], [row["peak_extra_bytes"] / 2**30 for _, row in rows], **look)
-    if not drawn:
+    if shown is None:
         plt.close(figure)
         return []
     for axis, title in ((left, "time an image, forward + backward (ms)"), (right, "peak extra memory (GiB)")):
@@ -116,7 +117,7 @@ def scaling(stored: Stored, target: Path) -> list[Path]:
         axis.grid(alpha=0.25)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="center right")
-    figure.suptitle(f"RetinaNet 800 x 1333, float32, {where(stored)}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"RetinaNet 800 x 1333, float32, {where(stored, shown)}", fontsize=10, x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0, 0.79, 1))
     return saved(figure, target)
 

@@ -95,16 +95,21 @@ def cpu_model() -> str:
     if sys.platform == "darwin":
         asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10)
         return asked.stdout.strip()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    said = cpuinfo()
     name = said.get("model name") or platform.processor() or platform.machine()
     number = "cpu family" if "AMD" in name else "model"  # Intel's family is always 6
     if any(letter.isdigit() for letter in name) or number not in said:
         return name
     return f"{name}, {number.removeprefix('cpu ')} {said[number]}"
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux tells of its first processor; {} elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
 
 
 def usable_cores() -> int:

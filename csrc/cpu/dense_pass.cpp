@@ -84,7 +84,8 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
   }
 }
 
-double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output) const {
+double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output,
+                        bool stream) const {
   const int64_t size = size_of(dtype);
   const FocalDense compute = kernels().focal[dtype];
   const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
@@ -92,7 +93,7 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
     const char* x = run.x + from * size;
     char* out = run.out ? run.out + from * size : nullptr;
     if (run.table) return (*run.table)(x, out, to - from, keep);
-    return compute(x, out, to - from, run.out_scale, gamma, keep, output, stream_);
+    return compute(x, out, to - from, run.out_scale, gamma, keep, output, stream);
   };
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
@@ -147,15 +148,15 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
     written += run.count * size_of(dtype);
     in_place |= run.out == run.x;
   }
-  stream_ = output == Output::kGradient && !in_place && stream_gradient(written);
+  const bool stream = output == Output::kGradient && !in_place && stream_gradient(written);
   std::vector<double> sums(blocks.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
     FlushDenormals flush;
     for (int64_t b = begin; b < end; ++b) {
       const Run& run = runs[blocks[b].run];
-      sums[b] = block(run, blocks[b].first, blocks[b].last, dtype, gamma, output);
+      sums[b] = block(run, blocks[b].first, blocks[b].last, dtype, gamma, output, stream);
     }
-    if (stream_) fence_streams();
+    if (stream) fence_streams();
   });
   double total = 0;
   for (size_t b = 0; b < blocks.size(); ++b) total += sums[b] * runs[blocks[b].run].loss_scale;

@@ -49,12 +49,11 @@ class DensePass {
   };
   void prepare();
   void make_tables(int dtype, double gamma, Output output);
-  double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output) const;
+  double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output, bool stream) const;
 
   std::vector<Added> added_;
   std::vector<Skip> skips_;
   std::vector<uint8_t> masks_;
-  bool stream_ = false;
   std::vector<std::unique_ptr<FocalTable>> tables_;
 };
 

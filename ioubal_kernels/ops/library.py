@@ -33,7 +33,8 @@ _DETECTION_LOSS = (
 )
 # What a kernel keeps between its launches and for the backward: one tensor by `workspace.py`, or none (CPU).
 _SCRATCH = "Tensor(w!)[] workspace"
-BEST_ISA = 6  # a limit of the CPU kernels' instruction set that limits nothing
+ISA_LEVELS = (0, 2, 4, 5, 6)  # instruction sets of the CPU kernels, see `limit_isa`
+BEST_ISA = ISA_LEVELS[-1]  # a limit that limits nothing
 
 
 def _flat_schemas(name: str, inputs: str, parameters: str, loss_parameters: str, elementwise: str) -> list[str]:
@@ -180,7 +181,7 @@ def limit_isa(level: int) -> int:
 def isa_levels() -> list[int]:
     """The instruction sets that this CPU has, the plainest first. Leaves the best one selected."""
     best = limit_isa(BEST_ISA)
-    return [level for level in (0, 2, 4, 5, BEST_ISA) if level <= best]
+    return [level for level in ISA_LEVELS if level <= best]
 
 
 def limit_table(entries: int) -> int:
