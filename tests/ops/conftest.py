@@ -42,9 +42,11 @@ def kernels(request):
 
 
 @pytest.fixture(autouse=True)
-def best_isa():
-    """Leaves the best instruction set selected, whatever a test chose."""
+def process_settings():
+    """Leaves the best instruction set selected and torch's threads as they were, whatever a test chose."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     if not NEEDED:
         limit_isa(BEST_ISA)
         limit_table(-1)

@@ -130,20 +130,16 @@ def test_every_image_has_its_scale(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_inputs_with_the_default(dtype, threads, gamma):
     """Above the threshold, sample weights of two values: two tables; a third value stays below."""
-    before = torch.get_num_threads()
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(30000, 80, generator=g) * 1.5 - 4.6).to(dtype)
     labels = torch.where(torch.rand(30000, generator=g) < 0.002, torch.randint(0, 80, (30000,), generator=g), -1)
     weight = torch.ones(30000)
     weight[14000:29000], weight[29000:] = 0.5, 0.25
-    try:
-        torch.set_num_threads(threads)
-        limit = limit_table(-1)
-        assert limit == 2**20
-        got = focal(logits, labels, weight=weight, gamma=gamma)
-        limit_table(NEVER)
-        want = focal(logits, labels, weight=weight, gamma=gamma)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    limit = limit_table(-1)
+    assert limit == 2**20
+    got = focal(logits, labels, weight=weight, gamma=gamma)
+    limit_table(NEVER)
+    want = focal(logits, labels, weight=weight, gamma=gamma)
     assert torch.equal(got[1], want[1])
     torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)

@@ -48,17 +48,13 @@ def test_the_same_for_any_number_of_threads(per_image):
     boxes[2][0, 2] = torch.inf
     if per_image:
         anchors = torch.stack((anchors, anchors.flip(0), anchors * 1.5))
-    before = torch.get_num_threads()
-    try:
-        for rule in RULES:
-            torch.set_num_threads(1)
-            one = ik.match_anchors(anchors, boxes, **rule, backend="cpu")
-            assert torch.equal(one, torchvision_matches(anchors, boxes, high=0.5, low=0.4, **rule))
-            for threads in (2, 3, 8):
-                torch.set_num_threads(threads)
-                assert torch.equal(ik.match_anchors(anchors, boxes, **rule, backend="cpu"), one)
-    finally:
-        torch.set_num_threads(before)
+    for rule in RULES:
+        torch.set_num_threads(1)
+        one = ik.match_anchors(anchors, boxes, **rule, backend="cpu")
+        assert torch.equal(one, torchvision_matches(anchors, boxes, high=0.5, low=0.4, **rule))
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(ik.match_anchors(anchors, boxes, **rule, backend="cpu"), one)
 
 
 def test_many_boxes_and_many_ties():

@@ -48,18 +48,14 @@ def same(a, b):
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_bitwise_the_same_for_any_number_of_threads_and_again(layout):
-    before = torch.get_num_threads()
-    try:
-        for _ in cpu_variants(torch.bfloat16):
-            torch.set_num_threads(1)
-            one = everything(layout)
-            for threads in (2, 3, 7):
-                torch.set_num_threads(threads)
-                assert same(everything(layout), one)
-            for _ in range(3):
-                assert same(everything(layout), one)
-    finally:
-        torch.set_num_threads(before)
+    for _ in cpu_variants(torch.bfloat16):
+        torch.set_num_threads(1)
+        one = everything(layout)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert same(everything(layout), one)
+        for _ in range(3):
+            assert same(everything(layout), one)
 
 
 def test_from_several_python_threads():
