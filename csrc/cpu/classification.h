@@ -29,15 +29,16 @@ struct FocalParameters {
 // The entry (anchor, class of the anchor) of a positive.
 struct PositiveEntry {
   int64_t run, entry, scope, image;
-  double balance;     // iou^eta
-  Term<double> term;  // plain loss with alpha and the sample's weight
-};
+  double balance;          // iou^eta
+  double weight;           // the sample's
+  Term<double> term = {};  // plain loss with alpha and weight, once the logit is known
 
-inline PositiveEntry make_positive(int64_t run, int64_t entry, int64_t scope, int64_t image, double logit, double iou,
-                                   double weight, const FocalParameters& focal) {
-  Term<double> term = focal_positive(logit, focal.gamma);
-  const double factor = focal.positive_factor() * weight;
-  return {run, entry, scope, image, iou_power(iou, focal.eta), {factor * term.loss, factor * term.grad}};
-}
+  void meet(double logit, const FocalParameters& focal) {
+    const Term<double> plain = focal_positive(logit, focal.gamma);
+    const double factor = focal.positive_factor() * weight;
+    term = {factor * plain.loss, factor * plain.grad};
+  }
+  void add_to(const Sums& sums) const { sums.add(scope, Sums::kClsPlain, term.loss, balance); }
+};
 
 }  // namespace ioubal

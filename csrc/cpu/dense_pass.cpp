@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 
+#include "common/tensor_access.h"
+
 namespace ioubal {
 namespace {
 
@@ -14,6 +16,13 @@ namespace {
 constexpr int64_t kManySkips = 128;
 
 int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+ScalarType scalar_type(int dtype) {
+  return dtype == kFloat64    ? ScalarType::Double
+         : dtype == kFloat32  ? ScalarType::Float
+         : dtype == kBFloat16 ? ScalarType::BFloat16
+                              : ScalarType::Half;
+}
 
 }  // namespace
 
@@ -43,13 +52,14 @@ void DensePass::prepare() {
     const auto begin = skips_.begin() + run.first_skip, end = skips_.begin() + run.last_skip;
     const auto before = [](const Skip& a, const Skip& b) { return a.first < b.first; };
     if (!std::is_sorted(begin, end, before)) std::sort(begin, end, before);
-    // Neighbours become one range: an image of ignored anchors is a single skip.
+    // Ignored neighbours become one range: an image of ignored anchors is a single skip.
     int64_t kept = run.first_skip;
     for (int64_t i = run.first_skip; i < run.last_skip; ++i) {
-      if (kept > run.first_skip && skips_[kept - 1].first + skips_[kept - 1].count == skips_[i].first) {
-        skips_[kept - 1].count += skips_[i].count;
+      const Skip &s = skips_[i], *last = kept > run.first_skip ? &skips_[kept - 1] : nullptr;
+      if (last && s.positive < 0 && last->positive < 0 && last->first + last->count == s.first) {
+        skips_[kept - 1].count += s.count;
       } else {
-        skips_[kept++] = skips_[i];
+        skips_[kept++] = s;
       }
     }
     run.last_skip = kept;
@@ -85,9 +95,13 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
 }
 
 double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output,
-                        bool stream) const {
+                        bool stream) {
   const int64_t size = size_of(dtype);
   const FocalDense compute = kernels().focal[dtype];
+  const FloatReader logits(run.x, scalar_type(dtype));
+  const auto meet = [&](const Skip& s) {
+    if (s.positive >= 0) positives_[s.positive] = logits[s.first];
+  };
   const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
   const auto apply = [&](int64_t from, int64_t to, const PeriodicMask& keep) {
     const char* x = run.x + from * size;
@@ -110,6 +124,7 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
     }
     for (; skip != end; ++skip) {
       const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
+      meet(*skip);
       std::memset(entries.data() + (from - first), 0, to - from);
     }
     return apply(first, last, {entries.data(), 0, last - first});
@@ -122,6 +137,7 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
   };
   for (; skip != end; ++skip) {
     until(skip->first);
+    meet(*skip);  // before its place in a gradient that overwrites the logits
     const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
     if (output != Output::kNone) std::memset(run.out + from * size, 0, (to - from) * size);
     at = to;

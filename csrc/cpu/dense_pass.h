@@ -10,9 +10,9 @@
 
 namespace ioubal {
 
-// Entries that the pass does not count; their output is set to 0.
+// Entries that the pass does not count; their output is set to 0. positive: its number, if the entry is one.
 struct Skip {
-  int64_t first, count;
+  int64_t first, count, positive = -1;
 };
 
 // Logits that lie together in memory and share their scales: a level's rows of one image (flat and channels_last), or
@@ -33,14 +33,20 @@ class DensePass {
  public:
   std::vector<Run> runs;
 
-  // Ignored and positive entries may be added in any order of runs; within one run skips must end up sorted, which
-  // `prepare` sees to.
+  // Ignored and positive entries may be added in any order.
   void skip(int64_t run, int64_t first, int64_t count) { added_.push_back({run, {first, count}}); }
+  void skip_positive(int64_t run, int64_t entry) {
+    added_.push_back({run, {entry, 1, static_cast<int64_t>(positives_.size())}});
+    positives_.push_back(0);
+  }
   void mask_anchor(int64_t run, int64_t location, int64_t locations);
 
   // Returns the sum of loss_scale * plain negative losses of logits of this DtypeIndex. The same result for any number
   // of threads.
   double operator()(int dtype, double gamma, Output output);
+  // After the pass: the logits of the positives, in the order in which they were added, as they were before it. They
+  // lie far from each other; the pass, which comes by anyway, finds their lines and pages at hand.
+  const std::vector<double>& positives() const { return positives_; }
 
  private:
   struct Added {
@@ -49,10 +55,11 @@ class DensePass {
   };
   void prepare();
   void make_tables(int dtype, double gamma, Output output);
-  double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output, bool stream) const;
+  double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output, bool stream);
 
   std::vector<Added> added_;
   std::vector<Skip> skips_;
+  std::vector<double> positives_;
   std::vector<uint8_t> masks_;
   std::vector<std::unique_ptr<FocalTable>> tables_;
 };

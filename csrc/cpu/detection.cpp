@@ -8,6 +8,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/classification.h"
+#include "cpu/detection_inputs.h"
 #include "cpu/large_pages.h"
 #include "cpu/scan.h"
 #include "math/iou.h"
@@ -23,76 +24,12 @@ struct LocParameters {
   Quad<double> weights;
 };
 
-// Where the coordinates of an anchor's deltas lie, whatever the strides: flat (N, R, 4) or maps (N, A * 4, H, W).
-struct DeltaStrides {
-  int64_t image = 0, anchor = 0, row = 0, column = 0, coordinate = 0;
-  DeltaStrides() = default;
-  explicit DeltaStrides(const Tensor& t) : image(t.stride(0)) {
-    if (t.dim() == 3) {
-      row = t.stride(1);
-      coordinate = t.stride(2);
-    } else {
-      coordinate = t.stride(1);
-      anchor = 4 * coordinate;
-      row = t.stride(2);
-      column = t.stride(3);
-    }
-  }
-};
-
-struct Place {
-  int64_t level, image, location, anchor;
-};
-
-// One level of the heads' outputs: rows of K logits (flat, channels_last) or planes of H * W (NCHW).
-struct Level {
-  const Tensor* logits;
-  FloatReader logit_at, delta_at;  // kept: every question to a stable-ABI tensor is a call
-  DeltaStrides delta_strides;
-  int64_t anchors, locations, width, classes, first_anchor, first_run;
-  bool planes;
-
-  int64_t size() const { return anchors * locations; }
-  int64_t run(int64_t image, int64_t a) const { return first_run + (planes ? image * anchors + a : image); }
-  int64_t run_entries() const { return classes * locations * (planes ? 1 : anchors); }
-  // Offset of the first coordinate of an anchor's deltas.
-  int64_t delta_offset(const DeltaStrides& s, const Place& p) const {
-    return p.image * s.image + p.anchor * s.anchor + p.location / width * s.row + p.location % width * s.column;
-  }
-};
-
 struct DetectionPositive {
   PositiveEntry cls;
   Place place;
   double loc_balance;  // iou^lambda
   double loc_loss;     // plain, summed over the coordinates
   Quad<double> loc_grad;
-};
-
-class GroundTruth {
- public:
-  GroundTruth(const TensorList& boxes, const TensorList& labels)
-      : padded_(boxes.size() == 1 && boxes[0].dim() == 3), padding_(padded_ ? boxes[0].size(1) : 0) {
-    for (size_t i = 0; i < boxes.size(); ++i) {
-      boxes_.emplace_back(boxes[i]);
-      labels_.emplace_back(labels[i]);
-      counts_.push_back(boxes[i].size(0));
-    }
-  }
-  int64_t count(int64_t image) const { return padded_ ? padding_ : counts_[image]; }
-  int64_t label(int64_t image, int64_t i) const {
-    return padded_ ? labels_[0][image * padding_ + i] : labels_[image][i];
-  }
-  Quad<double> box(int64_t image, int64_t i) const {
-    return padded_ ? boxes_[0].quad((image * padding_ + i) * 4, 1) : boxes_[image].quad(i * 4, 1);
-  }
-
- private:
-  bool padded_;
-  int64_t padding_;
-  std::vector<FloatReader> boxes_;
-  std::vector<IntReader> labels_;
-  std::vector<int64_t> counts_;
 };
 
 class DetectionLoss {
@@ -113,7 +50,9 @@ class DetectionLoss {
     for (size_t l = 0; l < logits.size(); ++l) {
       const Tensor& x = logits[l];
       Level level;
-      level.logits = &x;
+      level.logits = static_cast<const char*>(x.const_data_ptr());
+      level.dtype = dtype_index(x);
+      level.item = x.element_size();
       level.logit_at = FloatReader(x);
       level.delta_at = FloatReader(deltas[l]);
       level.delta_strides = DeltaStrides(deltas[l]);
@@ -153,11 +92,9 @@ class DetectionLoss {
     for (size_t i = 0; i < found.size(); ++i) {
       if (i + kAhead < found.size()) {
         const Exceptional& next = found[i + kAhead];
-        const Place place = place_of(next.index);
-        const int64_t label = label_of(next, place);
-        if (label >= 0) {
+        if (next.value >= 0) {
           anchors.prefetch(anchor_offset(next));
-          prefetch(place, label);
+          prefetch_deltas(place_of(next.index));
         }
       }
       const Exceptional& e = found[i];
@@ -176,27 +113,38 @@ class DetectionLoss {
     return bad_;
   }
 
-  void add_up(const Tensor& sums_tensor) const {
+  // The sums but for the classification losses', which need the logits.
+  Sums begin_sums(const Tensor& sums_tensor) const {
     const Sums sums = sums_of(sums_tensor);
     std::fill(sums.data, sums.data + sums_tensor.numel(), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives_.size());
     sums.shared(Sums::kIou) = iou_sum_;
     sums.shared(Sums::kBad) = bad_ >= 0;
     for (const DetectionPositive& p : positives_) {
-      sums.add(p.cls.scope, Sums::kClsPlain, p.cls.term.loss, p.cls.balance);
       sums.add(p.cls.scope, Sums::kLocPlain, p.loc_loss, p.loc_balance);
+    }
+    return sums;
+  }
+
+  void add_up(const Tensor& sums_tensor) {
+    const Sums sums = begin_sums(sums_tensor);
+    for (DetectionPositive& p : positives_) {
+      const Level& level = levels_[p.place.level];
+      p.cls.meet(level.logit_at[level.entry_of(p.cls)], focal_);
+      p.cls.add_to(sums);
     }
   }
 
   // The classification loss, and its gradient times grad_scale when there are buffers. factor: cls_weight / divisor by
-  // image.
+  // image. compute_sums: completes the sums.
   template <class Factor>
-  double classification(const Sums& sums, const TensorList& grads, const Factor& factor, double grad_scale) const {
+  double classification(const Sums& sums, bool compute_sums, const TensorList& grads, const Factor& factor,
+                        double grad_scale) {
     if (levels_.empty()) return 0;
     DensePass pass;
     for (size_t l = 0; l < levels_.size(); ++l)
       add_runs(levels_[l], grads.empty() ? nullptr : &grads[l], factor, grad_scale, pass);
-    for (const DetectionPositive& p : positives_) pass.skip(p.cls.run, p.cls.entry, 1);
+    for (const DetectionPositive& p : positives_) pass.skip_positive(p.cls.run, p.cls.entry);
     for (const Place& place : ignored_) {
       const Level& level = levels_[place.level];
       const int64_t run = level.run(place.image, place.anchor);
@@ -206,17 +154,18 @@ class DetectionLoss {
         pass.skip(run, (place.location * level.anchors + place.anchor) * level.classes, level.classes);
       }
     }
-    const Tensor& first = *levels_[0].logits;
     const Output output = grads.empty() ? Output::kNone : Output::kGradient;
-    double total = pass(dtype_index(first), focal_.gamma, output);
+    double total = pass(levels_[0].dtype, focal_.gamma, output);
+    for (size_t i = 0; i < positives_.size(); ++i) {
+      positives_[i].cls.meet(pass.positives()[i], focal_);
+      if (compute_sums) positives_[i].cls.add_to(sums);
+    }
     std::vector<FloatWriter> writers(grads.begin(), grads.end());
     for (const DetectionPositive& p : positives_) {
       const double w = factor(p.cls.image) * sums.cls_normalizer(p.cls.scope, focal_.eps) * p.cls.balance;
       total += weighted_loss(w, p.cls.term.loss);
       if (grads.empty()) continue;
-      const Level& level = levels_[p.place.level];
-      const int64_t group = p.cls.run - level.first_run;  // runs of a level follow each other in memory
-      writers[p.place.level].set(group * level.run_entries() + p.cls.entry, w * grad_scale * p.cls.term.grad);
+      writers[p.place.level].set(levels_[p.place.level].entry_of(p.cls), w * grad_scale * p.cls.term.grad);
     }
     return sums.shared(Sums::kBad) != 0 ? NAN : total;
   }
@@ -263,19 +212,14 @@ class DetectionLoss {
     return label >= 0 && label < levels_[place.level].classes ? label : -1;
   }
 
-  // Of a positive, in its run and in its level.
+  // Of a positive, in its run.
   static int64_t run_entry(const Level& level, const Place& place, int64_t label) {
     return level.planes ? label * level.locations + place.location
                         : (place.location * level.anchors + place.anchor) * level.classes + label;
   }
-  static int64_t level_entry(const Level& level, const Place& place, int64_t label) {
-    const int64_t run = level.run(place.image, place.anchor) - level.first_run;
-    return run * level.run_entries() + run_entry(level, place, label);
-  }
 
-  void prefetch(const Place& place, int64_t label) const {
+  void prefetch_deltas(const Place& place) const {
     const Level& level = levels_[place.level];
-    level.logit_at.prefetch(level_entry(level, place, label));
     const int64_t offset = level.delta_offset(level.delta_strides, place);
     for (int j = 0; j < 4; ++j) level.delta_at.prefetch(offset + j * level.delta_strides.coordinate);
   }
@@ -309,9 +253,12 @@ class DetectionLoss {
         p.loc_grad.v[j] = term.grad;
       }
     }
-    const double logit = level.logit_at[level_entry(level, place, label)];
-    p.cls = make_positive(level.run(place.image, place.anchor), run_entry(level, place, label), scope, place.image,
-                          logit, iou, 1.0, focal_);
+    p.cls = {level.run(place.image, place.anchor),
+             run_entry(level, place, label),
+             scope,
+             place.image,
+             iou_power(iou, focal_.eta),
+             1.0};
     p.loc_balance = iou_power(iou, loc_.lambda);
     iou_sum_ += iou;
     positives_.push_back(p);
@@ -320,16 +267,14 @@ class DetectionLoss {
   template <class Factor>
   void add_runs(const Level& level, const Tensor* grad, const Factor& factor, double grad_scale,
                 DensePass& pass) const {
-    const int64_t per_image = level.planes ? level.anchors : 1, size = level.logits->element_size();
-    const int64_t entries = level.run_entries();
-    const char* x = static_cast<const char*>(level.logits->const_data_ptr());
+    const int64_t per_image = level.planes ? level.anchors : 1, bytes = level.run_entries() * level.item;
     char* out = grad ? static_cast<char*>(grad->mutable_data_ptr()) : nullptr;
     if (grad) ask_for_large_pages(*grad);
     for (int64_t i = 0; i < images_ * per_image; ++i) {
       Run run;
-      run.x = x + i * entries * size;
-      run.out = out ? out + i * entries * size : nullptr;
-      run.count = entries;
+      run.x = level.logits + i * bytes;
+      run.out = out ? out + i * bytes : nullptr;
+      run.count = level.run_entries();
       run.loss_scale = focal_.negative_factor() * factor(i / per_image);
       run.out_scale = run.loss_scale * grad_scale;
       pass.runs.push_back(run);
@@ -401,13 +346,11 @@ struct Scaling {
 
 // outputs: classification, localisation, number of positives (int64), mean IoU. compute_sums false: `sums` holds those
 // of all ranks already. Lists of gradients may be empty: not wanted.
-void fill(const DetectionLoss& op, const Scaling& scaling, double grad_scale, bool compute_sums,
-          const Tensor& sums_tensor, const TensorList& outputs, const TensorList& grad_logits,
-          const TensorList& grad_deltas) {
-  if (compute_sums) op.add_up(sums_tensor);
-  const Sums sums = sums_of(sums_tensor);
+void fill(DetectionLoss& op, const Scaling& scaling, double grad_scale, bool compute_sums, const Tensor& sums_tensor,
+          const TensorList& outputs, const TensorList& grad_logits, const TensorList& grad_deltas) {
+  const Sums sums = compute_sums ? op.begin_sums(sums_tensor) : sums_of(sums_tensor);
   FloatWriter(outputs[1]).set(0, op.localization(sums, grad_deltas, scaling.loc(sums), grad_scale, true));
-  FloatWriter(outputs[0]).set(0, op.classification(sums, grad_logits, scaling.cls(sums), grad_scale));
+  FloatWriter(outputs[0]).set(0, op.classification(sums, compute_sums, grad_logits, scaling.cls(sums), grad_scale));
   const double count = sums.shared(Sums::kCount);
   *static_cast<int64_t*>(outputs[2].mutable_data_ptr()) = static_cast<int64_t>(count);
   FloatWriter(outputs[3]).set(0, count > 0 ? sums.shared(Sums::kIou) / count : 0.0);
@@ -481,7 +424,7 @@ void detection_backward(TensorList logits, TensorList deltas, Tensor anchors, Te
   op.collect();
   const Sums sums = sums_of(sums_tensor);
   const Scaling scaling = {cls_weight, cls_avg_factor, cls_divisor, loc_avg_factor, loc_divisor, world_size};
-  if (redo_cls) op.classification(sums, grad_logits, scaling.cls(sums), cls_scale);
+  if (redo_cls) op.classification(sums, false, grad_logits, scaling.cls(sums), cls_scale);
   if (redo_loc) op.localization(sums, grad_deltas, scaling.loc(sums), loc_scale, !filled);
 }
 

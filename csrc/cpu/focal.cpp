@@ -21,7 +21,7 @@ struct FlatFocal {
   void collect() {
     const int64_t rows = logits.size(0), columns = logits.size(1);
     const IntReader label(labels);
-    const FloatReader x(logits), overlap(iou);
+    const FloatReader overlap(iou);
     if (scopes) {
       for (int64_t r = 0; r < rows; ++r) {
         if (scopes.get(r) < 0) bad.push_back(r);
@@ -34,21 +34,17 @@ struct FlatFocal {
       } else if (e.value < 0 || e.value >= columns) {
         bad.push_back(e.index);  // never used as an index; poisons the loss
       } else if (scope >= 0) {
-        const int64_t entry = e.index * columns + e.value;
-        positives.push_back(
-            make_positive(0, entry, scope, 0, x[entry], overlap[e.index], weight.get(e.index, 1.0), focal));
+        positives.push_back({0, e.index * columns + e.value, scope, 0, iou_power(overlap[e.index], focal.eta),
+                             weight.get(e.index, 1.0)});
       }
     }
   }
 
-  void add_up(const Tensor& sums_tensor) const {
-    const Sums sums = sums_of(sums_tensor);
+  // Counts alone; the losses follow when the logits are known.
+  void begin(const Sums& sums) const {
     std::fill(sums.data, sums.data + 4 * (1 + scopes.count()), 0.0);
     sums.shared(Sums::kCount) = static_cast<double>(positives.size());
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
-    for (const PositiveEntry& p : positives) {
-      sums.add(p.scope, Sums::kClsPlain, p.term.loss, p.balance);
-    }
   }
 
   // One run, or with sample weights one per stretch of equal weights of rows that are not ignored.
@@ -85,21 +81,30 @@ struct FlatFocal {
     } else {
       add_run(0, rows, 1.0);
     }
-    const auto skip = [&](int64_t entry, int64_t count) {
-      const int64_t run = std::upper_bound(starts.begin(), starts.end(), entry / columns) - starts.begin() - 1;
-      pass.skip(run, entry - starts[run] * columns, count);
+    const auto run_of = [&](int64_t row) {
+      return std::upper_bound(starts.begin(), starts.end(), row) - starts.begin() - 1;
     };
-    for (const PositiveEntry& p : positives) skip(p.entry, 1);
-    for (int64_t row : ignored) skip(row * columns, columns);
+    for (const PositiveEntry& p : positives) {
+      const int64_t run = run_of(p.entry / columns);
+      pass.skip_positive(run, p.entry - starts[run] * columns);
+    }
+    for (int64_t row : ignored) {
+      const int64_t run = run_of(row);
+      pass.skip(run, (row - starts[run]) * columns, columns);
+    }
     return pass;
   }
 
   // Writes the gradient (kGradient) or the element-wise loss (kLoss), both times out_scale; returns the loss times
-  // loss_scale.
-  double run(const Tensor& sums_tensor, const Tensor* out, double loss_scale, double out_scale, Output output) const {
-    const Sums sums = sums_of(sums_tensor);
+  // loss_scale. compute_sums: completes the sums.
+  double run(const Sums& sums, bool compute_sums, const Tensor* out, double loss_scale, double out_scale,
+             Output output) {
     DensePass pass = dense(out, loss_scale, out_scale);
     double total = pass(dtype_index(logits), focal.gamma, output);
+    for (size_t i = 0; i < positives.size(); ++i) {
+      positives[i].meet(pass.positives()[i], focal);
+      if (compute_sums) positives[i].add_to(sums);
+    }
     std::optional<FloatWriter> writer;
     if (out) writer.emplace(*out);
     for (const PositiveEntry& p : positives) {
@@ -122,7 +127,13 @@ void focal_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
                 int64_t num_scopes, double eta, double alpha, double gamma, Tensor sums, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, 0.0}, {}, {}, {}};
   op.collect();
-  op.add_up(sums);
+  const Sums s = sums_of(sums);
+  op.begin(s);
+  const FloatReader x(logits);
+  for (PositiveEntry& p : op.positives) {
+    p.meet(x[p.entry], op.focal);
+    p.add_to(s);
+  }
 }
 
 // Loss and, with a buffer in grads, its gradient. compute_sums false: `sums` holds the positives' sums of all ranks.
@@ -132,13 +143,13 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
                 bool compute_sums, Tensor sums, Tensor loss, TensorList grads, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
-  if (compute_sums) op.add_up(sums);
   const Sums s = sums_of(sums);
+  if (compute_sums) op.begin(s);
   const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   FloatWriter(loss).set(
-      0, op.run(sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
+      0, op.run(s, compute_sums, out, 1.0 / divide_by, expected / divide_by, out ? Output::kGradient : Output::kNone));
 }
 
 // check_labels of labels and scope_ids and, if it finds nothing, focal_fill for one process, whose arguments come
@@ -176,7 +187,7 @@ void focal_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor wei
   op.collect();
   const Sums s = sums_of(sums);
   const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
-  op.run(sums, &grad, 0.0, scale / divide_by, Output::kGradient);
+  op.run(s, false, &grad, 0.0, scale / divide_by, Output::kGradient);
 }
 
 // reduction = "none": the loss of every entry (`gradient` false) or its derivative.
@@ -185,8 +196,9 @@ void focal_elementwise(Tensor logits, Tensor labels, Tensor iou, OptionalTensor 
                        bool compute_sums, Tensor sums, Tensor out, TensorList) {
   FlatFocal op{logits, labels, iou, weight, {scope_ids, num_scopes}, {eta, alpha, gamma, eps}, {}, {}, {}};
   op.collect();
-  if (compute_sums) op.add_up(sums);
-  op.run(sums, &out, 0.0, 1.0, gradient ? Output::kGradient : Output::kLoss);
+  const Sums s = sums_of(sums);
+  if (compute_sums) op.begin(s);
+  op.run(s, compute_sums, &out, 0.0, 1.0, gradient ? Output::kGradient : Output::kLoss);
 }
 
 }  // namespace

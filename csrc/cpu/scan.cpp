@@ -16,8 +16,11 @@ void scan_block(const Int* values, int64_t first, int64_t last, Int background, 
     Int differs = 0;
     for (int64_t j = 0; j < kStride; ++j) differs |= values[i + j] ^ background;
     if (!differs) continue;
-    for (int64_t j = i; j < i + kStride; ++j) {
-      if (values[j] != background) found.push_back({j, values[j]});
+    uint32_t places = 0;  // no branch for each value: which ones are exceptional cannot be predicted
+    for (int64_t j = 0; j < kStride; ++j) places |= static_cast<uint32_t>(values[i + j] != background) << j;
+    for (; places; places &= places - 1) {
+      const int64_t j = i + __builtin_ctz(places);
+      found.push_back({j, values[j]});
     }
   }
   for (; i < last; ++i) {

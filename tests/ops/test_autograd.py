@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -329,6 +330,26 @@ def test_inplace_writes_the_gradient_over_the_logits(layout, factor):
     assert logits.grad.data_ptr() == logits.data_ptr()
     with pytest.raises(RuntimeError, match="one backward only"):
         out.classification.backward()
+
+
+@pytest.mark.parametrize("share", (0.02, 0.9))  # around some entries, or by a mask of a block's
+@pytest.mark.parametrize("classes", (1, 7))  # with one, positives are neighbours in memory
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_inplace_reads_the_positives_before_it_overwrites_them(layout, dtype, classes, share):
+    """The pass that writes the gradient hands their logits on: losses and gradients are those of logits that stay."""
+    make = partial(
+        testing.detection_inputs, 3, 2, classes, levels=((40, 30), (20, 15)), positive_share=share, layout=layout
+    )
+    results = []
+    for inplace in (False, True):
+        inputs = make(dtype=dtype).requiring_grad()
+        out = ik.iou_balanced_detection_loss(*inputs.arguments(), inplace=inplace)
+        (out.classification + out.localization).backward()
+        results.append([out.classification, out.num_positives, *(x.grad for x in inputs.heads())])
+    assert out.num_positives > (20 if share < 0.5 else 2000)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ("focal", "bce"))
