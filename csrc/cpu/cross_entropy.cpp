@@ -6,10 +6,44 @@
 #include <cmath>
 
 #include "cpu/classification.h"
+#include "cpu/large_pages.h"
 #include "math/softmax.h"
 
 namespace ioubal {
 namespace {
+
+// A positive row: iou^eta, and its plain loss with the sample's weight.
+struct PositiveRow {
+  int64_t row, scope;
+  double balance, loss;
+};
+
+// What a tile's rows are besides the kernel's part of them.
+struct TileRows {
+  double balance[kSoftmaxRows], sample[kSoftmaxRows];  // a row's two weights; sample: NaN for an unusable label
+  int64_t positives[kSoftmaxRows], scope[kSoftmaxRows], found;  // the positives' places in the tile, and their scopes
+  bool unusable;                                                // whether a row is
+};
+
+// Copies the labels of some rows to `target`; lists those that are not background, without branches, since which ones
+// they are cannot be predicted. Returns how many.
+template <class Int>
+int64_t find_special(const Int* labels, int64_t rows, int64_t background, int64_t* target, int64_t* special) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    target[i] = labels[i];
+    special[found] = i;
+    found += labels[i] != background;
+  }
+  return found;
+}
+
+template <class Int>
+int64_t count_not_negative(const Int* labels, int64_t rows) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < rows; ++i) count += labels[i] >= 0;
+  return count;
+}
 
 struct SoftmaxLoss {
   const Tensor &logits, &labels, &iou;
@@ -18,18 +52,32 @@ struct SoftmaxLoss {
   int64_t background;
   double eta, eps;
 
-  // pow costs as much as a row's exponentials.
-  double power(double overlap) const {
-    if (eta != 1.5) return iou_power(overlap, eta);
-    const double clamped = clamp(overlap, 0.0, 1.0);
-    return clamped * std::sqrt(clamped);
-  }
-
   const int64_t rows = logits.size(0), columns = logits.size(1);
+  const DtypeIndex dtype = dtype_index(logits);
+  const int64_t stride = columns * logits.element_size();
+  const char* const x = static_cast<const char*>(logits.const_data_ptr());
+  const IntReader label{labels};
+  const FloatReader overlap{iou};
   const int64_t tile_rows = softmax_tile_rows(columns);
   const int64_t rows_per_block = std::max<int64_t>(1, kBlockEntries / columns / tile_rows) * tile_rows;
   const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-  const SoftmaxRows kernel = kernels().softmax[dtype_index(logits)];
+  const SoftmaxRows kernel = kernels().softmax[dtype];
+
+  // What is asked of all rows. normalizers: of the scopes, if they are known. each: the rows' losses; out: out_scale
+  // (or the row's element of grad_rows) times the gradient.
+  struct Request {
+    const std::vector<double>* normalizers;
+    const Tensor *each, *out;
+    double out_scale;
+    const Tensor* grad_rows;
+  };
+
+  // pow costs as much as a row's exponentials.
+  double power(double value) const {
+    if (eta != 1.5) return iou_power(value, eta);
+    const double clamped = clamp(value, 0.0, 1.0);
+    return clamped * std::sqrt(clamped);
+  }
 
   // f(block, first row, last row) for fixed blocks of rows.
   template <class F>
@@ -40,54 +88,69 @@ struct SoftmaxLoss {
     });
   }
 
+  int64_t find_special_rows(int64_t first, int64_t count, int64_t* target, int64_t* special) const {
+    return label.wide()
+               ? find_special(static_cast<const int64_t*>(label.data()) + first, count, background, target, special)
+               : find_special(static_cast<const int32_t*>(label.data()) + first, count, background, target, special);
+  }
+
   // A row whose loss is not finite, by the rules for infinite logits and NaN.
   double not_finite(int64_t r, int64_t y, double scale, const Tensor* out) const {
-    const FloatReader x(logits);
+    const FloatReader logit(logits);
     const int64_t first = r * columns;
     std::optional<FloatWriter> gradient;
     if (out) gradient.emplace(*out);
-    return softmax_limit<double>([&](int64_t k) { return x[first + k]; }, columns, y,
+    return softmax_limit<double>([&](int64_t k) { return logit[first + k]; }, columns, y,
                                  [&](int64_t k, double slope) {
                                    if (gradient) gradient->set(first + k, slope != slope ? slope : scale * slope);
                                  });
   }
 
-  // Row 0 of the sums counts the rows that are not ignored: the default divisor of a softmax loss.
-  void add_up(const Tensor& sums_tensor) const {
-    const int64_t per_block = 4 * (1 + scopes.count());
-    std::vector<double> parts(blocks * per_block);
-    const IntReader label(labels);
-    for_blocks([&](int64_t b, int64_t first, int64_t last) {
-      const Sums sums{parts.data() + b * per_block};
-      std::vector<int64_t> positives(last - first + 2 * tile_rows);
-      int64_t found = 0, counted = 0, bad = 0;
-      for (int64_t r = first; r < last; ++r) {  // no branches: which rows are positive cannot be predicted
-        const int64_t y = label[r];
-        const bool wrong = (y >= columns) | (scopes.get(r) < 0);  // never used as an index; poisons the loss
-        positives[found] = r;
-        found += !wrong & (y >= 0) & (y != background);
-        counted += y >= 0;
-        bad += wrong;
-      }
-      sums.shared(Sums::kCount) = static_cast<double>(counted);
-      sums.shared(Sums::kBad) = static_cast<double>(bad);
-      std::fill(positives.begin() + found, positives.end(), found ? positives[found - 1] : first);
-      add_positives(positives.data(), found, sums);
-    });
-    double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
-    std::fill(total, total + per_block, 0.0);
+  int64_t sums_size() const { return 4 * (1 + scopes.count()); }
+
+  // Adds the blocks' sums up. Row 0 counts the rows that are not ignored: the default divisor of a softmax loss.
+  void finish_sums(const Sums& sums, const std::vector<double>& parts) const {
+    std::fill(sums.data, sums.data + sums_size(), 0.0);
     for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t i = 0; i < per_block; ++i) total[i] += parts[b * per_block + i];
+      for (int64_t i = 0; i < sums_size(); ++i) sums.data[i] += parts[b * sums_size() + i];
     }
+  }
+
+  double count_rows() const {
+    return static_cast<double>(label.wide() ? count_not_negative(static_cast<const int64_t*>(label.data()), rows)
+                                            : count_not_negative(static_cast<const int32_t*>(label.data()), rows));
+  }
+
+  // The sums alone, from the positives' rows.
+  void add_up(const Sums& total) const {
+    std::vector<double> parts(blocks * sums_size());
+    for_blocks([&](int64_t b, int64_t first, int64_t last) {
+      const Sums sums{parts.data() + b * sums_size()};
+      std::vector<int64_t> target(last - first), special(last - first), positives;
+      const int64_t found = find_special_rows(first, last - first, target.data(), special.data());
+      positives.reserve(found + 2 * tile_rows);
+      for (int64_t j = 0; j < found; ++j) {
+        const int64_t y = target[special[j]];
+        if (y >= columns) {
+          sums.shared(Sums::kBad) += 1;  // never used as an index; poisons the loss
+        } else if (y >= 0 && scopes.get(first + special[j]) >= 0) {
+          positives.push_back(first + special[j]);
+        }
+      }
+      for (int64_t r = first; scopes && r < last; ++r) sums.shared(Sums::kBad) += scopes.get(r) < 0;
+      const int64_t count = static_cast<int64_t>(positives.size());
+      positives.resize(count + 2 * tile_rows, count ? positives.back() : first);
+      add_positives(positives.data(), count, sums);
+    });
+    finish_sums(total, parts);
+    total.shared(Sums::kCount) = count_rows();
   }
 
   // The losses of these rows; a tile's number of rows more can be read behind them.
   void add_positives(const int64_t* positives, int64_t count, const Sums& sums) const {
     std::vector<float> buffer(softmax_buffer(columns));
-    const IntReader label(labels);
-    const FloatReader overlap(iou);
     SoftmaxTile tile;
-    tile.x = logits.const_data_ptr();
+    tile.x = x;
     tile.out = nullptr;
     tile.columns = columns;
     tile.all_rows = rows;
@@ -107,74 +170,171 @@ struct SoftmaxLoss {
     }
   }
 
-  // Targets and scales of the tile's rows, which begin at row `first`; balance and sample: a row's two weights.
-  void describe(SoftmaxTile& tile, int64_t first, const std::vector<double>& normalizers, double out_scale,
-                const FloatReader* grad_row, double* balance, double* sample) const {
-    const IntReader label(labels);
-    const FloatReader overlap(iou);
-    int64_t positives[kSoftmaxRows], found = 0;
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      const int64_t y = label[first + i];
-      const bool wrong = (y >= columns) | (scopes.get(first + i) < 0), counted = !wrong & (y >= 0);
-      tile.target[i] = counted ? y : -1;
-      sample[i] = wrong ? NAN : 1.0;
-      balance[i] = 1.0;
-      positives[found] = i;
-      found += counted & (y != background);
-    }
+  // Targets and scales of the tile's rows, which begin at row `first`. Without normalizers a positive's scale is that
+  // of any other row.
+  void describe(SoftmaxTile& tile, int64_t first, const Request& q, const FloatReader* grad_row, TileRows& t) const {
+    std::fill(t.balance, t.balance + tile.rows, 1.0);
+    std::fill(t.sample, t.sample + tile.rows, 1.0);
+    std::fill(tile.scale, tile.scale + tile.rows, q.out_scale);
+    int64_t special[kSoftmaxRows];
+    const int64_t found = find_special_rows(first, tile.rows, tile.target, special);
+    t.found = 0;
+    t.unusable = false;
+    const auto leave_out = [&](int64_t i, bool unusable) {
+      tile.target[i] = -1;
+      if (unusable) t.sample[i] = NAN;
+      t.unusable |= unusable;
+    };
     for (int64_t j = 0; j < found; ++j) {
-      const int64_t i = positives[j], r = first + i;
-      balance[i] = normalizers[scopes.get(r)] * power(overlap[r]);
+      const int64_t i = special[j], r = first + i, y = tile.target[i], scope = scopes.get(r);
+      if (y < 0 || y >= columns || scope < 0) {
+        leave_out(i, y >= columns || scope < 0);
+        continue;
+      }
+      t.balance[i] = power(overlap[r]) * (q.normalizers ? (*q.normalizers)[scope] : 1.0);
+      t.positives[t.found] = i;
+      t.scope[t.found++] = scope;
     }
-    if (weight) {
-      for (int64_t i = 0; i < tile.rows; ++i) sample[i] *= tile.target[i] < 0 ? 1.0 : weight.get(first + i, 1.0);
+    for (int64_t i = 0; scopes && i < tile.rows; ++i) {
+      if (scopes.get(first + i) < 0) leave_out(i, true);
     }
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      tile.scale[i] = sample[i] * balance[i] * (grad_row ? (*grad_row)[first + i] : out_scale);
+    for (int64_t i = 0; weight && i < tile.rows; ++i) {
+      t.sample[i] *= tile.target[i] < 0 ? 1.0 : weight.get(first + i, 1.0);
     }
+    const bool plain = !weight && !scopes && !grad_row;
+    for (int64_t i = 0; !plain && i < tile.rows; ++i) {
+      tile.scale[i] = t.sample[i] * (grad_row ? (*grad_row)[first + i] : q.out_scale);
+    }
+    for (int64_t j = 0; q.normalizers && j < t.found; ++j) tile.scale[t.positives[j]] *= t.balance[t.positives[j]];
   }
 
-  // Every row's weight times loss, in order: returns their sum. each: the rows' losses; out: out_scale (or the row's
-  // element of grad_rows) times the gradient. Rows with an unusable label give NaN.
-  double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
-             const Tensor* grad_rows) const {
-    const Sums sums = sums_of(sums_tensor);
-    const int64_t stride = columns * logits.element_size();
-    const char* x = static_cast<const char*>(logits.const_data_ptr());
-    char* g = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+  // The losses of a block's rows with their weights, added up. Without normalizers those of the positives are left out
+  // and listed; their sums go to `sums`.
+  double block(int64_t first, int64_t last, const Request& q, bool stream, const Sums* sums,
+               std::vector<PositiveRow>* positives) const {
+    std::vector<float> buffer(softmax_buffer(columns));
     std::optional<FloatWriter> each_row;
     std::optional<FloatReader> grad_row;
-    if (each) each_row.emplace(*each);
-    if (grad_rows) grad_row.emplace(*grad_rows);
-    std::vector<double> normalizers;
-    for (int64_t s = 0; s < scopes.count(); ++s) normalizers.push_back(sums.cls_normalizer(s, eps));
-    std::vector<double> parts(blocks);
-    const bool stream = g && g != x && dtype_index(logits) == kFloat32 && stream_gradient(rows * stride);
-    for_blocks([&](int64_t b, int64_t first, int64_t last) {
-      std::vector<float> buffer(softmax_buffer(columns));
-      double balance[kSoftmaxRows], sample[kSoftmaxRows], losses[kSoftmaxRows];
-      SoftmaxTile tile;
-      tile.columns = columns;
-      tile.order = nullptr;
-      tile.stream = stream;
-      double sum = 0;
-      for (int64_t at = first; at < last; at += tile.rows) {
-        tile.rows = std::min(tile_rows, last - at);
-        tile.x = x + at * stride;
-        tile.out = g ? g + at * stride : nullptr;
-        describe(tile, at, normalizers, out_scale, grad_row ? &*grad_row : nullptr, balance, sample);
-        kernel(tile, buffer.data());
-        for (int64_t i = 0; i < tile.rows; ++i) {
-          double plain = tile.loss[i];
-          if (plain - plain != 0) plain = not_finite(at + i, tile.target[i], tile.scale[i], out);
-          losses[i] = weighted_loss(balance[i], sample[i] * plain);
-        }
-        for (int64_t i = 0; i < tile.rows; ++i) sum += losses[i];
-        for (int64_t i = 0; each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
+    if (q.each) each_row.emplace(*q.each);
+    if (q.grad_rows) grad_row.emplace(*q.grad_rows);
+    char* out = q.out ? static_cast<char*>(q.out->mutable_data_ptr()) : nullptr;
+    SoftmaxTile tile;
+    TileRows t;
+    tile.columns = columns;
+    tile.order = nullptr;
+    tile.stream = stream;
+    double losses[kSoftmaxRows + 3], total[4] = {0, 0, 0, 0};  // four sums: one would wait for each addition
+    for (int64_t at = first; at < last; at += tile.rows) {
+      tile.rows = std::min(tile_rows, last - at);
+      tile.x = x + at * stride;
+      tile.out = out ? out + at * stride : nullptr;
+      describe(tile, at, q, grad_row ? &*grad_row : nullptr, t);
+      kernel(tile, buffer.data());
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        double plain = tile.loss[i];
+        if (plain - plain != 0) plain = not_finite(at + i, tile.target[i], tile.scale[i], q.out);
+        losses[i] = t.sample[i] * plain;
       }
-      parts[b] = sum;
+      for (int64_t j = 0; j < t.found; ++j) {
+        const int64_t i = t.positives[j];
+        if (q.normalizers) {
+          losses[i] = weighted_loss(t.balance[i], losses[i]);
+        } else {
+          positives->push_back({at + i, t.scope[j], t.balance[i], losses[i]});
+          sums->add(t.scope[j], Sums::kClsPlain, losses[i], t.balance[i]);
+          losses[i] = 0;
+        }
+      }
+      if (sums && t.unusable) sums->shared(Sums::kBad) += 1;
+      for (int64_t i = tile.rows; i % 4; ++i) losses[i] = 0;
+      for (int64_t i = 0; i < tile.rows; i += 4) {
+        for (int64_t j = 0; j < 4; ++j) total[j] += losses[i + j];
+      }
+      for (int64_t i = 0; q.each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
+    }
+    return (total[0] + total[1]) + (total[2] + total[3]);
+  }
+
+  bool streams(const Tensor* out) const {
+    return out && out->const_data_ptr() != x && dtype == kFloat32 && stream_gradient(rows * stride);
+  }
+
+  std::vector<double> normalizers(const Sums& sums) const {
+    std::vector<double> found;
+    for (int64_t s = 0; s < scopes.count(); ++s) found.push_back(sums.cls_normalizer(s, eps));
+    return found;
+  }
+
+  // With sums that are known: every row's weight times loss, added up. An unusable label makes it NaN.
+  double run(const Sums& sums, const Tensor* each, const Tensor* out, double out_scale, const Tensor* grad_rows) const {
+    const std::vector<double> of_scopes = normalizers(sums);
+    const bool stream = streams(out);
+    std::vector<double> parts(blocks);
+    if (out) ask_for_large_pages(*out);
+    for_blocks([&](int64_t b, int64_t first, int64_t last) {
+      parts[b] = block(first, last, {&of_scopes, each, out, out_scale, grad_rows}, stream, nullptr, nullptr);
       if (stream) fence_streams();
     });
+    return sum_of(parts, sums);
+  }
+
+  // The same while it computes the sums. A positive's gradient waits for them and is scaled where it lies, rather than
+  // its logits read twice: their pages are small, those of the gradient large. Not for 16 bits, which would be rounded
+  // twice.
+  bool can_sweep(const Tensor* out) const { return !out || dtype == kFloat32 || dtype == kFloat64; }
+  double sweep(const Sums& sums, const Tensor* out, double out_scale) const {
+    const double count = sums.shared(Sums::kCount);
+    const bool stream = streams(out);
+    std::vector<double> parts(blocks), sums_parts(blocks * sums_size());
+    std::vector<std::vector<PositiveRow>> positives(blocks);
+    if (out) ask_for_large_pages(*out);
+    for_blocks([&](int64_t b, int64_t first, int64_t last) {
+      const Sums own{sums_parts.data() + b * sums_size()};
+      positives[b].reserve((last - first) / 4);
+      parts[b] = block(first, last, {nullptr, nullptr, out, out_scale, nullptr}, stream, &own, &positives[b]);
+      if (stream) fence_streams();
+    });
+    finish_sums(sums, sums_parts);
+    sums.shared(Sums::kCount) = count;
+    const std::vector<double> of_scopes = normalizers(sums);
+    const auto factor = [&](const PositiveRow& p) { return p.balance * of_scopes[p.scope]; };
+    constexpr double kMost = 1e6;  // what a larger factor meets may have been too small for its dtype
+    std::vector<int> too_large(blocks);
+    char* const g = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+    for_blocks([&](int64_t b, int64_t, int64_t) {
+      constexpr size_t kAhead = 16;
+      const auto row_ahead = [&](size_t i) -> const char* {
+        const std::vector<PositiveRow>* of_block = &positives[b];
+        if (i >= of_block->size() && b + 1 < blocks) i -= of_block->size(), ++of_block;
+        return i < of_block->size() ? g + (*of_block)[i].row * stride : nullptr;
+      };
+      for (size_t i = 0; i < positives[b].size(); ++i) {
+        const PositiveRow& p = positives[b][i];
+        parts[b] += weighted_loss(factor(p), p.loss);
+        if (!g) continue;
+        too_large[b] |= !(factor(p) <= kMost);
+        if (const char* ahead = row_ahead(i + kAhead)) prefetch_row(ahead);
+        if (dtype == kFloat32) {
+          scale(reinterpret_cast<float*>(g + p.row * stride), static_cast<float>(factor(p)));
+        } else {
+          scale(reinterpret_cast<double*>(g + p.row * stride), factor(p));
+        }
+      }
+    });
+    if (std::count(too_large.begin(), too_large.end(), 1)) return run(sums, nullptr, out, out_scale, nullptr);
+    return sum_of(parts, sums);
+  }
+
+  IOUBAL_PREFETCHES void prefetch_row(const char* row) const {
+    for (int64_t k = 0; k < stride; k += 64) __builtin_prefetch(row + k, 1, 3);
+  }
+
+  template <class T>
+  void scale(T* row, T factor) const {
+    for (int64_t k = 0; k < columns; ++k) row[k] *= factor;
+  }
+
+  static double sum_of(const std::vector<double>& parts, const Sums& sums) {
     double total = 0;
     for (double part : parts) total += part;
     return sums.shared(Sums::kBad) != 0 ? NAN : total;
@@ -183,7 +343,7 @@ struct SoftmaxLoss {
 
 void cross_entropy_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, Tensor sums, TensorList) {
-  SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums);
+  SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums_of(sums));
 }
 
 void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
@@ -191,11 +351,18 @@ void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor
                         double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
                         bool compute_sums, Tensor sums, Tensor loss, TensorList grads, TensorList) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
-  if (compute_sums) op.add_up(sums);
-  const double divide_by = divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size));
-  const double expected = Number(grad_scale_tensor, grad_scale).get();
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
-  FloatWriter(loss).set(0, op.run(sums, nullptr, out, expected / divide_by, nullptr) / divide_by);
+  const Sums s = sums_of(sums);
+  const bool sweep = compute_sums && op.can_sweep(out);
+  if (sweep) {
+    s.shared(Sums::kCount) = op.count_rows();
+  } else if (compute_sums) {
+    op.add_up(s);
+  }
+  const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
+  const double out_scale = Number(grad_scale_tensor, grad_scale).get() / divide_by;
+  const double total = sweep ? op.sweep(s, out, out_scale) : op.run(s, nullptr, out, out_scale, nullptr);
+  FloatWriter(loss).set(0, total / divide_by);
 }
 
 void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
@@ -205,8 +372,8 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
   const double scale = FloatReader(grad_output)[0];
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
-  op.run(sums, nullptr, &grad, scale / divisor_of(avg_factor, divisor, sums_of(sums).default_divisor(world_size)),
-         nullptr);
+  const Sums s = sums_of(sums);
+  op.run(s, nullptr, &grad, scale / divisor_of(avg_factor, divisor, s.default_divisor(world_size)), nullptr);
 }
 
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.
@@ -214,11 +381,12 @@ void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, Optiona
                                OptionalTensor scope_ids, int64_t num_scopes, int64_t background, double eta, double eps,
                                OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out, TensorList) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
-  if (compute_sums) op.add_up(sums);
+  const Sums s = sums_of(sums);
+  if (compute_sums) op.add_up(s);
   if (grad_output) {
-    op.run(sums, nullptr, &out, 0.0, &*grad_output);
+    op.run(s, nullptr, &out, 0.0, &*grad_output);
   } else {
-    op.run(sums, &out, nullptr, 0.0, nullptr);
+    op.run(s, &out, nullptr, 0.0, nullptr);
   }
 }
 

@@ -218,7 +218,7 @@ class DetectionLoss {
                         : (place.location * level.anchors + place.anchor) * level.classes + label;
   }
 
-  void prefetch_deltas(const Place& place) const {
+  IOUBAL_PREFETCHES void prefetch_deltas(const Place& place) const {
     const Level& level = levels_[place.level];
     const int64_t offset = level.delta_offset(level.delta_strides, place);
     for (int j = 0; j < 4; ++j) level.delta_at.prefetch(offset + j * level.delta_strides.coordinate);

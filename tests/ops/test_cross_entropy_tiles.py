@@ -13,17 +13,25 @@ COLUMNS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 80, 81, 1204)
 INF, NAN = float("inf"), float("nan")
 
 
-def run(x, labels, iou, weight, backend):
+def run(x, labels, iou, weight, backend, reduction="none", **options):
     leaf = x.detach().clone().requires_grad_()
-    loss = ik.iou_balanced_cross_entropy(leaf, labels, iou, weight=weight, reduction="none", backend=backend)
-    loss.backward(torch.linspace(0.5, 2.0, loss.numel()).to(loss.dtype))
+    loss = ik.iou_balanced_cross_entropy(
+        leaf, labels, iou, weight=weight, reduction=reduction, backend=backend, **options
+    )
+    loss.backward(torch.linspace(0.5, 2.0, loss.numel()).reshape(loss.shape).to(loss.dtype))
     return loss.detach(), leaf.grad
+
+
+def reduced(x, labels, iou, weight, backend, **options):
+    """Through the pass that meets the sums and scales the positives' gradients afterwards."""
+    return run(x, labels, iou, weight, backend, "sum", grad_scale=0.5, **options)
 
 
 def compare(x, labels, iou, weight=None, *, loss_floor=0.1, target_floor=1.0, what=""):
     """Single losses and gradients on every instruction set. target_floor: the target's entry, p - 1, is judged against
     this size; loss_floor: log(sum) has an absolute error."""
     want, want_grad = run(x.double(), labels, iou, weight, "reference")
+    want_sum, want_sum_grad = reduced(x.double(), labels, iou, weight, "reference")
     floor = testing.FLOOR + target_floor * F.one_hot(labels.clamp(min=0), x.shape[1])
     for isa in isa_levels():
         limit_isa(isa)
@@ -31,6 +39,10 @@ def compare(x, labels, iou, weight=None, *, loss_floor=0.1, target_floor=1.0, wh
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         testing.assert_close_budget(loss, want, wide, "gradient", loss_floor, what=f"{what}, isa {isa}: losses")
         testing.assert_close_budget(grad, want_grad, x.dtype, "gradient", floor, what=f"{what}, isa {isa}: gradient")
+        loss, grad = reduced(x, labels, iou, weight, "cpu")
+        size = 1 + want.abs().nan_to_num(0, 0, 0).sum()
+        testing.assert_close_budget(loss, want_sum, wide, "gradient", size, what=f"{what}, isa {isa}: sum")
+        testing.assert_close_budget(grad, want_sum_grad, x.dtype, "gradient", floor, what=f"{what}, isa {isa}: sum")
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -104,3 +116,25 @@ def test_one_hostile_row_changes_no_other(label_dtype):
             testing.assert_close_budget(loss[others], want[others].double(), torch.float32, "gradient", 0.1, what=isa)
             floor = testing.FLOOR + F.one_hot(inputs.labels.long().clamp(min=0), 21)[others]
             testing.assert_close_budget(grad[others], want_grad[others].double(), torch.float32, "gradient", floor)
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("columns", (5, 81))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_a_normaliser_as_large_as_a_small_loss_needs_it(dtype, columns, weighted):
+    """A single positive with a positive IoU, so sure of itself that its plain gradient is no normal float32, carries
+    the weight of all: its gradient is large, and must not be scaled up from what was too small."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, columns, (200,), generator=g)
+    x = torch.randn(200, columns, generator=g).round(decimals=1)
+    iou = torch.zeros(200)
+    labels[77], iou[77] = 1, 0.5
+    x[77, 1] = 80.0
+    x = x.to(dtype)
+    weight = torch.full((200,), 1e-3) if weighted else None
+    loss, grad = reduced(x, labels, iou, weight, "cpu")
+    want, want_grad = reduced(x.double(), labels, iou, weight, "reference")
+    testing.assert_close_budget(loss, want, torch.float32, "loss")
+    floor = testing.FLOOR + F.one_hot(labels, columns) * (torch.arange(200) != 77)[:, None]
+    testing.assert_close_budget(grad, want_grad, dtype, "gradient", floor)
+    assert float(want_grad[77].abs().max()) > 0.05 * (1e-3 if weighted else 1)
