@@ -246,7 +246,7 @@ def small_call(bench: Bench, layout: str) -> Problem:
             Contender(
                 "eager PyTorch (README)",
                 WHOLE,
-                lambda _: Work(lambda: eager.eager_loss(*heads.arguments()), heads.heads()),
+                lambda _: Work(partial(eager.eager_loss, *heads.arguments()), heads.heads()),
                 lambda _, results: assert_norms(results, oracle.ours(), torch.float32, "eager"),
                 "every entry, in norm",
                 graph=False,

@@ -94,17 +94,16 @@ class Oracle:
 
 def fused(heads: testing.DetectionInputs, backend: str, isa: int | None = None, **options: Any) -> Work:
     """Ours. isa: at most that instruction set."""
+    loss = partial(ik.iou_balanced_detection_loss, *heads.arguments(), backend=backend, **options)
 
-    def losses() -> tuple[Tensor, Tensor]:
-        if isa is not None:
-            limit_isa(isa)
+    def limited() -> tuple[Tensor, Tensor]:
+        limit_isa(isa)
         try:
-            return ik.iou_balanced_detection_loss(*heads.arguments(), backend=backend, **options)[:2]
+            return loss()[:2]
         finally:
-            if isa is not None:
-                limit_isa(BEST_ISA)
+            limit_isa(BEST_ISA)
 
-    return Work(losses, heads.heads())
+    return Work((lambda: loss()[:2]) if isa is None else limited, heads.heads())
 
 
 def in_place(source: testing.DetectionInputs, backend: str) -> Work:

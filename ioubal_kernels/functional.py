@@ -190,10 +190,9 @@ def iou_balanced_cross_entropy(
             )
     process_group = resolve_process_group(op, process_group)
     impl = backends.choose(op, backend, logits.device, logits.dtype is torch.float64)
+    check = None
     if validation.values_checked(labels):
-        expected = f"columns from 0 to {num_classes - 1}, or negative (ignored)"
-        validation.check_labels(op, "labels", impl, labels, None, num_classes, expected)
-        _check_scope_values(op, impl, scope_ids, num_scopes)
+        check = partial(_check_softmax_values, op, impl, labels, num_classes, scope_ids, num_scopes)
     return impl.cross_entropy(
         logits,
         labels,
@@ -208,6 +207,7 @@ def iou_balanced_cross_entropy(
         num_scopes=num_scopes,
         process_group=process_group,
         grad_scale=grad_scale,
+        check=check,
     )
 
 
@@ -332,6 +332,14 @@ def _check_sigmoid_values(
 ) -> None:
     expected = f"classes from 0 to {num_classes - 1}, -1 (background) or -2 (ignored)"
     validation.check_labels(op, "labels", impl, labels, IGNORE, num_classes, expected)
+    _check_scope_values(op, impl, scope_ids, num_scopes)
+
+
+def _check_softmax_values(
+    op: str, impl: Any, labels: Tensor, num_classes: int, scope_ids: Tensor | None, num_scopes: int | None
+) -> None:
+    expected = f"columns from 0 to {num_classes - 1}, or negative (ignored)"
+    validation.check_labels(op, "labels", impl, labels, None, num_classes, expected)
     _check_scope_values(op, impl, scope_ids, num_scopes)
 
 

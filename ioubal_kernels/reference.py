@@ -153,9 +153,12 @@ def cross_entropy(
     num_scopes: int | None,
     process_group: Any,
     grad_scale: float | Tensor,
+    check: Callable[[], None] | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with softmax cross entropy. Logits (..., K); labels (...) are columns, negative ones are ignored."""
     del grad_scale
+    if check is not None:
+        check()
     dtype = boxes.result_dtype(logits)
     num_classes = logits.shape[-1]
     rows = labels.numel()

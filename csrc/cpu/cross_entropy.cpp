@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/classification.h"
+#include "cpu/checks.h"
 #include "cpu/large_pages.h"
+#include "cpu/power.h"
 #include "math/softmax.h"
 
 namespace ioubal {
@@ -71,13 +74,6 @@ struct SoftmaxLoss {
     double out_scale;
     const Tensor* grad_rows;
   };
-
-  // pow costs as much as a row's exponentials.
-  double power(double value) const {
-    if (eta != 1.5) return iou_power(value, eta);
-    const double clamped = clamp(value, 0.0, 1.0);
-    return clamped * std::sqrt(clamped);
-  }
 
   // f(block, first row, last row) for fixed blocks of rows.
   template <class F>
@@ -165,7 +161,7 @@ struct SoftmaxLoss {
         const int64_t r = tile.order[i];
         const double plain = tile.loss[i];
         const double limit = plain - plain == 0 ? plain : not_finite(r, tile.target[i], 1.0, nullptr);
-        sums.add(scopes.get(r), Sums::kClsPlain, weight.get(r, 1.0) * limit, power(overlap[r]));
+        sums.add(scopes.get(r), Sums::kClsPlain, weight.get(r, 1.0) * limit, fast_iou_power(overlap[r], eta));
       }
     }
   }
@@ -191,7 +187,7 @@ struct SoftmaxLoss {
         leave_out(i, y >= columns || scope < 0);
         continue;
       }
-      t.balance[i] = power(overlap[r]) * (q.normalizers ? (*q.normalizers)[scope] : 1.0);
+      t.balance[i] = fast_iou_power(overlap[r], eta) * (q.normalizers ? (*q.normalizers)[scope] : 1.0);
       t.positives[t.found] = i;
       t.scope[t.found++] = scope;
     }
@@ -365,6 +361,21 @@ void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor
   FloatWriter(loss).set(0, total / divide_by);
 }
 
+// check_labels of labels and scope_ids and, if it finds nothing, cross_entropy_fill for one process, whose arguments
+// come packed. Returns the position it found, -1 for none.
+int64_t cross_entropy_checked_fill(TensorList read, TensorList written, std::vector<int64_t> integers,
+                                   std::vector<double> numbers) {
+  enum : int { kBackground, kEta, kEps, kDivisor, kGradScale };
+  const std::vector<double>& n = numbers;
+  const PackedRows p(read, written, integers, std::numeric_limits<int64_t>::min());
+  if (p.first_bad < 0) {
+    cross_entropy_fill(p.logits, p.labels, p.iou, p.weight, p.scope_ids, p.num_scopes,
+                       static_cast<int64_t>(n[kBackground]), n[kEta], n[kEps], p.avg_factor, n[kDivisor], 1.0,
+                       p.grad_scale, n[kGradScale], true, p.sums, p.loss, p.grads, {});
+  }
+  return p.first_bad;
+}
+
 void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                             int64_t num_scopes, int64_t background, double eta, double eps, OptionalTensor avg_factor,
                             double divisor, double world_size, OptionalTensor grad_scale_tensor, double grad_scale,
@@ -396,6 +407,7 @@ void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, Optiona
 STABLE_TORCH_LIBRARY_IMPL(ioubal, CPU, m) {
   m.impl("cross_entropy_sums.cpp", TORCH_BOX(&ioubal::cross_entropy_sums));
   m.impl("cross_entropy_fill.cpp", TORCH_BOX(&ioubal::cross_entropy_fill));
+  m.impl("cross_entropy_checked_fill.cpp", TORCH_BOX(&ioubal::cross_entropy_checked_fill));
   m.impl("cross_entropy_backward.cpp", TORCH_BOX(&ioubal::cross_entropy_backward));
   m.impl("cross_entropy_elementwise.cpp", TORCH_BOX(&ioubal::cross_entropy_elementwise));
 }

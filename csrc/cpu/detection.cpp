@@ -10,6 +10,7 @@
 #include "cpu/classification.h"
 #include "cpu/detection_inputs.h"
 #include "cpu/large_pages.h"
+#include "cpu/power.h"
 #include "cpu/scan.h"
 #include "math/iou.h"
 #include "math/smooth_l1.h"
@@ -257,9 +258,9 @@ class DetectionLoss {
              run_entry(level, place, label),
              scope,
              place.image,
-             iou_power(iou, focal_.eta),
+             fast_iou_power(iou, focal_.eta),
              1.0};
-    p.loc_balance = iou_power(iou, loc_.lambda);
+    p.loc_balance = loc_.lambda == focal_.eta ? p.cls.balance : fast_iou_power(iou, loc_.lambda);
     iou_sum_ += iou;
     positives_.push_back(p);
   }

@@ -4,6 +4,7 @@
 #include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/large_pages.h"
+#include "cpu/power.h"
 #include "cpu/scan.h"
 
 namespace ioubal {
@@ -34,7 +35,7 @@ struct FlatFocal {
       } else if (e.value < 0 || e.value >= columns) {
         bad.push_back(e.index);  // never used as an index; poisons the loss
       } else if (scope >= 0) {
-        positives.push_back({0, e.index * columns + e.value, scope, 0, iou_power(overlap[e.index], focal.eta),
+        positives.push_back({0, e.index * columns + e.value, scope, 0, fast_iou_power(overlap[e.index], focal.eta),
                              weight.get(e.index, 1.0)});
       }
     }
@@ -153,27 +154,17 @@ void focal_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight,
 }
 
 // check_labels of labels and scope_ids and, if it finds nothing, focal_fill for one process, whose arguments come
-// packed. Returns the position it found, -1 for none. read: logits, labels, iou, and those present of weight,
-// scope_ids, avg_factor, grad_scale. written: sums, loss, and the gradient if it is wanted.
+// packed. Returns the position it found, -1 for none.
 int64_t focal_checked_fill(TensorList read, TensorList written, std::vector<int64_t> integers,
                            std::vector<double> numbers) {
-  enum : int { kNumScopes, kCheck, kHasWeight, kHasScopeIds, kHasAvgFactor, kHasScale };
   enum : int { kEta, kAlpha, kGamma, kEps, kDivisor, kGradScale };
-  const std::vector<int64_t>& i = integers;
   const std::vector<double>& n = numbers;
-  Unpacker from(read), to(written);
-  const Tensor &logits = from.one(), &labels = from.one(), &iou = from.one();
-  const OptionalTensor weight = from.optional(i[kHasWeight]), scope_ids = from.optional(i[kHasScopeIds]);
-  if (i[kCheck]) {
-    int64_t position = check_labels(labels, logits.size(1), kIgnore);
-    if (position < 0 && scope_ids) position = check_labels(*scope_ids, i[kNumScopes], 0);
-    if (position >= 0) return position;
+  const PackedRows p(read, written, integers, kIgnore);
+  if (p.first_bad < 0) {
+    focal_fill(p.logits, p.labels, p.iou, p.weight, p.scope_ids, p.num_scopes, n[kEta], n[kAlpha], n[kGamma], n[kEps],
+               p.avg_factor, n[kDivisor], 1.0, p.grad_scale, n[kGradScale], true, p.sums, p.loss, p.grads, {});
   }
-  const OptionalTensor avg_factor = from.optional(i[kHasAvgFactor]), grad_scale_tensor = from.optional(i[kHasScale]);
-  const Tensor &sums = to.one(), &loss = to.one();
-  focal_fill(logits, labels, iou, weight, scope_ids, i[kNumScopes], n[kEta], n[kAlpha], n[kGamma], n[kEps], avg_factor,
-             n[kDivisor], 1.0, grad_scale_tensor, n[kGradScale], true, sums, loss, to.list(written.size() - 2), {});
-  return -1;
+  return p.first_bad;
 }
 
 // Leaves a gradient filled for the expected grad_output as it is, else computes it anew.

@@ -6,6 +6,7 @@
 
 #include "common/sums.h"
 #include "common/tensor_access.h"
+#include "cpu/power.h"
 #include "math/iou.h"
 #include "math/smooth_l1.h"
 
@@ -107,7 +108,7 @@ class SmoothL1Loss {
     }
     out.balance = 1.0;
     if (lambda_ != 0) {
-      out.balance = iou_power(iou_ ? iou_.reader()[r] : delta_iou(p, t, box_weights_, BoxCoder::kDelta), lambda_);
+      out.balance = fast_iou_power(iou_ ? iou_.reader()[r] : delta_iou(p, t, box_weights_, BoxCoder::kDelta), lambda_);
     }
     return out;
   }

@@ -194,7 +194,8 @@ def expected_grad_output(grad_scale: float | Tensor, dtype: torch.dtype) -> tupl
     """grad_scale as an op takes it, rounded to the losses' dtype: so is the grad_output that it must equal."""
     if isinstance(grad_scale, Tensor):
         return tensor_or_number(grad_scale.detach().to(dtype))
-    if dtype == torch.float64 or torch.compiler.is_compiling():  # compiled, nothing is prepared for it
+    # Compiled, nothing is prepared for it; 1.0 is what it nearly always is.
+    if torch.compiler.is_compiling() or grad_scale == 1.0 or dtype == torch.float64:
         return None, float(grad_scale)
     return None, ctypes.c_float(grad_scale).value
 

@@ -33,6 +33,9 @@ from .library import op
 from .workspace import rows_workspace
 
 
+_CHECKED_FILL = ("focal", "cross_entropy")  # losses with an op that checks the values and fills
+
+
 class _Spec(NamedTuple):
     """A call but for its tensors: one argument of the Functions, since autograd takes time for each."""
 
@@ -189,7 +192,7 @@ def _apply(
     refuse_transforms(called, x, constants=(second, third, weight, scope_ids))
     backend = backend or library.backend_of(x)
     common = (name, called, backend, num_scopes or 1, sum_parameters, loss_parameters, process_group)
-    packed = name == "focal" and reduction != "none" and fills_checked(backend, process_group, x)
+    packed = name in _CHECKED_FILL and reduction != "none" and fills_checked(backend, process_group, x)
     if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs
         check()
     if reduction == "none":
@@ -284,6 +287,7 @@ def cross_entropy(
     num_scopes: int | None,
     process_group: Any,
     grad_scale: float | Tensor,
+    check: Callable[[], None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Eq. 3 and 4 with softmax cross entropy; see ``functional.iou_balanced_cross_entropy``."""
@@ -302,6 +306,7 @@ def cross_entropy(
         avg_factor=avg_factor,
         process_group=process_group,
         grad_scale=grad_scale,
+        check=check,
         backend=backend,
     )
     return loss.reshape(labels.shape) if reduction == "none" else loss

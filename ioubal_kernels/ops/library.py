@@ -83,6 +83,7 @@ _PACKED = "(Tensor[] read, Tensor(a!)[] written, int[] integers, float[] numbers
 # Host-side helpers that read values: they return a number and have no fake.
 VALUE_SCHEMAS = [
     f"focal_checked_fill.OVERLOAD{_PACKED}",
+    f"cross_entropy_checked_fill.OVERLOAD{_PACKED}",
     f"detection_checked_fill.OVERLOAD{_PACKED}",
     "check_labels.OVERLOAD(Tensor labels, int num_classes, int min_label) -> int",
     "check_matched_idxs.OVERLOAD(Tensor matched_idxs, Tensor[] gt_labels, int num_classes) -> int",

@@ -112,6 +112,39 @@ def test_detection_is_the_same_by_one_op_and_by_separate_ones(layout, gt, monkey
         assert all(torch.equal(a, b) for a, b in zip(packed, separate, strict=True)), given
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_cross_entropy_is_the_same_by_one_op_and_by_separate_ones(dtype, monkeypatch):
+    inputs = testing.classification_inputs(seed=2, rows=40, classes=5, softmax=True, dtype=dtype)
+    x = inputs.logits.requires_grad_()
+    tensor = torch.tensor
+    for weight, scoped, avg, scale in itertools.product(
+        (None, inputs.weight), (False, True), (None, 3.0, tensor(7)), (1.0, 4.0, tensor(2.0))
+    ):
+        scopes = {"scope_ids": inputs.scope_ids, "num_scopes": inputs.num_scopes} if scoped else {}
+        options = {"weight": weight, "avg_factor": avg, "grad_scale": scale, "eta": 0.7, "eps": 0.1}
+
+        def call(options=options, scopes=scopes):
+            loss = ik.iou_balanced_cross_entropy(x, inputs.labels, inputs.iou, background_index=2, **options, **scopes)
+            return loss, *torch.autograd.grad(loss, x)
+
+        packed, separate = both_ways(monkeypatch, call)
+        assert all(torch.equal(a, b) for a, b in zip(packed, separate, strict=True)), (weight, scoped, avg, scale)
+
+
+def test_a_column_out_of_range_is_named():
+    inputs = testing.classification_inputs(rows=40, classes=5, softmax=True)
+    x = inputs.logits.requires_grad_()
+    assert ops_of(lambda: ik.iou_balanced_cross_entropy(x, inputs.labels, inputs.iou)) == ["cross_entropy_checked_fill"]
+    bad = inputs.labels.clone()
+    bad[7], bad[11] = -9, 5  # negative is ignored
+    with pytest.raises(ValueError, match=r"iou_balanced_cross_entropy: labels must .* got 5 at labels\[11\]"):
+        ik.iou_balanced_cross_entropy(x, bad, inputs.iou)
+    scopes = torch.zeros_like(inputs.labels)
+    scopes[5] = 2
+    with pytest.raises(ValueError, match=r"iou_balanced_cross_entropy: scope_ids must .* got 2 at scope_ids\[5\]"):
+        ik.iou_balanced_cross_entropy(x, inputs.labels, inputs.iou, scope_ids=scopes, num_scopes=2)
+
+
 def test_a_value_out_of_range_is_found_before_the_logits_are_written():
     inputs, _ = focal_case()
     before = inputs.logits.clone()
