@@ -32,7 +32,6 @@ from .autograd import (
 from .library import op
 from .workspace import rows_workspace
 
-
 _CHECKED_FILL = ("focal", "cross_entropy")  # losses with an op that checks the values and fills
 
 
