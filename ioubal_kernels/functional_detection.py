@@ -108,19 +108,26 @@ def iou_balanced_detection_loss(
         validation.number(_OP, "beta", beta)
         validation.number(_OP, "eps", eps)
         validation.number(_OP, "cls_weight", cls_weight)
-    if alpha is not None:
+    # What has its default needs no further look: calls take a tenth of a small loss's time.
+    if alpha is not None and (type(alpha) is not float or not 0.0 <= alpha <= 1.0):
         validation.number(_OP, "alpha", alpha, high=1.0)
-    validation.choice(_OP, "box_coder", box_coder, BOX_CODERS)
-    validation.four_weights(_OP, "box_weights", box_weights)
-    validation.flag(_OP, "normalize_loc", normalize_loc)
-    validation.choice(_OP, "normalizer_scope", normalizer_scope, NORMALIZER_SCOPES)
-    level_sizes = _level_sizes(anchors_per_level, level_sizes, first.ndim == 3, normalizer_scope, anchors_per_image)
-    avg_factor = _avg_factors(avg_factor, device, images)
-    validation.grad_scale(_OP, grad_scale, device)
+    if type(box_coder) is not str or box_coder != "delta":
+        validation.choice(_OP, "box_coder", box_coder, BOX_CODERS)
+    if box_weights is not UNIT_WEIGHTS:
+        validation.four_weights(_OP, "box_weights", box_weights)
+    if normalize_loc is not False:
+        validation.flag(_OP, "normalize_loc", normalize_loc)
+    if type(normalizer_scope) is not str or normalizer_scope != "batch" or anchors_per_level is not None:
+        validation.choice(_OP, "normalizer_scope", normalizer_scope, NORMALIZER_SCOPES)
+        level_sizes = _level_sizes(anchors_per_level, level_sizes, first.ndim == 3, normalizer_scope, anchors_per_image)
+    avg_factor = (None, None) if avg_factor is None else _avg_factors(avg_factor, device, images)
+    if type(grad_scale) is not float or grad_scale != 1.0:
+        validation.grad_scale(_OP, grad_scale, device)
     if inplace is not False:
         for level in logits:
             validation.inplace(_OP, inplace, "cls_logits", level)
-    process_group = resolve_process_group(_OP, process_group)
+    if process_group is not None:
+        process_group = resolve_process_group(_OP, process_group)
     float64 = first.dtype is torch.float64 or deltas[0].dtype is torch.float64
     impl = backends.choose(_OP, backend, device, float64)
     check = None
@@ -293,8 +300,6 @@ def _level_sizes(given: Any, own: list[int], flat: bool, scope: str, anchors_per
 
 def _avg_factors(avg_factor: Any, device: torch.device, images: int) -> tuple[Any, Any]:
     """The pair (classification, localisation) of divisors."""
-    if avg_factor is None:
-        return None, None
     if not isinstance(avg_factor, (tuple, list)):
         validation.divisor(_OP, "avg_factor", avg_factor, device, images)
         return avg_factor, avg_factor

@@ -85,9 +85,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 # empty_strided takes half of torch.empty's time, which parses a tuple of sizes slowly.
 
 
-def scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised 0-d tensor."""
-    return torch.empty_strided((), (), dtype=dtype, device=device)
+def scalars(dtypes: Sequence[torch.dtype], device: torch.device) -> tuple[Tensor, ...]:
+    """Uninitialised 0-d tensors."""
+    return tuple([torch.empty_strided((), (), dtype=dtype, device=device) for dtype in dtypes])
 
 
 def sums_buffer(num_scopes: int, device: torch.device) -> Tensor:

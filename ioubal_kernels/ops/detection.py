@@ -25,7 +25,7 @@ from .autograd import (
     raise_for,
     refuse_transforms,
     rescale_inplace,
-    scalar,
+    scalars,
     sums_buffer,
     take_buffers,
     tensor_or_number,
@@ -106,12 +106,7 @@ class _DetectionLoss(torch.autograd.Function):
         logits, deltas = heads[:levels], heads[levels:]
         sums = sums_buffer(spec.num_scopes, device)
         dtype = result_dtype(heads[0], heads[levels])  # all levels have one
-        outputs = (
-            scalar(dtype, device),
-            scalar(dtype, device),
-            scalar(torch.int64, device),
-            scalar(torch.float32, device),
-        )
+        outputs = scalars((dtype, dtype, torch.int64, torch.float32), device)
         eager = not torch.compiler.is_compiling()
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
         needed = ctx.needs_input_grad
@@ -162,16 +157,16 @@ class _DetectionLoss(torch.autograd.Function):
         grad_logits: list[Tensor | None] = [None] * levels
         grad_deltas: list[Tensor | None] = [None] * levels
         want_logits, want_deltas = grad_cls is not None and ctx.wants[0], grad_loc is not None and ctx.wants[1]
-        cls_filled = loc_filled = None
+        cls_filled = loc_filled = compared = None  # compared: a grad_output found to be the expected one
         if want_logits and ctx.inplace:
             grad_logits = rescale_inplace(_NAME, ctx, backend, grad_cls, scale_tensor, expected)
         elif want_logits:
             grad_logits, cls_filled = take_buffers(ctx, heads[:levels])
             if cls_filled and is_expected(backend, grad_cls, scale_tensor, expected):
-                cls_filled = None  # nothing left to do
+                cls_filled, compared = None, grad_cls  # nothing left to do
         if want_deltas:
             grad_deltas, loc_filled = take_buffers(ctx, heads[levels:], "delta_buffers")
-            if loc_filled and is_expected(backend, grad_loc, scale_tensor, expected):
+            if loc_filled and (grad_loc is compared or is_expected(backend, grad_loc, scale_tensor, expected)):
                 loc_filled = None
         for filled in (True, False):  # one call for both heads, unless only one of them was filled in the forward
             cls_buffers = grad_logits if cls_filled is filled else []
@@ -216,9 +211,9 @@ def _workspace(logits: Sequence[Tensor], deltas: Sequence[Tensor], matched_idxs:
     )
 
 
-def _few_tensors(boxes: list[Tensor], labels: list[Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def _few_tensors(boxes: list[Tensor], labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Ground truth as the GPU kernels take it in their parameters: of one dtype, padded where there are many images."""
-    if backend == "cpu" or len(boxes) <= 1:
+    if len(boxes) <= 1:
         return boxes, labels
     if len({b.dtype for b in boxes}) > 1:
         boxes = [b.to(torch.float64) for b in boxes]
@@ -231,7 +226,7 @@ def _few_tensors(boxes: list[Tensor], labels: list[Tensor], backend: str) -> tup
 
 
 def _check_levels(backend: str, levels: int) -> None:
-    if backend != "cpu" and levels > _MAX_LEVELS:
+    if levels > _MAX_LEVELS:
         raise ValueError(
             f"{_NAME}: the {backend} kernels take at most {_MAX_LEVELS} levels, got {levels}; use backend='reference'"
         )
@@ -283,8 +278,9 @@ def detection_loss(
     packed = fills_checked(backend, process_group, cls_logits[0])
     if check is not None and (inplace or not packed):  # in place, autograd is told of the write before the op runs
         check()
-    _check_levels(backend, max(len(cls_logits), len(level_sizes)))
-    boxes, labels = _few_tensors(boxes, labels, backend)
+    if backend != "cpu":
+        _check_levels(backend, max(len(cls_logits), len(level_sizes)))
+        boxes, labels = _few_tensors(boxes, labels)
     images = matched_idxs.shape[0]
     num_scopes = {"batch": 1, "level": len(level_sizes), "image": images}[normalizer_scope]
     cut = normalizer_scope == "level" and cls_logits[0].ndim == 3

@@ -24,7 +24,7 @@ from .autograd import (
     raise_for,
     refuse_transforms,
     rescale_inplace,
-    scalar,
+    scalars,
     sums_buffer,
     take_buffers,
     tensor_or_number,
@@ -91,7 +91,7 @@ class _FlatLoss(torch.autograd.Function):
         eager = not torch.compiler.is_compiling()
         ctx.inplace = spec.inplace and eager and wanted
         buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
-        loss = scalar(result_dtype(x), x.device)
+        (loss,) = scalars((result_dtype(x),), x.device)
         sums = sums_buffer(spec.num_scopes, x.device)
         workspace, world_size = [], 1.0
         if spec.packed:

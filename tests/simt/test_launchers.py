@@ -305,9 +305,9 @@ def test_lists_of_several_dtypes_become_one():
     """What the kernels take in their parameters has one dtype and at most 64 entries."""
     boxes = [torch.ones(i % 3, 4, dtype=torch.float32 if i % 2 else torch.float16) for i in range(5)]
     labels = [torch.zeros(i % 3, dtype=torch.int32 if i % 2 else torch.int64) for i in range(5)]
-    same, classes = detection._few_tensors(boxes, labels, "cuda")
+    same, classes = detection._few_tensors(boxes, labels)
     assert {b.dtype for b in same} == {torch.float64} and {t.dtype for t in classes} == {torch.int64}
-    (padded,), (classes,) = detection._few_tensors(boxes * 13, labels * 13, "cuda")
+    (padded,), (classes,) = detection._few_tensors(boxes * 13, labels * 13)
     assert padded.shape == (65, 2, 4) and classes.shape == (65, 2) and int((classes == -1).sum()) == 65 * 2 - 13 * 4
 
 
