@@ -211,10 +211,13 @@ def threads_table(stored: Stored) -> str:
     cases = (f"{HEADS}/flat/float32", f"{HEADS}/nchw/float32", f"{HEADS}/channels_last/float32")
     rows = []
     for name in cases:
-        one, two = (stored.find(name, "fused", threads=n) for n in (1, 2))
-        copies = [stored.find(name, COPY, threads=n) for n in (1, 2)]
-        if one and two and all(copies):
-            scaling, floor = one["median_ms"] / two["median_ms"], copies[0]["median_ms"] / copies[1]["median_ms"]
+        two = stored.find(name, "fused", threads=2)
+        if two is None:
+            continue
+        find = partial(stored.find, name, run=two["run"])  # what is divided was measured side by side
+        pairs = [(find(path, threads=1), find(path, threads=2)) for path in ("fused", COPY)]
+        if all(map(all, pairs)):
+            scaling, floor = (one["median_ms"] / other["median_ms"] for one, other in pairs)
             rows.append(f"| {name} | {scaling:.2f} | {floor:.2f} | {scaling / floor:.2f} |")
     out = []
     if rows:

@@ -27,9 +27,14 @@ def load(folder: Path | None = None) -> list[Row]:
     return sorted(rows, key=lambda row: row["run"])
 
 
+def counts(row: Row) -> bool:
+    """Whether a row holds figures: it was measured, and not in a dry run."""
+    return row.get("result") == MEASURED and not row.get("dry_run")
+
+
 def newest(rows: Iterable[Row]) -> dict[Key, Row]:
-    """The newest measured row of each key; those of a dry run do not count."""
-    return {key_of(row): row for row in rows if row.get("result") == MEASURED and not row.get("dry_run")}
+    """The newest row of each key, of those that count."""
+    return {key_of(row): row for row in rows if counts(row)}
 
 
 class Stored:
@@ -37,18 +42,19 @@ class Stored:
 
     def __init__(self, rows: Iterable[Row], device: str, others: Iterable[Stored] = ()) -> None:
         self.device, self.others = device, list(others)
-        self.rows = [row for row in newest(rows).values() if row["device"] == device]
+        self.every_run = [row for row in rows if counts(row) and row["device"] == device]
+        self.rows = list(newest(self.every_run).values())
         self.gpu = any("capability" in row for row in self.rows)
 
     def find(self, name: str, path: str, phase: str = "forward + backward", **wanted: Any) -> Row | None:
         """The row of a case's path: on a CPU that of one thread, a warm heap and the best instruction set; of ours on a
-        GPU that of the CUDA kernels before Triton's. The newest of several.
+        GPU that of the CUDA kernels before Triton's. The newest of several, or that of one `run`.
         """
         usual: Row = {} if self.gpu else {"threads": 1, "heap": "warm"}
         wanted = {**usual, **wanted}
         found = [
             row
-            for row in self.rows
+            for row in (self.every_run if "run" in wanted else self.rows)
             if (row["name"], row["path"], row["phase"]) == (name, path, phase)
             and all(row.get(field) == value for field, value in wanted.items())
         ]

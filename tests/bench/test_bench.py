@@ -379,6 +379,15 @@ def test_stored_rows_are_valid():
         assert row["result"] == "measured" or "median_ms" not in row
 
 
+def test_two_threads_are_held_against_one_thread_of_their_own_run():
+    rows = [stored("fused", 4.0, "aaa1"), stored("fused", 2.0, "aaa1", threads=2)]
+    rows += [stored("copy of the logits", 1.0, "aaa1"), stored("copy of the logits", 0.8, "aaa1", threads=2)]
+    rows += [stored("fused", 3.0, "aaa2"), stored("copy of the logits", 1.2, "aaa2")]
+    table = report.threads_table(results.Stored(rows, "A CPU"))
+    assert "| retinanet/b1/flat/float32 | 2.00 | 1.25 | 1.60 |" in table
+    assert report.threads_table(results.Stored(rows[1:], "A CPU")) == report.NOT_MEASURED
+
+
 def test_the_newest_row_of_a_device_is_found():
     rows = [stored("fused", 2.0, "aaa1"), stored("fused", 1.0, "aaa2"), stored("fused", 3.0, "aaa2", threads=2)]
     found = results.Stored(rows, "A CPU")
