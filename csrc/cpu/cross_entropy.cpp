@@ -274,9 +274,9 @@ struct SoftmaxLoss {
     return sum_of(parts, sums);
   }
 
-  // The same while it computes the sums. A positive's gradient waits for them and is scaled where it lies, rather than
-  // its logits read twice: their pages are small, those of the gradient large. Not for 16 bits, which would be rounded
-  // twice.
+  // The same while it computes the sums, but for their count, which is there. A positive's gradient waits for them and
+  // is scaled where it lies, rather than its logits read twice: their pages are small, those of the gradient large. Not
+  // for 16 bits, which would be rounded twice.
   bool can_sweep(const Tensor* out) const { return !out || dtype == kFloat32 || dtype == kFloat64; }
   double sweep(const Sums& sums, const Tensor* out, double out_scale) const {
     const double count = sums.shared(Sums::kCount);
