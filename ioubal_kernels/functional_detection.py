@@ -113,8 +113,7 @@ def iou_balanced_detection_loss(
         validation.number(_OP, "alpha", alpha, high=1.0)
     if type(box_coder) is not str or box_coder != "delta":
         validation.choice(_OP, "box_coder", box_coder, BOX_CODERS)
-    if box_weights is not UNIT_WEIGHTS:
-        validation.four_weights(_OP, "box_weights", box_weights)
+    validation.four_weights(_OP, "box_weights", box_weights)
     if normalize_loc is not False:
         validation.flag(_OP, "normalize_loc", normalize_loc)
     if type(normalizer_scope) is not str or normalizer_scope != "batch" or anchors_per_level is not None:

@@ -104,20 +104,24 @@ struct SoftmaxLoss {
 
   int64_t sums_size() const { return 4 * (1 + scopes.count()); }
 
-  // Adds the blocks' sums up. Row 0 counts the rows that are not ignored: the default divisor of a softmax loss.
+  // Adds the blocks' sums up; the count stays.
   void finish_sums(const Sums& sums, const std::vector<double>& parts) const {
+    const double count = sums.shared(Sums::kCount);
     std::fill(sums.data, sums.data + sums_size(), 0.0);
+    sums.shared(Sums::kCount) = count;
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t i = 0; i < sums_size(); ++i) sums.data[i] += parts[b * sums_size() + i];
     }
   }
 
-  double count_rows() const {
-    return static_cast<double>(label.wide() ? count_not_negative(static_cast<const int64_t*>(label.data()), rows)
-                                            : count_not_negative(static_cast<const int32_t*>(label.data()), rows));
+  // The rows that are not ignored: the default divisor of a softmax loss.
+  void count_rows(const Sums& sums) const {
+    sums.shared(Sums::kCount) =
+        static_cast<double>(label.wide() ? count_not_negative(static_cast<const int64_t*>(label.data()), rows)
+                                         : count_not_negative(static_cast<const int32_t*>(label.data()), rows));
   }
 
-  // The sums alone, from the positives' rows.
+  // The sums alone, but for the count, from the positives' rows.
   void add_up(const Sums& total) const {
     std::vector<double> parts(blocks * sums_size());
     for_blocks([&](int64_t b, int64_t first, int64_t last) {
@@ -139,7 +143,6 @@ struct SoftmaxLoss {
       add_positives(positives.data(), count, sums);
     });
     finish_sums(total, parts);
-    total.shared(Sums::kCount) = count_rows();
   }
 
   // The losses of these rows; a tile's number of rows more can be read behind them.
@@ -261,8 +264,17 @@ struct SoftmaxLoss {
     return found;
   }
 
-  // With sums that are known: every row's weight times loss, added up. An unusable label makes it NaN.
-  double run(const Sums& sums, const Tensor* each, const Tensor* out, double out_scale, const Tensor* grad_rows) const {
+  // Every row's weight times loss, added up, and `out`; an unusable label makes it NaN. compute_sums: what `sums` holds
+  // is the count alone.
+  double run(const Sums& sums, bool compute_sums, const Tensor* out, double out_scale) const {
+    if (!out || dtype == kFloat32 || dtype == kFloat64) return sweep(sums, compute_sums, out, out_scale);
+    if (compute_sums) add_up(sums);
+    return with_sums(sums, nullptr, out, out_scale, nullptr);
+  }
+
+  // The same with sums that are known; or the rows' losses, or gradients of their own.
+  double with_sums(const Sums& sums, const Tensor* each, const Tensor* out, double out_scale,
+                   const Tensor* grad_rows) const {
     const std::vector<double> of_scopes = normalizers(sums);
     const bool stream = streams(out);
     std::vector<double> parts(blocks);
@@ -274,12 +286,10 @@ struct SoftmaxLoss {
     return sum_of(parts, sums);
   }
 
-  // The same while it computes the sums, but for their count, which is there. A positive's gradient waits for them and
-  // is scaled where it lies, rather than its logits read twice: their pages are small, those of the gradient large. Not
-  // for 16 bits, which would be rounded twice.
-  bool can_sweep(const Tensor* out) const { return !out || dtype == kFloat32 || dtype == kFloat64; }
-  double sweep(const Sums& sums, const Tensor* out, double out_scale) const {
-    const double count = sums.shared(Sums::kCount);
+  // One pass for sums, loss and gradient. A positive's gradient waits for the sums and is scaled where it lies, rather
+  // than its logits read twice: their pages are small, those of the gradient large. Not for 16 bits, which would be
+  // rounded twice. With sums that are known no pass is saved, but the bits are the same.
+  double sweep(const Sums& sums, bool compute_sums, const Tensor* out, double out_scale) const {
     const bool stream = streams(out);
     std::vector<double> parts(blocks), sums_parts(blocks * sums_size());
     std::vector<std::vector<PositiveRow>> positives(blocks);
@@ -290,8 +300,7 @@ struct SoftmaxLoss {
       parts[b] = block(first, last, {nullptr, nullptr, out, out_scale, nullptr}, stream, &own, &positives[b]);
       if (stream) fence_streams();
     });
-    finish_sums(sums, sums_parts);
-    sums.shared(Sums::kCount) = count;
+    if (compute_sums) finish_sums(sums, sums_parts);
     const std::vector<double> of_scopes = normalizers(sums);
     const auto factor = [&](const PositiveRow& p) { return p.balance * of_scopes[p.scope]; };
     constexpr double kMost = 1e6;  // what a larger factor meets may have been too small for its dtype
@@ -317,7 +326,7 @@ struct SoftmaxLoss {
         }
       }
     });
-    if (std::count(too_large.begin(), too_large.end(), 1)) return run(sums, nullptr, out, out_scale, nullptr);
+    if (std::count(too_large.begin(), too_large.end(), 1)) return with_sums(sums, nullptr, out, out_scale, nullptr);
     return sum_of(parts, sums);
   }
 
@@ -339,7 +348,9 @@ struct SoftmaxLoss {
 
 void cross_entropy_sums(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
                         int64_t num_scopes, int64_t background, double eta, Tensor sums, TensorList) {
-  SoftmaxLoss{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0}.add_up(sums_of(sums));
+  const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, 0.0};
+  op.count_rows(sums_of(sums));
+  op.add_up(sums_of(sums));
 }
 
 void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor weight, OptionalTensor scope_ids,
@@ -349,16 +360,10 @@ void cross_entropy_fill(Tensor logits, Tensor labels, Tensor iou, OptionalTensor
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   const Tensor* out = grads.empty() ? nullptr : &grads[0];
   const Sums s = sums_of(sums);
-  const bool sweep = compute_sums && op.can_sweep(out);
-  if (sweep) {
-    s.shared(Sums::kCount) = op.count_rows();
-  } else if (compute_sums) {
-    op.add_up(s);
-  }
+  if (compute_sums) op.count_rows(s);
   const double divide_by = divisor_of(avg_factor, divisor, s.default_divisor(world_size));
   const double out_scale = Number(grad_scale_tensor, grad_scale).get() / divide_by;
-  const double total = sweep ? op.sweep(s, out, out_scale) : op.run(s, nullptr, out, out_scale, nullptr);
-  FloatWriter(loss).set(0, total / divide_by);
+  FloatWriter(loss).set(0, op.run(s, compute_sums, out, out_scale) / divide_by);
 }
 
 // check_labels of labels and scope_ids and, if it finds nothing, cross_entropy_fill for one process, whose arguments
@@ -384,7 +389,7 @@ void cross_entropy_backward(Tensor logits, Tensor labels, Tensor iou, OptionalTe
   if (filled && scale == Number(grad_scale_tensor, grad_scale).get()) return;
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   const Sums s = sums_of(sums);
-  op.run(s, nullptr, &grad, scale / divisor_of(avg_factor, divisor, s.default_divisor(world_size)), nullptr);
+  op.run(s, false, &grad, scale / divisor_of(avg_factor, divisor, s.default_divisor(world_size)));
 }
 
 // reduction = "none": the rows' losses, or with grad_output (R,) the gradient.
@@ -393,11 +398,14 @@ void cross_entropy_elementwise(Tensor logits, Tensor labels, Tensor iou, Optiona
                                OptionalTensor grad_output, bool compute_sums, Tensor sums, Tensor out, TensorList) {
   const SoftmaxLoss op{logits, labels, iou, weight, {scope_ids, num_scopes}, background, eta, eps};
   const Sums s = sums_of(sums);
-  if (compute_sums) op.add_up(s);
+  if (compute_sums) {
+    op.count_rows(s);
+    op.add_up(s);
+  }
   if (grad_output) {
-    op.run(s, nullptr, &out, 0.0, &*grad_output);
+    op.with_sums(s, nullptr, &out, 0.0, &*grad_output);
   } else {
-    op.run(s, &out, nullptr, 0.0, nullptr);
+    op.with_sums(s, &out, nullptr, 0.0, nullptr);
   }
 }
 
