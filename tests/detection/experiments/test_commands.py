@@ -117,7 +117,7 @@ def test_from_nothing_to_the_page_in_slices(ioubal, tiny_data, tmp_path, monkeyp
     monkeypatch.setattr(cost, "ROUNDS", 1)
     monkeypatch.setattr(reproduce, "RESERVE", 2.0)
     command = ["reproduce", "table2", "--data", tiny_data, "--seeds", "1", "--arms", "both", "-o", out, *SET]
-    code, shown, err = ioubal(*command, "--time-budget", "5")
+    code, shown, err = ioubal(*command, "--time-budget", "3.5")
     assert (code, err) == (0, "")
     assert "0 trainings finished" in shown and "the same command continues" in shown
     code, shown, err = ioubal(*command)
