@@ -123,7 +123,7 @@ def _sigmoid(
     impl = backends.choose(op, backend, logits.device, logits.dtype is torch.float64)
     check = None
     if validation.values_checked(labels):
-        check = partial(_check_sigmoid_values, op, impl, labels, logits.shape[-1], scope_ids, num_scopes)
+        check = partial(_check_values, op, impl, labels, IGNORE, logits.shape[-1], scope_ids, num_scopes)
     return impl.sigmoid_focal_loss(
         logits,
         labels,
@@ -192,7 +192,7 @@ def iou_balanced_cross_entropy(
     impl = backends.choose(op, backend, logits.device, logits.dtype is torch.float64)
     check = None
     if validation.values_checked(labels):
-        check = partial(_check_softmax_values, op, impl, labels, num_classes, scope_ids, num_scopes)
+        check = partial(_check_values, op, impl, labels, None, num_classes, scope_ids, num_scopes)
     return impl.cross_entropy(
         logits,
         labels,
@@ -327,19 +327,15 @@ def _classification(
     validation.grad_scale(op, grad_scale, device)
 
 
-def _check_sigmoid_values(
-    op: str, impl: Any, labels: Tensor, num_classes: int, scope_ids: Tensor | None, num_scopes: int | None
-) -> None:
+def _check_values(
+    op: str, impl: Any, labels: Tensor, low: int | None, num_classes: int, scope_ids: Tensor | None,
+    num_scopes: int | None,
+) -> None:  # fmt: skip
+    """Labels from `low` on are classes or marks; None: columns of a softmax, where every negative one is ignored."""
     expected = f"classes from 0 to {num_classes - 1}, -1 (background) or -2 (ignored)"
-    validation.check_labels(op, "labels", impl, labels, IGNORE, num_classes, expected)
-    _check_scope_values(op, impl, scope_ids, num_scopes)
-
-
-def _check_softmax_values(
-    op: str, impl: Any, labels: Tensor, num_classes: int, scope_ids: Tensor | None, num_scopes: int | None
-) -> None:
-    expected = f"columns from 0 to {num_classes - 1}, or negative (ignored)"
-    validation.check_labels(op, "labels", impl, labels, None, num_classes, expected)
+    if low is None:
+        expected = f"columns from 0 to {num_classes - 1}, or negative (ignored)"
+    validation.check_labels(op, "labels", impl, labels, low, num_classes, expected)
     _check_scope_values(op, impl, scope_ids, num_scopes)
 
 

@@ -79,8 +79,11 @@ class IntReader {
   int64_t operator[](int64_t offset) const {
     return wide_ ? static_cast<const int64_t*>(data_)[offset] : static_cast<const int32_t*>(data_)[offset];
   }
-  bool wide() const { return wide_; }
-  const void* data() const { return data_; }
+  // f(pointer to the elements), for loops that are worth a copy for either type.
+  template <class F>
+  auto visit(const F& f) const {
+    return wide_ ? f(static_cast<const int64_t*>(data_)) : f(static_cast<const int32_t*>(data_));
+  }
 
  private:
   const void* data_;

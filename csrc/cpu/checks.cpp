@@ -28,10 +28,9 @@ int64_t first_outside(const Int* values, int64_t count, int64_t low, int64_t hig
 }  // namespace
 
 int64_t check_labels(Tensor labels, int64_t num_classes, int64_t min_label) {
-  const IntReader label(labels);
   const int64_t count = labels.numel();
-  return label.wide() ? first_outside(static_cast<const int64_t*>(label.data()), count, min_label, num_classes)
-                      : first_outside(static_cast<const int32_t*>(label.data()), count, min_label, num_classes);
+  return IntReader(labels).visit(
+      [&](const auto* values) { return first_outside(values, count, min_label, num_classes); });
 }
 
 namespace {
@@ -42,8 +41,7 @@ int64_t check_matched_idxs(Tensor matched_idxs, TensorList gt_labels, int64_t nu
   const int64_t images = matched_idxs.size(0), anchors = matched_idxs.size(1);
   const bool padded = gt_labels.size() == 1 && gt_labels[0].dim() == 2;
   std::vector<IntReader> labels(gt_labels.begin(), gt_labels.end());
-  const IntReader matched(matched_idxs);
-  for (const Exceptional& e : find_exceptional(matched.data(), matched.wide(), images * anchors, kBackground)) {
+  for (const Exceptional& e : find_exceptional(IntReader(matched_idxs), images * anchors, kBackground)) {
     if (e.value == kIgnore) continue;
     const int64_t image = e.index / anchors;
     const int64_t boxes = padded ? gt_labels[0].size(1) : gt_labels[image].size(0);

@@ -85,9 +85,7 @@ struct SoftmaxLoss {
   }
 
   int64_t find_special_rows(int64_t first, int64_t count, int64_t* target, int64_t* special) const {
-    return label.wide()
-               ? find_special(static_cast<const int64_t*>(label.data()) + first, count, background, target, special)
-               : find_special(static_cast<const int32_t*>(label.data()) + first, count, background, target, special);
+    return label.visit([&](const auto* all) { return find_special(all + first, count, background, target, special); });
   }
 
   // A row whose loss is not finite, by the rules for infinite logits and NaN.
@@ -116,9 +114,8 @@ struct SoftmaxLoss {
 
   // The rows that are not ignored: the default divisor of a softmax loss.
   void count_rows(const Sums& sums) const {
-    sums.shared(Sums::kCount) =
-        static_cast<double>(label.wide() ? count_not_negative(static_cast<const int64_t*>(label.data()), rows)
-                                         : count_not_negative(static_cast<const int32_t*>(label.data()), rows));
+    const int64_t count = label.visit([&](const auto* all) { return count_not_negative(all, rows); });
+    sums.shared(Sums::kCount) = static_cast<double>(count);
   }
 
   // The sums alone, but for the count, from the positives' rows.
@@ -302,7 +299,6 @@ struct SoftmaxLoss {
     });
     if (compute_sums) finish_sums(sums, sums_parts);
     const std::vector<double> of_scopes = normalizers(sums);
-    const auto factor = [&](const PositiveRow& p) { return p.balance * of_scopes[p.scope]; };
     constexpr double kMost = 1e6;  // what a larger factor meets may have been too small for its dtype
     std::vector<int> too_large(blocks);
     char* const g = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
@@ -315,14 +311,15 @@ struct SoftmaxLoss {
       };
       for (size_t i = 0; i < positives[b].size(); ++i) {
         const PositiveRow& p = positives[b][i];
-        parts[b] += weighted_loss(factor(p), p.loss);
+        const double factor = p.balance * of_scopes[p.scope];
+        parts[b] += weighted_loss(factor, p.loss);
         if (!g) continue;
-        too_large[b] |= !(factor(p) <= kMost);
+        too_large[b] |= !(factor <= kMost);
         if (const char* ahead = row_ahead(i + kAhead)) prefetch_row(ahead);
         if (dtype == kFloat32) {
-          scale(reinterpret_cast<float*>(g + p.row * stride), static_cast<float>(factor(p)));
+          scale(reinterpret_cast<float*>(g + p.row * stride), static_cast<float>(factor));
         } else {
-          scale(reinterpret_cast<double*>(g + p.row * stride), factor(p));
+          scale(reinterpret_cast<double*>(g + p.row * stride), factor);
         }
       }
     });

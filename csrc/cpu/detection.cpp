@@ -82,11 +82,10 @@ class DetectionLoss {
   // or whose box has no class, or -1; such an anchor is left out and poisons the loss.
   int64_t collect() {
     constexpr size_t kAhead = 8;  // positives lie far from each other: without a prefetch each one waits for memory
-    const IntReader matched(matched_);
     const FloatReader anchors(anchors_);
     const bool own_anchors = anchors_.dim() == 3;
     const std::vector<Exceptional> found =
-        find_exceptional(matched.data(), matched.wide(), images_ * anchors_per_image_, kBackground);
+        find_exceptional(IntReader(matched_), images_ * anchors_per_image_, kBackground);
     const auto anchor_offset = [&](const Exceptional& e) {
       return (own_anchors ? e.index : e.index % anchors_per_image_) * 4;
     };

@@ -21,14 +21,13 @@ struct FlatFocal {
 
   void collect() {
     const int64_t rows = logits.size(0), columns = logits.size(1);
-    const IntReader label(labels);
     const FloatReader overlap(iou);
     if (scopes) {
       for (int64_t r = 0; r < rows; ++r) {
         if (scopes.get(r) < 0) bad.push_back(r);
       }
     }
-    for (const Exceptional& e : find_exceptional(label.data(), label.wide(), rows, kBackground)) {
+    for (const Exceptional& e : find_exceptional(IntReader(labels), rows, kBackground)) {
       const int64_t scope = scopes.get(e.index);
       if (e.value == kIgnore) {
         ignored.push_back(e.index);

@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kScanBlock = 1 << 13, kStride = 32;
 
 template <class Int>
-void scan_block(const Int* values, int64_t first, int64_t last, Int background, std::vector<Exceptional>& found) {
+void scan_block(const Int* values, int64_t first, int64_t last, int64_t background_, std::vector<Exceptional>& found) {
+  const Int background = static_cast<Int>(background_);
   int64_t i = first;
   for (; i + kStride <= last; i += kStride) {
     Int differs = 0;
@@ -30,17 +31,13 @@ void scan_block(const Int* values, int64_t first, int64_t last, Int background, 
 
 }  // namespace
 
-std::vector<Exceptional> find_exceptional(const void* values, bool wide, int64_t count, int64_t background) {
+std::vector<Exceptional> find_exceptional(const IntReader& values, int64_t count, int64_t background) {
   const int64_t blocks = (count + kScanBlock - 1) / kScanBlock;
   std::vector<std::vector<Exceptional>> found(blocks);
   torch::stable::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kScanBlock, last = std::min(count, first + kScanBlock);
-      if (wide) {
-        scan_block(static_cast<const int64_t*>(values), first, last, background, found[b]);
-      } else {
-        scan_block(static_cast<const int32_t*>(values), first, last, static_cast<int32_t>(background), found[b]);
-      }
+      values.visit([&](const auto* all) { scan_block(all, first, last, background, found[b]); });
     }
   });
   if (blocks == 1) return std::move(found[0]);

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/tensor_access.h"
+
 namespace ioubal {
 
 constexpr int64_t kBackground = -1, kIgnore = -2;
@@ -13,7 +15,7 @@ struct Exceptional {
   int64_t value;
 };
 
-// Every i with values[i] != background, ascending, whatever the number of threads.
-std::vector<Exceptional> find_exceptional(const void* values, bool wide, int64_t count, int64_t background);
+// Every i < count with values[i] != background, ascending, whatever the number of threads.
+std::vector<Exceptional> find_exceptional(const IntReader& values, int64_t count, int64_t background);
 
 }  // namespace ioubal
