@@ -1,67 +1,80 @@
-// Box decode, encode and IoU over contiguous (R, 4) tensors, element by element in double.
+// Box decode, encode and IoU over contiguous (R, 4) tensors of any mix of dtypes, computed in double.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "common/tensor_access.h"
-#include "math/iou.h"
+#include "cpu/box_tiles.h"
 
 namespace ioubal {
+
+const BoxKernels& box_kernels() {
+  const int isa = kernels().isa;
+#if defined(__x86_64__)
+  if (isa >= 4) return avx512_box_kernels();
+  if (isa >= 2) return avx2_box_kernels();
+#endif
+  (void)isa;
+  return portable_box_kernels();
+}
+
 namespace {
 
 constexpr int64_t kGrain = 1 << 13;
 
+// f(first row, rows, tiles for what it reads, values to fill) for all tiles of `out`, which has that many columns.
 template <class F>
-void for_boxes(const Tensor& t, const F& f) {
-  torch::stable::parallel_for(0, t.numel() / 4, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) f(r);
+void fill_tiles(const Tensor& out, int64_t columns, const F& f) {
+  const RowWriter writer(out, columns);
+  torch::stable::parallel_for(0, out.numel() / columns, kGrain, [&](int64_t begin, int64_t end) {
+    BoxTile in[3], filled;
+    for_tiles(begin, end, [&](int64_t first, int64_t rows) {
+      f(first, rows, in, filled.v);
+      writer.write(first, rows, filled.v);
+    });
   });
 }
 
-void write(const FloatWriter& out, int64_t r, const Quad<double>& value) {
-  for (int j = 0; j < 4; ++j) out.set(4 * r + j, value.v[j]);
-}
-
 void decode_boxes(Tensor deltas, Tensor anchors, std::vector<double> weights, int64_t coder, Tensor out) {
-  const FloatReader d(deltas), a(anchors);
-  const FloatWriter boxes(out);
+  const RowReader d(deltas, 4), a(anchors, 4);
   const Quad<double> w = to_quad(weights);
-  for_boxes(deltas, [&](int64_t r) {
-    write(boxes, r, decode_box(d.quad(4 * r, 1), a.quad(4 * r, 1), w, static_cast<BoxCoder>(coder)));
+  fill_tiles(out, 4, [&](int64_t first, int64_t rows, BoxTile* in, double* boxes) {
+    box_kernels().decode(d.read(first, rows, in[0]), a.read(first, rows, in[1]), rows, w, static_cast<BoxCoder>(coder),
+                         boxes);
   });
 }
 
 void decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, std::vector<double> weights,
                            int64_t coder, Tensor grad) {
-  const FloatReader g(grad_output), d(deltas), a(anchors);
-  const FloatWriter out(grad);
+  const RowReader g(grad_output, 4), d(deltas, 4), a(anchors, 4);
   const Quad<double> w = to_quad(weights);
-  for_boxes(deltas, [&](int64_t r) {
-    write(out, r,
-          decode_box_backward(g.quad(4 * r, 1), d.quad(4 * r, 1), a.quad(4 * r, 1), w, static_cast<BoxCoder>(coder)));
+  fill_tiles(grad, 4, [&](int64_t first, int64_t rows, BoxTile* in, double* grad_deltas) {
+    box_kernels().decode_backward(g.read(first, rows, in[0]), d.read(first, rows, in[1]), a.read(first, rows, in[2]),
+                                  rows, w, static_cast<BoxCoder>(coder), grad_deltas);
   });
 }
 
 void encode_boxes(Tensor boxes, Tensor anchors, std::vector<double> weights, int64_t coder, Tensor out) {
-  const FloatReader b(boxes), a(anchors);
-  const FloatWriter deltas(out);
+  const RowReader b(boxes, 4), a(anchors, 4);
   const Quad<double> w = to_quad(weights);
-  for_boxes(boxes, [&](int64_t r) {
-    write(deltas, r, encode_box(b.quad(4 * r, 1), a.quad(4 * r, 1), w, static_cast<BoxCoder>(coder)));
+  fill_tiles(out, 4, [&](int64_t first, int64_t rows, BoxTile* in, double* deltas) {
+    box_kernels().encode(b.read(first, rows, in[0]), a.read(first, rows, in[1]), rows, w, static_cast<BoxCoder>(coder),
+                         deltas);
   });
 }
 
 void paired_box_iou(Tensor boxes1, Tensor boxes2, Tensor out) {
-  const FloatReader a(boxes1), b(boxes2);
-  const FloatWriter iou(out);
-  for_boxes(boxes1, [&](int64_t r) { iou.set(r, box_iou(a.quad(4 * r, 1), b.quad(4 * r, 1))); });
+  const RowReader a(boxes1, 4), b(boxes2, 4);
+  fill_tiles(out, 1, [&](int64_t first, int64_t rows, BoxTile* in, double* iou) {
+    box_kernels().paired_iou(a.read(first, rows, in[0]), b.read(first, rows, in[1]), rows, iou);
+  });
 }
 
 void delta_iou_op(Tensor pred, Tensor target, std::vector<double> weights, int64_t coder, Tensor out) {
-  const FloatReader p(pred), t(target);
-  const FloatWriter iou(out);
+  const RowReader p(pred, 4), t(target, 4);
   const Quad<double> w = to_quad(weights);
-  for_boxes(pred, [&](int64_t r) {
-    iou.set(r, delta_iou(p.quad(4 * r, 1), t.quad(4 * r, 1), w, static_cast<BoxCoder>(coder)));
+  fill_tiles(out, 1, [&](int64_t first, int64_t rows, BoxTile* in, double* iou) {
+    box_kernels().delta_iou(p.read(first, rows, in[0]), t.read(first, rows, in[1]), rows, w,
+                            static_cast<BoxCoder>(coder), iou);
   });
 }
 

@@ -11,15 +11,6 @@
 
 namespace ioubal {
 
-inline DtypeIndex dtype_index(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: return kFloat64;
-  }
-}
-
 struct FocalParameters {
   double eta, alpha, gamma, eps;  // alpha < 0: none
   double positive_factor() const { return alpha < 0 ? 1.0 : alpha; }

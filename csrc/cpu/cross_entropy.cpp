@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cpu/classification.h"
+#include "cpu/dtypes.h"
 #include "cpu/checks.h"
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
@@ -56,7 +57,7 @@ struct SoftmaxLoss {
   double eta, eps;
 
   const int64_t rows = logits.size(0), columns = logits.size(1);
-  const DtypeIndex dtype = dtype_index(logits);
+  const DtypeIndex dtype = dtype_index(logits.scalar_type());
   const int64_t stride = columns * logits.element_size();
   const char* const x = static_cast<const char*>(logits.const_data_ptr());
   const IntReader label{labels};

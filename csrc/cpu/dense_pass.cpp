@@ -8,21 +8,13 @@
 #include <map>
 
 #include "common/tensor_access.h"
+#include "cpu/dtypes.h"
 
 namespace ioubal {
 namespace {
 
 // Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
 constexpr int64_t kManySkips = 128;
-
-int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-ScalarType scalar_type(int dtype) {
-  return dtype == kFloat64    ? ScalarType::Double
-         : dtype == kFloat32  ? ScalarType::Float
-         : dtype == kBFloat16 ? ScalarType::BFloat16
-                              : ScalarType::Half;
-}
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/detection_inputs.h"
+#include "cpu/dtypes.h"
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
 #include "cpu/scan.h"
@@ -52,7 +53,7 @@ class DetectionLoss {
       const Tensor& x = logits[l];
       Level level;
       level.logits = static_cast<const char*>(x.const_data_ptr());
-      level.dtype = dtype_index(x);
+      level.dtype = dtype_index(x.scalar_type());
       level.item = x.element_size();
       level.logit_at = FloatReader(x);
       level.delta_at = FloatReader(deltas[l]);

@@ -3,6 +3,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/classification.h"
+#include "cpu/dtypes.h"
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
 #include "cpu/scan.h"
@@ -100,7 +101,7 @@ struct FlatFocal {
   double run(const Sums& sums, bool compute_sums, const Tensor* out, double loss_scale, double out_scale,
              Output output) {
     DensePass pass = dense(out, loss_scale, out_scale);
-    double total = pass(dtype_index(logits), focal.gamma, output);
+    double total = pass(dtype_index(logits.scalar_type()), focal.gamma, output);
     for (size_t i = 0; i < positives.size(); ++i) {
       positives[i].meet(pass.positives()[i], focal);
       if (compute_sums) positives[i].add_to(sums);

@@ -8,10 +8,12 @@
 namespace ioubal {
 
 // iou_power; for the usual exponent without pow, which takes as long as the rest of a positive's arithmetic.
-inline double fast_iou_power(double iou, double exponent) {
+template <class T>
+IOUBAL_HD T fast_iou_power(T iou, double exponent) {
+  using std::sqrt;
   if (exponent != 1.5) return iou_power(iou, exponent);
-  const double clamped = clamp(iou, 0.0, 1.0);
-  return clamped * std::sqrt(clamped);
+  const T clamped = clamp(iou, T(0), T(1));
+  return clamped * sqrt(clamped);
 }
 
 }  // namespace ioubal

@@ -6,9 +6,7 @@
 
 #include "common/sums.h"
 #include "common/tensor_access.h"
-#include "cpu/power.h"
-#include "math/iou.h"
-#include "math/smooth_l1.h"
+#include "cpu/box_tiles.h"
 
 namespace ioubal {
 namespace {
@@ -20,11 +18,8 @@ class SmoothL1Loss {
   SmoothL1Loss(const Tensor& pred, const Tensor& target, const OptionalTensor& iou, const OptionalTensor& weight,
                const OptionalTensor& scope_ids, int64_t num_scopes, double lambda, double beta, double w_loc,
                double eps, bool normalize, const std::vector<double>& box_weights)
-      : pred_(pred),
-        target_(target),
-        iou_(iou),
-        weight_(weight),
-        weight_columns_(weight ? weight->dim() : 0),
+      : pred_(pred, 4),
+        target_(target, 4),
         scopes_(scope_ids, num_scopes),
         rows_(pred.size(0)),
         lambda_(lambda),
@@ -32,23 +27,29 @@ class SmoothL1Loss {
         w_loc_(w_loc),
         eps_(eps),
         normalize_(normalize),
-        box_weights_(to_quad(box_weights)) {}
+        box_weights_(to_quad(box_weights)) {
+    if (iou) iou_.emplace(*iou, 1);
+    if (weight) weight_.emplace(*weight, weight->dim() == 2 ? 4 : 1);
+  }
 
   void add_up(const Tensor& sums_tensor) const {
     const int64_t per_block = 4 * (1 + scopes_.count());
     std::vector<double> parts(blocks() * per_block);
-    for_blocks([&](int64_t b, int64_t first, int64_t last) {
+    for_blocks([&](int64_t b, int64_t begin, int64_t end) {
       const Sums sums{parts.data() + b * per_block};
-      sums.shared(Sums::kCount) = static_cast<double>(last - first);
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t scope = scopes_.get(r);
-        if (scope < 0) {
-          sums.shared(Sums::kBad) += 1;
-        } else if (normalize_) {
-          const Row terms = row(r);
-          sums.add(scope, Sums::kLocPlain, terms.loss, terms.balance);
+      sums.shared(Sums::kCount) = static_cast<double>(end - begin);
+      Terms terms;
+      for_tiles(begin, end, [&](int64_t first, int64_t rows) {
+        if (normalize_) compute(first, rows, terms);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t scope = scopes_.get(first + i);
+          if (scope < 0) {
+            sums.shared(Sums::kBad) += 1;
+          } else if (normalize_) {
+            sums.add(scope, Sums::kLocPlain, terms.loss.v[i], terms.balance.v[i]);
+          }
         }
-      }
+      });
     });
     double* total = static_cast<double*>(sums_tensor.mutable_data_ptr());
     std::fill(total, total + per_block, 0.0);
@@ -62,27 +63,31 @@ class SmoothL1Loss {
   double run(const Tensor& sums_tensor, const Tensor* each, const Tensor* out, double out_scale,
              const Tensor* grad_rows) const {
     const Sums sums = sums_of(sums_tensor);
-    std::optional<FloatWriter> each_row, gradient;
-    std::optional<FloatReader> grad_row;
-    if (each) each_row.emplace(*each);
-    if (out) gradient.emplace(*out);
-    if (grad_rows) grad_row.emplace(*grad_rows);
+    std::optional<RowWriter> each_row, gradient;
+    std::optional<RowReader> grad_row;
+    if (each) each_row.emplace(*each, 1);
+    if (out) gradient.emplace(*out, 4);
+    if (grad_rows) grad_row.emplace(*grad_rows, 1);
     std::vector<double> parts(blocks());
-    for_blocks([&](int64_t b, int64_t first, int64_t last) {
+    for_blocks([&](int64_t b, int64_t begin, int64_t end) {
       double sum = 0;
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t scope = scopes_.get(r);
-        const Row terms = row(r);
-        double w = scope < 0 ? NAN : w_loc_ * terms.balance;
-        if (normalize_ && scope >= 0) w *= sums.loc_normalizer(scope, eps_);
-        const double loss = weighted_loss(w, terms.loss);
-        if (each_row) each_row->set(r, loss);
-        if (gradient) {
-          const double scale = w * (grad_row ? (*grad_row)[r] : out_scale);
-          for (int j = 0; j < 4; ++j) gradient->set(4 * r + j, scale * terms.grad.v[j]);
+      Terms terms;
+      BoxTile scale;
+      for_tiles(begin, end, [&](int64_t first, int64_t rows) {
+        compute(first, rows, terms);
+        if (grad_row) grad_row->read(first, rows, scale);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t scope = scopes_.get(first + i);
+          double w = scope < 0 ? NAN : w_loc_ * terms.balance.v[i];
+          if (normalize_ && scope >= 0) w *= sums.loc_normalizer(scope, eps_);
+          terms.loss.v[i] = weighted_loss(w, terms.loss.v[i]);
+          sum += terms.loss.v[i];
+          const double factor = w * (grad_row ? scale.v[i] : out_scale);
+          for (int j = 0; j < 4; ++j) terms.grad.v[4 * i + j] *= factor;
         }
-        sum += loss;
-      }
+        if (each_row) each_row->write(first, rows, terms.loss.v);
+        if (gradient) gradient->write(first, rows, terms.grad.v);
+      });
       parts[b] = sum;
     });
     double total = 0;
@@ -91,26 +96,24 @@ class SmoothL1Loss {
   }
 
  private:
-  struct Row {
-    double loss, balance;
-    Quad<double> grad;
+  // A tile's rows: what is read, and what they are without w_loc and the normaliser.
+  struct Terms {
+    BoxTile pred, target, weight, iou, loss, balance, grad;
   };
 
-  Row row(int64_t r) const {
-    const Quad<double> p = pred_.quad(4 * r, 1), t = target_.quad(4 * r, 1);
-    Row out;
-    out.loss = 0;
-    for (int j = 0; j < 4; ++j) {
-      const Term<double> term = smooth_l1(p.v[j] - t.v[j], beta_);
-      const double w = weight_.get(weight_columns_ == 2 ? 4 * r + j : r, 1.0);
-      out.loss += w * term.loss;
-      out.grad.v[j] = w * term.grad;
-    }
-    out.balance = 1.0;
-    if (lambda_ != 0) {
-      out.balance = fast_iou_power(iou_ ? iou_.reader()[r] : delta_iou(p, t, box_weights_, BoxCoder::kDelta), lambda_);
-    }
-    return out;
+  void compute(int64_t first, int64_t rows, Terms& terms) const {
+    SmoothL1Tile tile;
+    tile.pred = pred_.read(first, rows, terms.pred);
+    tile.target = target_.read(first, rows, terms.target);
+    tile.weight = weight_ ? weight_->read(first, rows, terms.weight) : nullptr;
+    tile.weight_columns = weight_ ? weight_->columns() : 0;
+    tile.iou = iou_ && lambda_ != 0 ? iou_->read(first, rows, terms.iou) : nullptr;
+    tile.beta = beta_;
+    tile.lambda = lambda_;
+    tile.loss = terms.loss.v;
+    tile.balance = terms.balance.v;
+    tile.grad = terms.grad.v;
+    box_kernels().smooth_l1(tile, rows, box_weights_);
   }
 
   int64_t blocks() const { return (rows_ + kRowsPerBlock - 1) / kRowsPerBlock; }
@@ -122,9 +125,8 @@ class SmoothL1Loss {
     });
   }
 
-  FloatReader pred_, target_;
-  OptionalFloats iou_, weight_;
-  int64_t weight_columns_;
+  RowReader pred_, target_;
+  std::optional<RowReader> iou_, weight_;
   Scopes scopes_;
   int64_t rows_;
   double lambda_, beta_, w_loc_, eps_;

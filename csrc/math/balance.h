@@ -6,9 +6,11 @@
 namespace ioubal {
 
 // iou^exponent with iou clamped to [0, 1]; anything^0 = 1, also 0^0.
-template <class T>
-IOUBAL_HD T iou_power(T iou, T exponent) {
-  return exponent == T(0) ? T(1) : std::pow(clamp(iou, T(0), T(1)), exponent);
+template <class T, class Exponent>
+IOUBAL_HD T iou_power(T iou, Exponent exponent) {
+  using std::pow;
+  if (exponent == Exponent(0)) return T(1);
+  return pow(clamp(iou, T(0), T(1)), T(exponent));
 }
 
 // S / (D + eps): the factor that keeps the positives' sum unchanged. A denominator of exactly 0 gives 0, never NaN.

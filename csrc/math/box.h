@@ -27,7 +27,8 @@ struct Quad {
 // A size, or one of the fovea coder's distances, in units of the anchor's.
 template <class T>
 IOUBAL_HD T decode_size(T delta, T weight) {
-  return std::exp(clamp(delta / weight, -max_log_ratio<T>(), max_log_ratio<T>()));
+  using std::exp;
+  return exp(clamp(delta / weight, -max_log_ratio<T>(), max_log_ratio<T>()));
 }
 
 template <class T>
@@ -52,15 +53,16 @@ template <class T>
 IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas, const Quad<T>& anchor,
                                       const Quad<T>& weights, BoxCoder coder) {
   const T size[2] = {anchor.v[2] - anchor.v[0], anchor.v[3] - anchor.v[1]};
+  using std::exp;
   const T limit = max_log_ratio<T>();
   Quad<T> out;
   for (int axis = 0; axis < 2; ++axis) {
     const T low = grad.v[axis], high = grad.v[axis + 2], w0 = weights.v[axis], w1 = weights.v[axis + 2];
     const T t0 = deltas.v[axis] / w0, t1 = deltas.v[axis + 2] / w1;
     // Beyond the clamp the box does not move: gradient 0 (NaN deltas stay NaN).
-    const T slope1 = t1 > limit || t1 < -limit ? T(0) : size[axis] * std::exp(t1) / w1;
+    const T slope1 = select((t1 > limit) | (t1 < -limit), T(0), size[axis] * exp(t1) / w1);
     if (coder == BoxCoder::kFovea) {
-      const T slope0 = t0 > limit || t0 < -limit ? T(0) : size[axis] * std::exp(t0) / w0;
+      const T slope0 = select((t0 > limit) | (t0 < -limit), T(0), size[axis] * exp(t0) / w0);
       out.v[axis] = -low * slope0;
       out.v[axis + 2] = high * slope1;
     } else {
@@ -75,19 +77,20 @@ IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas
 // and float32 would lose the difference of two centres.
 template <class T>
 IOUBAL_HD Quad<T> encode_box(const Quad<T>& box, const Quad<T>& anchor, const Quad<T>& weights, BoxCoder coder) {
+  using std::log;
   const T width = anchor.v[2] - anchor.v[0], height = anchor.v[3] - anchor.v[1];
   const T left = anchor.v[0] - box.v[0], top = anchor.v[1] - box.v[1];
   const T right = box.v[2] - anchor.v[2], bottom = box.v[3] - anchor.v[3];
   if (coder == BoxCoder::kFovea) {
     const T high = max_fovea_distance<T>(), low = T(1) / high;
-    return {{weights.v[0] * std::log(clamp((left + T(0.5) * width) / width, low, high)),
-             weights.v[1] * std::log(clamp((top + T(0.5) * height) / height, low, high)),
-             weights.v[2] * std::log(clamp((right + T(0.5) * width) / width, low, high)),
-             weights.v[3] * std::log(clamp((bottom + T(0.5) * height) / height, low, high))}};
+    return {{weights.v[0] * log(clamp((left + T(0.5) * width) / width, low, high)),
+             weights.v[1] * log(clamp((top + T(0.5) * height) / height, low, high)),
+             weights.v[2] * log(clamp((right + T(0.5) * width) / width, low, high)),
+             weights.v[3] * log(clamp((bottom + T(0.5) * height) / height, low, high))}};
   }
   const T box_w = box.v[2] - box.v[0], box_h = box.v[3] - box.v[1];
   return {{weights.v[0] * (T(0.5) * (right - left)) / width, weights.v[1] * (T(0.5) * (bottom - top)) / height,
-           weights.v[2] * std::log(box_w / width), weights.v[3] * std::log(box_h / height)}};
+           weights.v[2] * log(box_w / width), weights.v[3] * log(box_h / height)}};
 }
 
 // True when a side is not positive. NaN is not degenerate: it must reach the loss.

@@ -6,7 +6,7 @@
 
 #if defined(__CUDACC__)
 #define IOUBAL_HD __host__ __device__ __forceinline__
-#else
+#elif !defined(IOUBAL_HD)  // else a file that compiles the formulas for one instruction set
 #define IOUBAL_HD inline
 #endif
 
@@ -19,10 +19,16 @@ struct Term {
   T grad;
 };
 
+// `?:` for formulas that are evaluated on vectors as well, both sides always.
+template <class T>
+IOUBAL_HD T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+
 // Comparisons written so that a NaN first argument is returned, never hidden.
 template <class T>
 IOUBAL_HD T clamp(T value, T low, T high) {
-  return value < low ? low : (value > high ? high : value);
+  return select(value < low, low, select(value > high, high, value));
 }
 
 }  // namespace ioubal

@@ -7,11 +7,12 @@ namespace ioubal {
 
 template <class T>
 IOUBAL_HD Term<T> smooth_l1(T difference, T beta) {
-  const T magnitude = std::fabs(difference);
-  if (magnitude < beta) return {T(0.5) * difference * difference / beta, difference / beta};
+  using std::fabs;
+  const T magnitude = fabs(difference), quotient = difference / beta;
   // The sign of 0 is 0 (beta = 0) and the sign of NaN stays NaN.
-  const T sign = difference > T(0) ? T(1) : (difference < T(0) ? T(-1) : difference);
-  return {magnitude - T(0.5) * beta, sign};
+  const T sign = select(difference > T(0), T(1), select(difference < T(0), T(-1), difference));
+  return {select(magnitude < beta, T(0.5) * difference * quotient, magnitude - T(0.5) * beta),
+          select(magnitude < beta, quotient, sign)};
 }
 
 }  // namespace ioubal
