@@ -60,9 +60,12 @@ IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas
     const T low = grad.v[axis], high = grad.v[axis + 2], w0 = weights.v[axis], w1 = weights.v[axis + 2];
     const T t0 = deltas.v[axis] / w0, t1 = deltas.v[axis + 2] / w1;
     // Beyond the clamp the box does not move: gradient 0 (NaN deltas stay NaN).
-    const T slope1 = select((t1 > limit) | (t1 < -limit), T(0), size[axis] * exp(t1) / w1);
+    const auto slope = [&](T t, T w) {
+      return choose((t > limit) | (t < -limit), [] { return T(0); }, [&] { return size[axis] * exp(t) / w; });
+    };
+    const T slope1 = slope(t1, w1);
     if (coder == BoxCoder::kFovea) {
-      const T slope0 = select((t0 > limit) | (t0 < -limit), T(0), size[axis] * exp(t0) / w0);
+      const T slope0 = slope(t0, w0);
       out.v[axis] = -low * slope0;
       out.v[axis + 2] = high * slope1;
     } else {

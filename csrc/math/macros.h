@@ -25,6 +25,12 @@ IOUBAL_HD T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
+// The same of functions, of which a scalar evaluates one.
+template <class A, class B>
+IOUBAL_HD auto choose(bool condition, const A& a, const B& b) {
+  return condition ? a() : b();
+}
+
 // Comparisons written so that a NaN first argument is returned, never hidden.
 template <class T>
 IOUBAL_HD T clamp(T value, T low, T high) {

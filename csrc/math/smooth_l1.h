@@ -8,11 +8,17 @@ namespace ioubal {
 template <class T>
 IOUBAL_HD Term<T> smooth_l1(T difference, T beta) {
   using std::fabs;
-  const T magnitude = fabs(difference), quotient = difference / beta;
+  const T magnitude = fabs(difference);
+  const auto near = [&]() -> Term<T> {
+    const T slope = difference / beta;
+    return {T(0.5) * difference * difference / beta, slope};
+  };
   // The sign of 0 is 0 (beta = 0) and the sign of NaN stays NaN.
-  const T sign = select(difference > T(0), T(1), select(difference < T(0), T(-1), difference));
-  return {select(magnitude < beta, T(0.5) * difference * quotient, magnitude - T(0.5) * beta),
-          select(magnitude < beta, quotient, sign)};
+  const auto far = [&]() -> Term<T> {
+    const T sign = select(difference > T(0), T(1), select(difference < T(0), T(-1), difference));
+    return {magnitude - T(0.5) * beta, sign};
+  };
+  return choose(magnitude < beta, near, far);
 }
 
 }  // namespace ioubal

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_iou
 
+import ioubal_kernels as ik
 from ioubal_kernels import testing, testing_matching
 from ioubal_kernels.reference_terms import focal_term
 
@@ -37,6 +38,7 @@ def kernels(tmp_path_factory):
     loaded.focal.restype = ctypes.c_double
     loaded.softmax.restype = None
     loaded.match.restype = ctypes.c_int64
+    loaded.box_rows.restype = None
     return loaded
 
 
@@ -202,3 +204,53 @@ def test_matching(kernels, kind, count):
     assert kernels.match(
         *(tensors[0], i64(count), i64(whole), tensors[1], i64(places), f32(0.5), f32(0.25)), *tensors[2:]
     ) == -1  # fmt: skip
+
+
+def call_boxes(kernels, function, a, b, *, box_coder="delta", beta=0.1, lambda_=1.5):
+    """(out, losses, balances); the coder's weights are 10, 10, 5, 5."""
+    rows, columns = len(a), 1 if function in ("iou", "delta_iou") else 4
+    out, terms = torch.full((rows, columns), float("nan"), dtype=a.dtype), torch.zeros(2, rows, dtype=torch.float64)
+    i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    kernels.box_rows(
+        *(
+            ("decode", "encode", "iou", "delta_iou", "smooth_l1").index(function),
+            (*DTYPES, torch.float64).index(a.dtype),
+        ),
+        *(pointer(a.data_ptr()), pointer(b.data_ptr()), i64(rows), int(box_coder == "fovea")),
+        *(f64(beta), f64(lambda_), pointer(out.data_ptr()), pointer(terms.data_ptr())),
+    )
+    return out.squeeze(1) if columns == 1 else out, *terms
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("rows", (1, 7, 8, 9, 64, 131))
+def test_boxes(kernels, rows, dtype):
+    """Coders, IoU and smooth L1 of rows, ends of vectors and tiles among them."""
+    g = torch.Generator().manual_seed(rows)
+    corner, size = torch.rand(rows, 2, generator=g) * 20, torch.rand(rows, 2, generator=g) * 9 + 1
+    anchors = torch.cat((corner, corner + size), 1).to(dtype)
+    boxes = torch.cat((corner - 0.5, corner + size * 0.7), 1).to(dtype)
+    pred = torch.randn(rows, 4, generator=g).to(dtype)
+    target = (pred.float() + torch.randn(rows, 4, generator=g) * 0.5).to(dtype)
+    a, b, p, t = (x.double() for x in (anchors, boxes, pred, target))
+    coder = {"weights": (10.0, 10.0, 5.0, 5.0), "backend": "reference"}
+    for name in ("delta", "fovea"):
+        o = {**coder, "box_coder": name}
+        for function, given, want in (
+            ("decode", (pred, anchors), ik.decode_boxes(p, a, **o)),
+            ("encode", (boxes, anchors), ik.encode_boxes(b, a, **o)),
+            ("delta_iou", (pred, target), ik.delta_iou(p, t, **o)),
+        ):
+            out = call_boxes(kernels, function, *given, box_coder=name)[0]
+            testing.assert_close_budget(out, want, dtype, floor=1e-12, what=f"{function}, {name}")
+    want = ik.paired_box_iou(b, a, backend="reference")
+    testing.assert_close_budget(call_boxes(kernels, "iou", boxes, anchors)[0], want, dtype, what="iou")
+    for beta, lambda_ in ((0.1, 1.5), (0.0, 0.0), (0.5, 0.8)):
+        grad, loss, balance = call_boxes(kernels, "smooth_l1", pred, target, beta=beta, lambda_=lambda_)
+        leaf = p.clone().requires_grad_()
+        each = F.smooth_l1_loss(leaf, t, beta=beta, reduction="none").sum(1)
+        (want,) = torch.autograd.grad(each.sum(), leaf)
+        weight = ik.delta_iou(p, t, **coder) ** lambda_ if lambda_ else torch.ones(rows, dtype=torch.float64)
+        testing.assert_close_budget(grad, want, dtype, floor=1e-12, what="gradient")
+        testing.assert_close_budget(loss, each.detach(), torch.float64, what="losses")
+        testing.assert_close_budget(balance, weight, torch.float64, what="balances")

@@ -3,8 +3,12 @@
 #include <vector>
 
 #include "avx512_emulation.h"
+#include "cpu/box_rows.h"
 #include "cpu/isa.h"
 #include "cpu/matching.h"
+#include "cpu/power.h"
+#include "math/iou.h"
+#include "math/smooth_l1.h"
 
 #define INLINE static inline
 #define NOINLINE __attribute__((noinline))
@@ -12,13 +16,13 @@
 
 using c10::BFloat16;
 using c10::Half;
+using ioubal::kSoftmaxRows;
 using ioubal::Output;
 using ioubal::PeriodicMask;
-using ioubal::SoftmaxTile;
-using ioubal::kSoftmaxRows;
-using ioubal::SoftmaxRows;
 using ioubal::softmax_buffer;
 using ioubal::softmax_tile_rows;
+using ioubal::SoftmaxRows;
+using ioubal::SoftmaxTile;
 
 namespace avx512 {
 using namespace ioubal;
@@ -28,6 +32,7 @@ using namespace ioubal;
 #include "cpu/focal_dense.inc"
 #include "cpu/matching.inc"
 #include "cpu/softmax_rows.inc"
+#include "cpu/box_rows.inc"
 #undef IOUBAL_ISA
 }  // namespace avx512
 
@@ -116,4 +121,37 @@ extern "C" int64_t match(const float* anchors, int64_t count, int64_t whole, con
   }
   kernels.write64(best, count, high, low, matched);
   return bounds.regular ? listed : -1;
+}
+
+// `function` of rows of a and b in a dtype, in tiles: 0 decode, 1 encode, 2 IoU, 3 IoU of deltas, 4 smooth L1 (its
+// gradient in out, its losses and balances in terms).
+extern "C" void box_rows(int function, int dtype, const void* a_, const void* b_, int64_t rows, int fovea, double beta,
+                         double lambda, void* out_, double* terms) {
+  using namespace ioubal;
+  const BoxKernels& kernels = avx512::box_table;
+  const int64_t size = dtype == kFloat64   ? 8
+                       : dtype == kFloat32 ? 4
+                                           : 2,
+                columns = function == 2 || function == 3 ? 1 : 4;
+  const Quad<double> weights = {{10, 10, 5, 5}};
+  const BoxCoder coder = fovea ? BoxCoder::kFovea : BoxCoder::kDelta;
+  const char *a = static_cast<const char*>(a_), *b = static_cast<const char*>(b_);
+  char* out = static_cast<char*>(out_);
+  double in[2][4 * kBoxRows] = {}, result[4 * kBoxRows], loss[kBoxRows], balance[kBoxRows];
+  for (int64_t first = 0; first < rows; first += kBoxRows) {
+    const int64_t count = std::min(kBoxRows, rows - first);
+    kernels.load[dtype](a + first * 4 * size, 4 * count, in[0]);
+    kernels.load[dtype](b + first * 4 * size, 4 * count, in[1]);
+    if (function == 0) kernels.decode(in[0], in[1], count, weights, coder, result);
+    if (function == 1) kernels.encode(in[0], in[1], count, weights, coder, result);
+    if (function == 2) kernels.paired_iou(in[0], in[1], count, result);
+    if (function == 3) kernels.delta_iou(in[0], in[1], count, weights, coder, result);
+    if (function == 4) {
+      SmoothL1Tile tile = {in[0], in[1], nullptr, 0, nullptr, beta, lambda, loss, balance, result};
+      kernels.smooth_l1(tile, count, weights);
+      std::copy_n(loss, count, terms + first);
+      std::copy_n(balance, count, terms + rows + first);
+    }
+    kernels.store[dtype](result, columns * count, out + first * columns * size);
+  }
 }
