@@ -8,7 +8,7 @@ import torch
 
 from ioubal_kernels import testing
 
-from . import flat, matching, retinanet
+from . import boxes, flat, matching, retinanet
 from .flat import Softmax
 from .retinanet import RetinaNet
 from .work import Case, short
@@ -49,24 +49,25 @@ def softmax(shape: tuple[str, int, int], dtype: torch.dtype, peers: bool = True)
     return Case(case.name, f"softmax {shape[0]}", what, partial(flat.softmax, case=case), 30.0)
 
 
-def boxes(dtype: torch.dtype) -> list[Case]:
-    rows, decoded = 1 << 20, 200_700
+def box_functions(dtype: torch.dtype) -> list[Case]:
+    rows, anchors = 1 << 20, 200_700
     name = short(dtype)
-    return [
+    smooth_l1 = Case(
+        f"smooth-l1/{rows}/{name}",
+        "small",
+        f"smooth L1 of {rows} boxes, {name}",
+        partial(boxes.smooth_l1, rows=rows, dtype=dtype),
+        5.0,
+    )
+    return [smooth_l1] + [
         Case(
-            f"smooth-l1/{rows}/{name}",
+            f"{function}/{anchors}/{name}",
             "small",
-            f"smooth L1 of {rows} boxes, {name}",
-            partial(flat.smooth_l1, rows=rows, dtype=dtype),
-            5.0,
-        ),
-        Case(
-            f"decode/{decoded}/{name}",
-            "small",
-            f"decoding {decoded} boxes, {name}",
-            partial(flat.decode, rows=decoded, dtype=dtype),
+            f"{function} of {anchors} boxes, {name}",
+            partial(boxes.function, name=function, rows=anchors, dtype=dtype),
             3.0,
-        ),
+        )
+        for function in boxes.FUNCTIONS
     ]
 
 
@@ -95,14 +96,14 @@ def all_cases(device: str) -> list[Case]:
     listed += [heads(first, layout, F16, peers=device == "cuda" and layout == "flat") for layout in testing.LAYOUTS]
     listed += [heads(batch, "flat", F32, peers=True) for batch in others]
     listed += [other_classes(classes, F32) for classes in (20, 1203)]
-    listed += boxes(F32)
+    listed += box_functions(F32)
     listed += [heads(batch, layout, dtype) for batch in others for layout in testing.LAYOUTS for dtype in DTYPES]
     listed += [softmax(shape, F32, False) for shape in (SSD512, LVIS, VOC)]
     listed += [softmax(shape, dtype, False) for shape in (SSD300, RCNN, LVIS) for dtype in (BF16, F16)]
     listed += [softmax(TUNING, F16, False)]
     listed += [other_classes(classes, BF16) for classes in (20, 1203)]
     for dtype in (BF16, F16):
-        listed += boxes(dtype)
+        listed += box_functions(dtype)
     unique = {case.name: case for case in reversed(listed)}  # the first of a name wins
     order = list(dict.fromkeys(case.name for case in listed))
     return [unique[name] for name in order if device in unique[name].devices]

@@ -1,11 +1,10 @@
-"""The flat losses and the box coder, beside PyTorch's own: softmax cross entropy, smooth L1, decoding, small calls."""
+"""Softmax cross entropy beside PyTorch's own, and what a small call costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,87 +134,6 @@ def softmax(bench: Bench, case: Softmax) -> Problem:
     }
     moved = {BOTH: 2 * size + 12 * rows, INFERENCE: size + 12 * rows}
     return Problem(facts, contenders, rows * case.columns, case.dtype, sets, moved)
-
-
-# ---------------------------------------------------------------------------------------------- boxes
-
-
-def smooth_l1(bench: Bench, rows: int, dtype: torch.dtype) -> Problem:
-    rows = DRY_ROWS if bench.small else rows
-    size = rows * 4 * torch.finfo(dtype).bits // 8
-    sets = sets_beyond_cache(2 * size, bench.device)
-
-    def draw(seed: int) -> tuple[Tensor, Tensor]:
-        g = torch.Generator(bench.device).manual_seed(seed)
-        target = torch.randn(rows, 4, generator=g, device=bench.device) * 0.5
-        pred = target + torch.randn(rows, 4, generator=g, device=bench.device) * 0.3
-        return pred.to(dtype).requires_grad_(), target.to(dtype)
-
-    draws = [draw(seed) for seed in range(sets)]
-
-    def plain(x: Tensor, target: Tensor) -> Tensor:
-        return F.smooth_l1_loss(x, target, beta=1 / 9, reduction="sum") / rows
-
-    def contender(path: str, computes: str, loss: Any, oracle: Any, facts: dict[str, Any]) -> Contender:
-        def check(_: Work, results: list[Tensor]) -> None:
-            pred, target = draws[0]
-            wide = pred.detach().double().requires_grad_()
-            want = Work(lambda: [oracle(wide, target.double())], [wide]).both()
-            if path != "fused":
-                assert_norms(results, want, dtype, path)
-                return
-            testing.assert_close_budget(results[0], want[0], torch.float32, "loss", what=path)
-            testing.assert_close_budget(results[1], want[1], dtype, what=path)
-
-        make = lambda i: Work(lambda: [loss(*draws[max(i, 0)])], [draws[max(i, 0)][0]])  # noqa: E731
-        return Contender(path, computes, make, check, "every element at full size", (BOTH,), facts)
-
-    reference = partial(ik.iou_balanced_smooth_l1_loss, backend="reference")
-    contenders = [
-        contender(
-            "fused",
-            "IoU-balanced smooth L1, the IoU from the deltas",
-            partial(ik.iou_balanced_smooth_l1_loss, backend=backend),
-            reference,
-            {"backend": backend},
-        )
-        for backend in bench.backends
-    ]
-    contenders.append(contender("F.smooth_l1_loss", "plain smooth L1", plain, plain, {}))
-    facts = {"case": "smooth l1", "rows": rows, "dtype": short(dtype)}
-    return Problem(facts, contenders, rows * 4, dtype, sets, {BOTH: 3 * size}, "coordinate")
-
-
-def decode(bench: Bench, rows: int, dtype: torch.dtype) -> Problem:
-    """Deltas and anchors in, float32 boxes out."""
-    rows = DRY_ROWS if bench.small else rows
-    size = rows * 4 * torch.finfo(dtype).bits // 8
-    sets = sets_beyond_cache(rows * 48, bench.device)
-    draws = []
-    for seed in range(sets):
-        g = torch.Generator(bench.device).manual_seed(seed)
-        deltas = (torch.randn(rows, 4, generator=g, device=bench.device) * 0.2).to(dtype)
-        corner = torch.rand(rows, 2, generator=g, device=bench.device) * 200
-        draws.append((deltas, torch.cat([corner, corner + 40], 1)))
-
-    def check(_: Work, results: list[Tensor]) -> None:
-        want = ik.decode_boxes(draws[0][0].double(), draws[0][1].double(), backend="reference")
-        # Corners are differences of coordinates up to 300: three roundings of that are 10 times the budget.
-        testing.assert_close_budget(results[0], want, torch.float32, "gradient", 10.0, what="decode")
-
-    def contender(path: str, call: Callable[[Tensor, Tensor], Tensor], facts: dict[str, Any]) -> Contender:
-        make = lambda i: Work(lambda: [call(*draws[max(i, 0)])])  # noqa: E731
-        return Contender(path, "decoded boxes", make, check, "every element at full size", (INFERENCE,), facts)
-
-    contenders = [
-        contender("fused", partial(ik.decode_boxes, backend=backend), {"backend": backend})
-        for backend in bench.backends
-    ]
-    contenders.append(
-        contender("reference backend", partial(ik.decode_boxes, backend="reference"), {"backend": "reference"})
-    )
-    facts = {"case": "decode", "rows": rows, "dtype": short(dtype)}
-    return Problem(facts, contenders, rows * 4, dtype, sets, {INFERENCE: size + rows * 32}, "coordinate")
 
 
 # ---------------------------------------------------------------------------------------------- small calls

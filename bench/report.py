@@ -16,7 +16,7 @@ from . import machine, results
 from .results import Stored
 from .table import milliseconds
 from .timing import Row
-from .work import COPY, INFERENCE
+from .work import BOTH, COPY, INFERENCE
 
 PROGRAM = "ioubal bench report"
 FILES = ("README.md", "bench/README.md", "docs/performance.md")
@@ -144,6 +144,32 @@ def softmax_table(stored: Stored) -> str:
     return table(stored, lines, ours, "IoU-balanced softmax cross entropy, 200,000 x 81, float32, forward + backward")
 
 
+def boxes_table(stored: Stored) -> str:
+    """Smooth L1 and the box functions."""
+    cases = [("smooth-l1/1048576/float32", "`iou_balanced_smooth_l1_loss`, forward + backward", BOTH)]
+    cases += [
+        (f"{name}/200700/float32", f"`{function}`", INFERENCE)
+        for name, function in (("decode", "decode_boxes"), ("encode", "encode_boxes"), ("delta-iou", "delta_iou"))
+    ]
+    peers = ("torchvision BoxCoder", "F.smooth_l1_loss")
+    shown, out = [], []
+    for name, function, phase in cases:
+        ours, eager = stored.find(name, "fused", phase), stored.find(name, "reference backend", phase)
+        if ours is None or eager is None:
+            continue
+        others = [row for row in (stored.find(name, peer, phase) for peer in peers) if row is not None]
+        plain = ", ".join(f"{milliseconds(row['median_ms'])} (`{row['path']}`)" for row in others)
+        shown.append(ours)
+        out.append(
+            f"| {function}, {name.split('/')[1]} boxes | {milliseconds(ours['median_ms'])}"
+            f" | {milliseconds(eager['median_ms'])} | {eager['median_ms'] / ours['median_ms']:.1f}x | {plain} |"
+        )
+    if not out:
+        return NOT_MEASURED
+    head = ["| function | fused | eager PyTorch, the same function | less by | plain peer |", "|---|---|---|---|---|"]
+    return "\n".join([caption(stored, shown, "float32, medians"), "", *head, *out])
+
+
 def small_table(stored: Stored) -> str:
     out = [
         f"| {name} | {milliseconds(row['eager_wall_ms'])} |"
@@ -248,6 +274,7 @@ BLOCKS: dict[str, tuple[bool, Callable[[Stored], str]]] = {  # name: (of a GPU, 
     "cpu heads": (False, heads_table),
     "cpu softmax": (False, softmax_table),
     "cpu stage": (False, stage_table),
+    "cpu boxes": (False, boxes_table),
     "cpu small": (False, small_table),
     "cpu step": (False, step_table),
     "cpu batches": (False, batch_table),
@@ -256,6 +283,7 @@ BLOCKS: dict[str, tuple[bool, Callable[[Stored], str]]] = {  # name: (of a GPU, 
     "gpu heads": (True, heads_table),
     "gpu softmax": (True, softmax_table),
     "gpu stage": (True, stage_table),
+    "gpu boxes": (True, boxes_table),
     "gpu step": (True, step_table),
     "gpu batches": (True, batch_table),
 }
