@@ -38,6 +38,7 @@ class SmoothL1Loss {
     for_blocks([&](int64_t b, int64_t begin, int64_t end) {
       const Sums sums{parts.data() + b * per_block};
       sums.shared(Sums::kCount) = static_cast<double>(end - begin);
+      if (!normalize_ && !scopes_) return;
       Terms terms;
       for_tiles(begin, end, [&](int64_t first, int64_t rows) {
         if (normalize_) compute(first, rows, terms);

@@ -24,15 +24,17 @@ struct Quad {
   T v[4];
 };
 
+// Below, W is T or what T can be divided by and turns into.
+
 // A size, or one of the fovea coder's distances, in units of the anchor's.
-template <class T>
-IOUBAL_HD T decode_size(T delta, T weight) {
+template <class T, class W>
+IOUBAL_HD T decode_size(T delta, W weight) {
   using std::exp;
   return exp(clamp(delta / weight, -max_log_ratio<T>(), max_log_ratio<T>()));
 }
 
-template <class T>
-IOUBAL_HD Quad<T> decode_box(const Quad<T>& deltas, const Quad<T>& anchor, const Quad<T>& weights, BoxCoder coder) {
+template <class T, class W>
+IOUBAL_HD Quad<T> decode_box(const Quad<T>& deltas, const Quad<T>& anchor, const Quad<W>& weights, BoxCoder coder) {
   const T width = anchor.v[2] - anchor.v[0], height = anchor.v[3] - anchor.v[1];
   const T center_x = anchor.v[0] + T(0.5) * width, center_y = anchor.v[1] + T(0.5) * height;
   if (coder == BoxCoder::kFovea) {
@@ -49,18 +51,19 @@ IOUBAL_HD Quad<T> decode_box(const Quad<T>& deltas, const Quad<T>& anchor, const
 }
 
 // Gradient of decode_box with respect to the deltas, given the gradient of the box.
-template <class T>
+template <class T, class W>
 IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas, const Quad<T>& anchor,
-                                      const Quad<T>& weights, BoxCoder coder) {
+                                      const Quad<W>& weights, BoxCoder coder) {
   const T size[2] = {anchor.v[2] - anchor.v[0], anchor.v[3] - anchor.v[1]};
   using std::exp;
   const T limit = max_log_ratio<T>();
   Quad<T> out;
   for (int axis = 0; axis < 2; ++axis) {
-    const T low = grad.v[axis], high = grad.v[axis + 2], w0 = weights.v[axis], w1 = weights.v[axis + 2];
+    const T low = grad.v[axis], high = grad.v[axis + 2];
+    const W w0 = weights.v[axis], w1 = weights.v[axis + 2];
     const T t0 = deltas.v[axis] / w0, t1 = deltas.v[axis + 2] / w1;
     // Beyond the clamp the box does not move: gradient 0 (NaN deltas stay NaN).
-    const auto slope = [&](T t, T w) {
+    const auto slope = [&](T t, W w) {
       return choose((t > limit) | (t < -limit), [] { return T(0); }, [&] { return size[axis] * exp(t) / w; });
     };
     const T slope1 = slope(t1, w1);
@@ -78,8 +81,8 @@ IOUBAL_HD Quad<T> decode_box_backward(const Quad<T>& grad, const Quad<T>& deltas
 
 // Distances are taken between corners before anything is added to them: coordinates are large beside their differences,
 // and float32 would lose the difference of two centres.
-template <class T>
-IOUBAL_HD Quad<T> encode_box(const Quad<T>& box, const Quad<T>& anchor, const Quad<T>& weights, BoxCoder coder) {
+template <class T, class W>
+IOUBAL_HD Quad<T> encode_box(const Quad<T>& box, const Quad<T>& anchor, const Quad<W>& weights, BoxCoder coder) {
   using std::log;
   const T width = anchor.v[2] - anchor.v[0], height = anchor.v[3] - anchor.v[1];
   const T left = anchor.v[0] - box.v[0], top = anchor.v[1] - box.v[1];

@@ -33,8 +33,8 @@ IOUBAL_HD T centered_overlap(T shift, T w1, T w2) {
 // IoU of the two boxes that deltas decode to on any one anchor: decoding is a shift and a scale per axis, to which IoU
 // is invariant. Sizes and distances are never turned into corners, which would lose them far from the anchor (at
 // infinity, a box's width would be NaN).
-template <class T>
-IOUBAL_HD T delta_iou(const Quad<T>& pred, const Quad<T>& target, const Quad<T>& weights, BoxCoder coder) {
+template <class T, class W>
+IOUBAL_HD T delta_iou(const Quad<T>& pred, const Quad<T>& target, const Quad<W>& weights, BoxCoder coder) {
   T inter = T(1), area_p = T(1), area_t = T(1);
   for (int axis = 0; axis < 2; ++axis) {
     const int low = axis, high = axis + 2;

@@ -5,8 +5,8 @@
 
 namespace ioubal {
 
-template <class T>
-IOUBAL_HD Term<T> smooth_l1(T difference, T beta) {
+template <class T, class Beta>  // Beta: T or what T can be divided by and turns into
+IOUBAL_HD Term<T> smooth_l1(T difference, Beta beta) {
   using std::fabs;
   const T magnitude = fabs(difference);
   const auto near = [&]() -> Term<T> {
