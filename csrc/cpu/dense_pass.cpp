@@ -11,12 +11,6 @@
 #include "cpu/dtypes.h"
 
 namespace ioubal {
-namespace {
-
-// Walking around a skipped entry costs two partial lines; past this many in a block a mask of its entries is cheaper.
-constexpr int64_t kManySkips = 128;
-
-}  // namespace
 
 void DensePass::mask_anchor(int64_t run, int64_t location, int64_t locations) {
   Run& r = runs[run];
@@ -88,54 +82,28 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
 
 double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output,
                         bool stream) {
-  const int64_t size = size_of(dtype);
-  const FocalDense compute = kernels().focal[dtype];
-  const FloatReader logits(run.x, scalar_type(dtype));
-  const auto meet = [&](const Skip& s) {
-    if (s.positive >= 0) positives_[s.positive] = logits[s.first];
-  };
-  const uint8_t* mask = run.mask_offset >= 0 ? masks_.data() + run.mask_offset : nullptr;
-  const auto apply = [&](int64_t from, int64_t to, const PeriodicMask& keep) {
-    const char* x = run.x + from * size;
-    char* out = run.out ? run.out + from * size : nullptr;
-    if (run.table) return (*run.table)(x, out, to - from, keep);
-    return compute(x, out, to - from, run.out_scale, gamma, keep, output, stream);
-  };
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
   const Skip* all = skips_.data();
-  const Skip* skip = std::lower_bound(all + run.first_skip, all + run.last_skip, first, ends_before);
-  const Skip* end = std::lower_bound(skip, all + run.last_skip, last, starts_before);
-  if (end - skip > kManySkips) {
-    std::vector<uint8_t> entries(last - first + kMaskPad, 0xff);
-    if (mask) {
-      for (int64_t i = 0, phase = first % run.mask_period; i < last - first; ++i) {
-        entries[i] = mask[phase];
-        if (++phase == run.mask_period) phase = 0;
-      }
-    }
-    for (; skip != end; ++skip) {
-      const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
-      meet(*skip);
-      std::memset(entries.data() + (from - first), 0, to - from);
-    }
-    return apply(first, last, {entries.data(), 0, last - first});
+  LeftOut left_out;
+  left_out.skip = std::lower_bound(all + run.first_skip, all + run.last_skip, first, ends_before);
+  left_out.end = std::lower_bound(left_out.skip, all + run.last_skip, last, starts_before);
+  left_out.start = first;
+  left_out.positives = positives_.data();
+  if (run.mask_offset >= 0) left_out.mask = {masks_.data() + run.mask_offset, first % run.mask_period, run.mask_period};
+  const char* x = run.x + first * size_of(dtype);
+  char* out = run.out ? run.out + first * size_of(dtype) : nullptr;
+  if (!run.table) {
+    return kernels().focal[dtype](x, out, last - first, run.out_scale, gamma, left_out, output, stream);
   }
-  double sum = 0;
-  int64_t at = first;
-  const auto until = [&](int64_t to) {
-    if (to <= at) return;
-    sum += apply(at, to, mask ? PeriodicMask{mask, at % run.mask_period, run.mask_period} : PeriodicMask{});
-  };
-  for (; skip != end; ++skip) {
-    until(skip->first);
-    meet(*skip);  // before its place in a gradient that overwrites the logits
-    const int64_t from = std::max(skip->first, first), to = std::min(skip->first + skip->count, last);
-    if (output != Output::kNone) std::memset(run.out + from * size, 0, (to - from) * size);
-    at = to;
+  if (!left_out.any()) return (*run.table)(x, out, last - first, left_out.mask);
+  std::vector<uint8_t> counted(last - first + kMaskPad, 0xff);
+  if (dtype == kBFloat16) {
+    left_out.fill_mask(reinterpret_cast<const c10::BFloat16*>(x), 0, last - first, counted.data());
+  } else {
+    left_out.fill_mask(reinterpret_cast<const c10::Half*>(x), 0, last - first, counted.data());
   }
-  until(last);
-  return sum;
+  return (*run.table)(x, out, last - first, {counted.data(), 0, last - first});
 }
 
 double DensePass::operator()(int dtype, double gamma, Output output) {

@@ -10,11 +10,6 @@
 
 namespace ioubal {
 
-// Entries that the pass does not count; their output is set to 0. positive: its number, if the entry is one.
-struct Skip {
-  int64_t first, count, positive = -1;
-};
-
 // Logits that lie together in memory and share their scales: a level's rows of one image (flat and channels_last), or
 // the K planes of one anchor of one image (NCHW). Positives are skipped entries, and so are whole ignored rows; ignored
 // anchors of planes are a mask of period H * W.

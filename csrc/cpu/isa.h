@@ -3,25 +3,19 @@
 
 #include <cstdint>
 
+#include "cpu/left_out.h"
+
 namespace ioubal {
 
 // What a dense pass writes.
 enum class Output : int { kNone, kGradient, kLoss };
 
-// Entry i of a run is counted when bytes[(start + i) % period] is 0xff; period 0: all are. 64 bytes past the period
-// repeat its beginning, so that a line can be read at any phase.
-struct PeriodicMask {
-  const uint8_t* bytes = nullptr;
-  int64_t start = 0, period = 0;
-};
-constexpr int64_t kMaskPad = 64;
-
 // Index of a dtype in the tables below.
 enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out. stream: a
-// gradient past the caches; out is not x then, and fence_streams is the caller's.
-using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const PeriodicMask& mask,
+// Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out, 0 for what
+// is left out. stream: a gradient past the caches; out is not x then, and fence_streams is the caller's.
+using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const LeftOut& left_out,
                               Output output, bool stream);
 
 // Softmax cross entropy of some rows: loss = logsumexp(x) - x[target], and where out is given scale * (softmax(x) -

@@ -15,14 +15,17 @@ namespace {
 #include "cpu/softmax_rows.inc"
 
 // float64 is for gradcheck and the oracle's company: plain scalar code.
-double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const PeriodicMask& mask,
+double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const LeftOut& left_out_,
                        Output output, bool) {
+  LeftOut left_out = left_out_;
   const double* x = (const double*)x_;
   double* out = (double*)out_;
   double total = 0;
   for (int64_t i = 0; i < n; ++i) {
     Term<double> term = {0, 0};
-    if (!mask.period || mask.bytes[(mask.start + i) % mask.period]) term = focal_negative(x[i], gamma);
+    uint8_t counts = 0xff;
+    if (left_out.mask.period || left_out.reaches(i + 1)) left_out.fill_mask(x + i, i, 1, &counts);
+    if (counts) term = focal_negative(x[i], gamma);
     total += term.loss;
     if (output == Output::kGradient) out[i] = scale * term.grad;
     if (output == Output::kLoss) out[i] = scale * term.loss;

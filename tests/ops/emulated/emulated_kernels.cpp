@@ -18,6 +18,7 @@ using c10::BFloat16;
 using c10::Half;
 using ioubal::kSoftmaxRows;
 using ioubal::Output;
+using ioubal::LeftOut;
 using ioubal::PeriodicMask;
 using ioubal::softmax_buffer;
 using ioubal::softmax_tile_rows;
