@@ -42,7 +42,12 @@ def kernels(tmp_path_factory):
     return loaded
 
 
-def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, output=GRADIENT, stream=False):
+def call_focal(
+    kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, skips=(), output=GRADIENT, stream=False
+):
+    """(total, out, logits of the positives); skips: (first, count, positive or -1) each."""
+    listed = torch.tensor(skips, dtype=torch.int64).view(-1, 3)
+    positives = torch.full((len(listed) + 1,), float("nan"), dtype=torch.float64)
     out = torch.full_like(x, float("nan"))
     i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     total = kernels.focal(
@@ -55,9 +60,10 @@ def call_focal(kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, 
             f64(scale),
             f64(gamma),
         ),
-        *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period), output, int(stream)),
+        *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period)),
+        *(pointer(listed.data_ptr()), i64(len(listed)), pointer(positives.data_ptr()), output, int(stream)),
     )
-    return total, out
+    return total, out, positives
 
 
 def oracle(x, gamma):
@@ -74,13 +80,13 @@ def test_dense_pass(kernels, isa, dtype, gamma):
     for n, shift in itertools.product((1, 15, 16, 17, 64, 333, 9000), (0, 1, 5)):
         x = (torch.randn(n + shift, generator=g) * 8 - 2).to(dtype)[shift:]
         loss, grad = oracle(x, gamma)
-        total, out = call_focal(kernels, isa, x, gamma)
+        total, out, _ = call_focal(kernels, isa, x, gamma)
         # A few entries have an element's budget (their errors do not average out), a sum of many its own.
         assert abs(total - float(loss.sum())) <= (1e-6 if n >= 64 else 8e-6) * float(loss.sum())
         testing.assert_close_budget(out, 0.3 * grad, dtype, what=f"{n} entries, gradient")
-        streamed_total, streamed = call_focal(kernels, isa, x, gamma, stream=True)
+        streamed_total, streamed, _ = call_focal(kernels, isa, x, gamma, stream=True)
         assert streamed_total == total and torch.equal(streamed, out)
-        _, each = call_focal(kernels, isa, x, gamma, output=LOSS)
+        _, each, _ = call_focal(kernels, isa, x, gamma, output=LOSS)
         testing.assert_close_budget(each, 0.3 * loss, dtype, what=f"{n} entries, loss")
 
 
@@ -95,10 +101,48 @@ def test_masked_pass(kernels, isa, dtype):
         counted = keep[(torch.arange(n) + start) % period]
         x[~counted] = float("nan")  # must not be felt
         loss, grad = oracle(torch.where(counted, x, 0), 2.0)
-        total, out = call_focal(kernels, isa, x, 2.0, mask=bytes_, start=start, period=period)
+        total, out, _ = call_focal(kernels, isa, x, 2.0, mask=bytes_, start=start, period=period)
         want = float((loss * counted).sum())
         assert abs(total - want) <= 1e-6 * want
         testing.assert_close_budget(out, torch.where(counted, 0.3 * grad, 0.0), dtype, what=f"period {period}")
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
+def test_left_out_entries(kernels, isa, dtype, masked):
+    """Single positives and whole rows, at the ends, across chunks, side by side, with and without a periodic mask."""
+    g = torch.Generator().manual_seed(4)
+    for n, shift in itertools.product((1, 40, 255, 257, 1000, 9000), (0, 3)):
+        x = (torch.randn(n + shift, generator=g) * 2 - 3).to(dtype)[shift:]
+        marks, skips, at = [0, 1, 2, 79, 250, 256, 500, 511, 512, 767, 998, 8190, 8999], [], 0
+        for first in marks:
+            count = (1, 80, 1, 600)[len(skips) % 4]
+            first = max(first, at)
+            if first >= n:
+                break
+            skips.append((first, min(count, n - first), len(skips) if count == 1 else -1))
+            at = first + count
+        counted = torch.ones(n, dtype=torch.bool)
+        for first, count, _ in skips:
+            counted[first : first + count] = False
+        mask, period = None, 0
+        if masked:
+            period = 77
+            keep = torch.rand(period, generator=g) > 0.2
+            mask = (keep.to(torch.uint8) * 255)[torch.arange(period + 64) % period].contiguous()
+            counted &= keep[(torch.arange(n) + 5) % period]
+        loss, grad = oracle(torch.where(counted, x, 0), 2.0)
+        singles = torch.tensor([first for first, _, positive in skips if positive >= 0], dtype=torch.int64)
+        wild = ~counted
+        wild[singles] = False
+        x[wild] = float("nan")  # must not be felt
+        total, out, positives = call_focal(kernels, isa, x, 2.0, mask=mask, start=5, period=period, skips=skips)
+        want = float((loss * counted).sum())
+        assert abs(total - want) <= (1e-6 if n >= 255 else 8e-6) * want
+        testing.assert_close_budget(out, torch.where(counted, 0.3 * grad, 0.0), dtype, what=f"{n} entries")
+        numbers = torch.tensor([positive for _, _, positive in skips if positive >= 0], dtype=torch.int64)
+        assert torch.equal(positives[numbers], x[singles].double())
+        assert positives.isnan().sum() == len(positives) - len(numbers)
 
 
 @pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
@@ -107,13 +151,13 @@ def test_extremes(kernels, isa, dtype):
     x = x[x.isfinite()]
     for gamma in (0.0, 2.0, 0.5):
         _, grad = oracle(x, gamma)
-        _, out = call_focal(kernels, isa, x, gamma)
+        _, out, _ = call_focal(kernels, isa, x, gamma)
         testing.assert_close_budget(out, 0.3 * grad, dtype, what=f"gamma {gamma}")
         for special, want in ((float("inf"), 0.3), (float("-inf"), 0.0)):
-            total, out = call_focal(kernels, isa, torch.full((20,), special, dtype=dtype), gamma)
+            total, out, _ = call_focal(kernels, isa, torch.full((20,), special, dtype=dtype), gamma)
             assert torch.allclose(out.double(), torch.tensor(want, dtype=torch.float64), rtol=2**-8, atol=1e-30)
             assert total == float("inf") if special > 0 else total < 1e-30
-    total, out = call_focal(kernels, isa, torch.tensor([1.0, float("nan"), 2.0] * 30, dtype=dtype), 2.0)
+    total, out, _ = call_focal(kernels, isa, torch.tensor([1.0, float("nan"), 2.0] * 30, dtype=dtype), 2.0)
     assert total != total and out.isnan().sum() == 30
 
 

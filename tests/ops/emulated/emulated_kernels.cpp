@@ -55,13 +55,16 @@ namespace zen5 {
 }  // namespace zen5
 
 extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n, double scale, double gamma,
-                        const uint8_t* mask, int64_t start, int64_t period, int output, int stream) {
+                        const uint8_t* mask, int64_t start, int64_t period, const int64_t* skips, int64_t skipped,
+                        double* positives, int output, int stream) {
   const ioubal::FocalDense kernels[3][3] = {
       {avx512::focal_dense<float>, avx512::focal_dense<BFloat16>, avx512::focal_dense<Half>},
       {nullptr, avx512_bf16::focal_dense<BFloat16>, nullptr},
       {zen5::focal_dense<float>, zen5::focal_dense<BFloat16>, zen5::focal_dense<Half>}};
-  return kernels[isa - 4][dtype](x, out, n, scale, gamma, {mask, start, period}, static_cast<Output>(output),
-                                 stream != 0);
+  std::vector<ioubal::Skip> list;  // skips: (first, count, positive) each
+  for (int64_t i = 0; i < skipped; ++i) list.push_back({skips[3 * i], skips[3 * i + 1], skips[3 * i + 2]});
+  const LeftOut left_out = {{mask, start, period}, list.data(), list.data() + skipped, 0, positives};
+  return kernels[isa - 4][dtype](x, out, n, scale, gamma, left_out, static_cast<Output>(output), stream != 0);
 }
 
 // All rows, in tiles as the library forms them; order: null, or the rows to take (then `selected` of them, no out).
