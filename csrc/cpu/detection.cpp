@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/box_tiles.h"
 #include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/detection_inputs.h"
@@ -13,8 +14,6 @@
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
 #include "cpu/scan.h"
-#include "math/iou.h"
-#include "math/smooth_l1.h"
 
 namespace ioubal {
 namespace {
@@ -85,6 +84,7 @@ class DetectionLoss {
     constexpr size_t kAhead = 8;  // positives lie far from each other: without a prefetch each one waits for memory
     const FloatReader anchors(anchors_);
     const bool own_anchors = anchors_.dim() == 3;
+    BoxBatch batch;
     const std::vector<Exceptional> found =
         find_exceptional(IntReader(matched_), images_ * anchors_per_image_, kBackground);
     const auto anchor_offset = [&](const Exceptional& e) {
@@ -109,8 +109,14 @@ class DetectionLoss {
         if (bad_ < 0) bad_ = e.index;
         continue;
       }
-      add_positive(place, label, anchors.quad(anchor_offset(e), 1), truth_.box(place.image, e.value));
+      add_positive(place, label);
+      const Level& level = levels_[place.level];
+      const DeltaStrides& at = level.delta_strides;
+      batch.add(level.delta_at.quad(level.delta_offset(at, place), at.coordinate), anchors.quad(anchor_offset(e), 1),
+                truth_.box(place.image, e.value));
+      if (batch.rows == kBoxRows) compare_boxes(batch);
     }
+    compare_boxes(batch);
     return bad_;
   }
 
@@ -234,35 +240,58 @@ class DetectionLoss {
     return level;
   }
 
-  void add_positive(const Place& place, int64_t label, const Quad<double>& anchor, const Quad<double>& gt) {
+  // What its boxes say of it follows in compare_boxes.
+  void add_positive(const Place& place, int64_t label) {
     const Level& level = levels_[place.level];
     const int64_t scope = scope_of(place, level.first_anchor + place.location * level.anchors + place.anchor);
-    const DeltaStrides& at = level.delta_strides;
-    const Quad<double> pred = level.delta_at.quad(level.delta_offset(at, place), at.coordinate);
-    const bool degenerate = is_degenerate(anchor) || is_degenerate(gt);
     DetectionPositive p;
     p.place = place;
-    p.loc_loss = 0;
-    p.loc_grad = {{0, 0, 0, 0}};
-    double iou = 0;
-    if (!degenerate) {
-      const Quad<double> target = encode_box(gt, anchor, loc_.weights, loc_.coder);
-      iou = delta_iou(pred, target, loc_.weights, loc_.coder);
-      for (int j = 0; j < 4; ++j) {
-        const Term<double> term = smooth_l1(pred.v[j] - target.v[j], loc_.beta);
-        p.loc_loss += term.loss;
-        p.loc_grad.v[j] = term.grad;
-      }
-    }
-    p.cls = {level.run(place.image, place.anchor),
-             run_entry(level, place, label),
-             scope,
-             place.image,
-             fast_iou_power(iou, focal_.eta),
-             1.0};
-    p.loc_balance = loc_.lambda == focal_.eta ? p.cls.balance : fast_iou_power(iou, loc_.lambda);
-    iou_sum_ += iou;
+    p.cls = {level.run(place.image, place.anchor), run_entry(level, place, label), scope, place.image, 0.0, 1.0};
     positives_.push_back(p);
+  }
+
+  // Deltas, anchors and ground truth of positives, a tile at a time.
+  struct BoxBatch {
+    BoxTile pred, anchor, truth;
+    int64_t rows = 0;
+
+    void add(const Quad<double>& deltas, const Quad<double>& anchor_box, const Quad<double>& truth_box) {
+      for (int j = 0; j < 4; ++j) {
+        pred.v[4 * rows + j] = deltas.v[j];
+        anchor.v[4 * rows + j] = anchor_box.v[j];
+        truth.v[4 * rows + j] = truth_box.v[j];
+      }
+      ++rows;
+    }
+    bool degenerate(int64_t row) const {
+      const double *a = anchor.v + 4 * row, *t = truth.v + 4 * row;
+      return is_degenerate(Quad<double>{{a[0], a[1], a[2], a[3]}}) ||
+             is_degenerate(Quad<double>{{t[0], t[1], t[2], t[3]}});
+    }
+  };
+
+  // IoU, balances and localisation loss of the batch's positives, the last ones added; empties the batch.
+  void compare_boxes(BoxBatch& batch) {
+    if (batch.rows == 0) return;
+    BoxTile target, iou, loss, balance, grad;
+    const BoxKernels& compute = box_kernels();
+    compute.encode(batch.truth.v, batch.anchor.v, batch.rows, loc_.weights, loc_.coder, target.v);
+    compute.delta_iou(batch.pred.v, target.v, batch.rows, loc_.weights, loc_.coder, iou.v);
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      if (batch.degenerate(i)) iou.v[i] = 0;
+    }
+    compute.smooth_l1({batch.pred.v, target.v, nullptr, 0, iou.v, loc_.beta, loc_.lambda, loss.v, balance.v, grad.v},
+                      batch.rows, loc_.weights);
+    DetectionPositive* p = positives_.data() + positives_.size() - batch.rows;
+    for (int64_t i = 0; i < batch.rows; ++i, ++p) {
+      p->loc_balance = balance.v[i];
+      p->cls.balance = loc_.lambda == focal_.eta ? balance.v[i] : fast_iou_power(iou.v[i], focal_.eta);
+      const bool counts = !batch.degenerate(i);
+      p->loc_loss = counts ? loss.v[i] : 0.0;
+      for (int j = 0; j < 4; ++j) p->loc_grad.v[j] = counts ? grad.v[4 * i + j] : 0.0;
+      iou_sum_ += iou.v[i];
+    }
+    batch.rows = 0;
   }
 
   template <class Factor>
