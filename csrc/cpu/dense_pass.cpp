@@ -17,9 +17,14 @@ void DensePass::mask_anchor(int64_t run, int64_t location, int64_t locations) {
   if (r.mask_offset < 0) {
     r.mask_offset = static_cast<int64_t>(masks_.size());
     r.mask_period = locations;
+    r.bits_offset = static_cast<int64_t>(mask_bits_.size());
     masks_.resize(masks_.size() + locations + kMaskPad, 0xff);
+    mask_bits_.resize(mask_bits_.size() + (locations + kMaskPad) / 8 + 5, 0xff);
   }
-  for (int64_t i = location; i < locations + kMaskPad; i += locations) masks_[r.mask_offset + i] = 0;
+  for (int64_t i = location; i < locations + kMaskPad; i += locations) {
+    masks_[r.mask_offset + i] = 0;
+    mask_bits_[r.bits_offset + i / 8] &= static_cast<uint8_t>(~(1 << i % 8));
+  }
 }
 
 void DensePass::prepare() {
@@ -90,7 +95,10 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
   left_out.end = std::lower_bound(left_out.skip, all + run.last_skip, last, starts_before);
   left_out.start = first;
   left_out.positives = positives_.data();
-  if (run.mask_offset >= 0) left_out.mask = {masks_.data() + run.mask_offset, first % run.mask_period, run.mask_period};
+  if (run.mask_offset >= 0) {
+    left_out.mask = {masks_.data() + run.mask_offset, first % run.mask_period, run.mask_period,
+                     mask_bits_.data() + run.bits_offset};
+  }
   const char* x = run.x + first * size_of(dtype);
   char* out = run.out ? run.out + first * size_of(dtype) : nullptr;
   if (!run.table) {

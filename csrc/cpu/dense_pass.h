@@ -20,7 +20,7 @@ struct Run {
   double out_scale = 0;   // of the gradient or loss that is written
   double loss_scale = 0;  // of the run's sum in the total
   int64_t first_skip = 0, last_skip = 0;
-  int64_t mask_offset = -1, mask_period = 0;
+  int64_t mask_offset = -1, bits_offset = 0, mask_period = 0;
   const FocalTable* table = nullptr;
 };
 
@@ -55,7 +55,7 @@ class DensePass {
   std::vector<Added> added_;
   std::vector<Skip> skips_;
   std::vector<double> positives_;
-  std::vector<uint8_t> masks_;
+  std::vector<uint8_t> masks_, mask_bits_;
   std::vector<std::unique_ptr<FocalTable>> tables_;
 };
 

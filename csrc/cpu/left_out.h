@@ -12,13 +12,16 @@ struct Skip {
   int64_t first, count, positive = -1;
 };
 
-// Entry i is counted when bytes[(start + i) % period] is 0xff; period 0: all are. 64 bytes past the period repeat its
-// beginning, so that a line can be read at any phase.
+// Entry i is counted when bytes[(start + i) % period] is 0xff; period 0: all are. kMaskPad bytes past the period repeat
+// its beginning, so that what belongs to a chunk of entries can be read at any phase. bits: the same, a bit each, for
+// AVX-512, with which the mask then stays in the L1 cache beside the logits that stream through it; 4 bytes are
+// readable past the pad's.
 struct PeriodicMask {
   const uint8_t* bytes = nullptr;
   int64_t start = 0, period = 0;
+  const uint8_t* bits = nullptr;
 };
-constexpr int64_t kMaskPad = 64;
+constexpr int64_t kMaskPad = 256;
 
 // What is left out of some contiguous entries. Skips are few, and a pass comes by them in their order: it asks whether
 // the next one lies in what it is about to compute, and has a mask made for that if so.

@@ -97,7 +97,7 @@ def test_masked_pass(kernels, isa, dtype):
         start %= period
         x = torch.randn(n, generator=g).to(dtype)
         keep = torch.rand(period, generator=g) > 0.3
-        bytes_ = (keep.to(torch.uint8) * 255)[(torch.arange(period + 64)) % period].contiguous()
+        bytes_ = (keep.to(torch.uint8) * 255)[torch.arange(period + 256) % period].contiguous()
         counted = keep[(torch.arange(n) + start) % period]
         x[~counted] = float("nan")  # must not be felt
         loss, grad = oracle(torch.where(counted, x, 0), 2.0)
@@ -129,7 +129,7 @@ def test_left_out_entries(kernels, isa, dtype, masked):
         if masked:
             period = 77
             keep = torch.rand(period, generator=g) > 0.2
-            mask = (keep.to(torch.uint8) * 255)[torch.arange(period + 64) % period].contiguous()
+            mask = (keep.to(torch.uint8) * 255)[torch.arange(period + 256) % period].contiguous()
             counted &= keep[(torch.arange(n) + 5) % period]
         loss, grad = oracle(torch.where(counted, x, 0), 2.0)
         singles = torch.tensor([first for first, _, positive in skips if positive >= 0], dtype=torch.int64)

@@ -17,8 +17,8 @@
 using c10::BFloat16;
 using c10::Half;
 using ioubal::kSoftmaxRows;
-using ioubal::Output;
 using ioubal::LeftOut;
+using ioubal::Output;
 using ioubal::PeriodicMask;
 using ioubal::softmax_buffer;
 using ioubal::softmax_tile_rows;
@@ -38,6 +38,7 @@ using namespace ioubal;
 }  // namespace avx512
 
 namespace avx512_bf16 {
+using namespace ioubal;
 #define IOUBAL_ISA 5
 #include "cpu/simd.inc"
 //
@@ -47,6 +48,7 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 
 namespace zen5 {
+using namespace ioubal;
 #define IOUBAL_ISA 6
 #include "cpu/simd.inc"
 //
@@ -63,7 +65,11 @@ extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n,
       {zen5::focal_dense<float>, zen5::focal_dense<BFloat16>, zen5::focal_dense<Half>}};
   std::vector<ioubal::Skip> list;  // skips: (first, count, positive) each
   for (int64_t i = 0; i < skipped; ++i) list.push_back({skips[3 * i], skips[3 * i + 1], skips[3 * i + 2]});
-  const LeftOut left_out = {{mask, start, period}, list.data(), list.data() + skipped, 0, positives};
+  std::vector<uint8_t> bits((period + ioubal::kMaskPad) / 8 + 5, 0xff);
+  for (int64_t i = 0; mask && i < period + ioubal::kMaskPad; ++i) {
+    if (!mask[i]) bits[i / 8] &= static_cast<uint8_t>(~(1 << i % 8));
+  }
+  const LeftOut left_out = {{mask, start, period, bits.data()}, list.data(), list.data() + skipped, 0, positives};
   return kernels[isa - 4][dtype](x, out, n, scale, gamma, left_out, static_cast<Output>(output), stream != 0);
 }
 
