@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ioubal bench {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 3
+        raise  # the program's
     except OSError as error:
         print(f"ioubal bench {command}: {error}", file=sys.stderr)
         return 3

@@ -24,7 +24,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; default `sys.argv[1:]`.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return reader_has_gone()
+
+
+def reader_has_gone() -> int:
+    """The exit code when whoever reads the output has read enough (`| head`). What is still buffered goes nowhere, or
+    the interpreter complains of it at its end.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 3
+
+
+def _run(arguments: list[str]) -> int:
     _keep_waiting_threads_short()
     if arguments == ["--version"]:
         print(f"ioubal {__version__}")

@@ -254,3 +254,15 @@ def test_help_shows_the_defaults_that_are_no_constants(ioubal):
         code, shown, _ = ioubal(command, "--help")
         assert code == 0
         assert text in " ".join(line.strip("│ ") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("command", (["doctor"], ["bench", "list"], ["configs"]), ids=" ".join)
+def test_a_reader_that_has_read_enough(command):
+    """`| head`: exit code 3 and not a word, neither from the program nor from the interpreter at its end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ioubal_kernels", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=120), said) == (3, b"")
