@@ -28,16 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        return reader_has_gone()
-
-
-def reader_has_gone() -> int:
-    """The exit code when whoever reads the output has read enough (`| head`). What is still buffered goes nowhere, or
-    the interpreter complains of it at its end.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 3
+    except BrokenPipeError:  # `| head` has read enough
+        # What is still buffered goes nowhere, or the interpreter complains of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 3
 
 
 def _run(arguments: list[str]) -> int:

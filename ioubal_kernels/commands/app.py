@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
-from ..cli import reader_has_gone
 from ..detection.errors import TrainerError
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -49,7 +48,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except BrokenPipeError:
-            raise typer.Exit(reader_has_gone()) from None
+            # Whoever read the output has gone. Python would complain once more when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(3) from None
         except BaseException as error:
             if os.environ.get("IOUBAL_TRACEBACK", "0") not in ("", "0"):
                 raise
