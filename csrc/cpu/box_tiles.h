@@ -10,9 +10,15 @@
 
 namespace ioubal {
 
-// A tile of rows of up to four columns. Zeros at first: lanes beyond the last row compute, but with numbers.
+// A tile of rows of up to four columns.
 struct BoxTile {
-  alignas(64) double v[4 * kBoxRows] = {};
+  alignas(64) double v[4 * kBoxRows];
+
+  // The lanes beyond the last row compute as well: with numbers.
+  void pad(int64_t rows, int64_t columns) {
+    const int64_t padded = (rows + kBoxLanes - 1) / kBoxLanes * kBoxLanes;
+    std::fill(v + rows * columns, v + padded * columns, 0.0);
+  }
 };
 
 class RowReader {
@@ -27,6 +33,7 @@ class RowReader {
   // The tile's values, filled with `rows` rows from row `first` on.
   const double* read(int64_t first, int64_t rows, BoxTile& tile) const {
     load_(data_ + first * row_bytes_, rows * columns_, tile.v);
+    tile.pad(rows, columns_);
     return tile.v;
   }
 

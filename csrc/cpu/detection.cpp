@@ -273,6 +273,7 @@ class DetectionLoss {
   // IoU, balances and localisation loss of the batch's positives, the last ones added; empties the batch.
   void compare_boxes(BoxBatch& batch) {
     if (batch.rows == 0) return;
+    for (BoxTile* tile : {&batch.pred, &batch.anchor, &batch.truth}) tile->pad(batch.rows, 4);
     BoxTile target, iou, loss, balance, grad;
     const BoxKernels& compute = box_kernels();
     compute.encode(batch.truth.v, batch.anchor.v, batch.rows, loc_.weights, loc_.coder, target.v);
