@@ -11,6 +11,42 @@
 #include "cpu/dtypes.h"
 
 namespace ioubal {
+namespace {
+
+// Looking up breaks off around each skip; past this many in a block a mask of its entries is cheaper.
+constexpr int64_t kManySkips = 128;
+
+template <class T>
+double look_up(const FocalTable& table, const void* x_, void* out_, int64_t count, LeftOut left_out) {
+  const T* x = static_cast<const T*>(x_);
+  T* out = static_cast<T*>(out_);
+  if (left_out.end - left_out.skip > kManySkips) {
+    std::vector<uint8_t> counted(count + kMaskPad, 0xff);
+    left_out.fill_mask(x, 0, count, counted.data());
+    return table(x, out, count, {counted.data(), 0, count});
+  }
+  double sum = 0;
+  int64_t at = 0;
+  const auto until = [&](int64_t to) {
+    if (to <= at) return;
+    PeriodicMask mask = left_out.mask;
+    if (mask.period != 0) mask.start = (mask.start + at) % mask.period;
+    sum += table(x + at, out ? out + at : nullptr, to - at, mask);
+  };
+  for (; left_out.any(); ++left_out.skip) {
+    const Skip& skip = *left_out.skip;
+    const int64_t from = skip.first - left_out.start, to = std::min(from + skip.count, count);
+    until(from);
+    at = std::max<int64_t>(from, 0);
+    if (skip.positive >= 0) left_out.positives[skip.positive] = static_cast<float>(x[at]);
+    if (out) std::memset(static_cast<void*>(out + at), 0, (to - at) * sizeof(T));
+    at = to;
+  }
+  until(count);
+  return sum;
+}
+
+}  // namespace
 
 void DensePass::mask_anchor(int64_t run, int64_t location, int64_t locations) {
   Run& r = runs[run];
@@ -42,7 +78,13 @@ void DensePass::prepare() {
   for (Run& run : runs) {
     const auto begin = skips_.begin() + run.first_skip, end = skips_.begin() + run.last_skip;
     const auto before = [](const Skip& a, const Skip& b) { return a.first < b.first; };
-    if (!std::is_sorted(begin, end, before)) std::sort(begin, end, before);
+    // Positives and then ignored rows, each ascending as a rule: of flat heads always.
+    const auto second = std::is_sorted_until(begin, end, before);
+    if (std::is_sorted(second, end, before)) {
+      std::inplace_merge(begin, second, end, before);
+    } else {
+      std::sort(begin, end, before);
+    }
     // Ignored neighbours become one range: an image of ignored anchors is a single skip.
     int64_t kept = run.first_skip;
     for (int64_t i = run.first_skip; i < run.last_skip; ++i) {
@@ -104,14 +146,8 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
   if (!run.table) {
     return kernels().focal[dtype](x, out, last - first, run.out_scale, gamma, left_out, output, stream);
   }
-  if (!left_out.any()) return (*run.table)(x, out, last - first, left_out.mask);
-  std::vector<uint8_t> counted(last - first + kMaskPad, 0xff);
-  if (dtype == kBFloat16) {
-    left_out.fill_mask(reinterpret_cast<const c10::BFloat16*>(x), 0, last - first, counted.data());
-  } else {
-    left_out.fill_mask(reinterpret_cast<const c10::Half*>(x), 0, last - first, counted.data());
-  }
-  return (*run.table)(x, out, last - first, {counted.data(), 0, last - first});
+  return dtype == kBFloat16 ? look_up<c10::BFloat16>(*run.table, x, out, last - first, left_out)
+                            : look_up<c10::Half>(*run.table, x, out, last - first, left_out);
 }
 
 double DensePass::operator()(int dtype, double gamma, Output output) {
