@@ -161,7 +161,7 @@ def boxes_table(stored: Stored) -> str:
         plain = ", ".join(f"{milliseconds(row['median_ms'])} (`{row['path']}`)" for row in others)
         shown.append(ours)
         out.append(
-            f"| {function}, {name.split('/')[1]} boxes | {milliseconds(ours['median_ms'])}"
+            f"| {function}, {int(name.split('/')[1]):,} boxes | {milliseconds(ours['median_ms'])}"
             f" | {milliseconds(eager['median_ms'])} | {eager['median_ms'] / ours['median_ms']:.1f}x | {plain} |"
         )
     if not out:
