@@ -15,10 +15,10 @@ import ioubal_kernels as ik
 from ioubal_kernels import testing
 
 from .clocks import sets_beyond_cache
+from .flat import DRY_ROWS
 from .peers import assert_norms
 from .work import BOTH, INFERENCE, Bench, Contender, Problem, Work, short
 
-DRY_ROWS = 300
 FUNCTIONS = ("decode", "encode", "delta-iou")
 Pair = Callable[[Tensor, Tensor], Tensor]
 

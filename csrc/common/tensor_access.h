@@ -28,8 +28,7 @@ using TensorList = std::vector<Tensor>;
 class FloatReader {
  public:
   FloatReader() = default;
-  explicit FloatReader(const Tensor& t) : FloatReader(t.const_data_ptr(), t.scalar_type()) {}
-  FloatReader(const void* data, ScalarType type) : data_(data), type_(type) {}
+  explicit FloatReader(const Tensor& t) : data_(t.const_data_ptr()), type_(t.scalar_type()) {}
   double operator[](int64_t offset) const {
     switch (type_) {
       case ScalarType::Float: return static_cast<const float*>(data_)[offset];

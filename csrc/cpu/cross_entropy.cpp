@@ -6,9 +6,9 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/checks.h"
 #include "cpu/classification.h"
 #include "cpu/dtypes.h"
-#include "cpu/checks.h"
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
 #include "math/softmax.h"

@@ -253,6 +253,7 @@ class DetectionLoss {
   // Deltas, anchors and ground truth of positives, a tile at a time.
   struct BoxBatch {
     BoxTile pred, anchor, truth;
+    bool degenerate[kBoxRows];
     int64_t rows = 0;
 
     void add(const Quad<double>& deltas, const Quad<double>& anchor_box, const Quad<double>& truth_box) {
@@ -261,12 +262,7 @@ class DetectionLoss {
         anchor.v[4 * rows + j] = anchor_box.v[j];
         truth.v[4 * rows + j] = truth_box.v[j];
       }
-      ++rows;
-    }
-    bool degenerate(int64_t row) const {
-      const double *a = anchor.v + 4 * row, *t = truth.v + 4 * row;
-      return is_degenerate(Quad<double>{{a[0], a[1], a[2], a[3]}}) ||
-             is_degenerate(Quad<double>{{t[0], t[1], t[2], t[3]}});
+      degenerate[rows++] = is_degenerate(anchor_box) || is_degenerate(truth_box);
     }
   };
 
@@ -279,7 +275,7 @@ class DetectionLoss {
     compute.encode(batch.truth.v, batch.anchor.v, batch.rows, loc_.weights, loc_.coder, target.v);
     compute.delta_iou(batch.pred.v, target.v, batch.rows, loc_.weights, loc_.coder, iou.v);
     for (int64_t i = 0; i < batch.rows; ++i) {
-      if (batch.degenerate(i)) iou.v[i] = 0;
+      if (batch.degenerate[i]) iou.v[i] = 0;
     }
     compute.smooth_l1({batch.pred.v, target.v, nullptr, 0, iou.v, loc_.beta, loc_.lambda, loss.v, balance.v, grad.v},
                       batch.rows, loc_.weights);
@@ -287,9 +283,8 @@ class DetectionLoss {
     for (int64_t i = 0; i < batch.rows; ++i, ++p) {
       p->loc_balance = balance.v[i];
       p->cls.balance = loc_.lambda == focal_.eta ? balance.v[i] : fast_iou_power(iou.v[i], focal_.eta);
-      const bool counts = !batch.degenerate(i);
-      p->loc_loss = counts ? loss.v[i] : 0.0;
-      for (int j = 0; j < 4; ++j) p->loc_grad.v[j] = counts ? grad.v[4 * i + j] : 0.0;
+      p->loc_loss = batch.degenerate[i] ? 0.0 : loss.v[i];
+      for (int j = 0; j < 4; ++j) p->loc_grad.v[j] = batch.degenerate[i] ? 0.0 : grad.v[4 * i + j];
       iou_sum_ += iou.v[i];
     }
     batch.rows = 0;

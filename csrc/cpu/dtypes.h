@@ -19,12 +19,6 @@ inline DtypeIndex dtype_index(torch::headeronly::ScalarType type) {
   }
 }
 
-inline torch::headeronly::ScalarType scalar_type(int dtype) {
-  using torch::headeronly::ScalarType;
-  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
-  return types[dtype];
-}
-
 inline int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace ioubal
