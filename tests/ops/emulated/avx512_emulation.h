@@ -83,6 +83,17 @@ EMULATE __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
   for (int i = 0; i < 16; ++i) r[i] = (index[i] & 16 ? b : a)[index[i] & 15];
   return r;
 }
+EMULATE __m512i _mm512_maskz_permutexvar_epi16(uint32_t mask, __m512i index, __m512i a) {
+  const line_bits places = (line_bits)index, values = (line_bits)a;
+  line_bits r;
+  for (int i = 0; i < 32; ++i) r[i] = mask >> i & 1 ? values[places[i] & 31] : 0;
+  return (__m512i)r;
+}
+// The one kind that is used: the smaller size of two, NaN being none, with the sign bit set.
+EMULATE __m512 _mm512_range_ps(__m512 a, __m512 b, int kind) {
+  if (kind != 0b1110) __builtin_trap();
+  return lanes([&](int i) { return -std::fmin(std::fabs(a[i]), std::fabs(b[i])); });
+}
 EMULATE __mmask16 _mm512_cmpneq_epi32_mask(__m512i a, __m512i b) {
   int m = 0;
   for (int i = 0; i < 16; ++i) m |= (a[i] != b[i]) << i;
