@@ -123,7 +123,7 @@ def coefficients_kernel(
 def write_zeros(zeros, piece, ALIGNMENT: tl.constexpr):
     """A piece of one of the tensors that are to be 0, as memory."""
     which = level_of(zeros[2], piece)
-    at = (piece - pick(zeros[2], which)) * ZERO_WORDS + tl.arange(0, ZERO_WORDS)
+    at = tl.cast(piece - pick(zeros[2], which), tl.int64) * ZERO_WORDS + tl.arange(0, ZERO_WORDS)
     start = pointer_at(zeros[0], which, tl.int32)
     if ALIGNMENT == 16:
         start = tl.multiple_of(start, 16)

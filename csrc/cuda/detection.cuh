@@ -38,14 +38,14 @@ struct DetectionProblem {
     const int64_t entry =
         place.image * level.image_stride + (level.planes ? (a * classes + label) * level.locations + location
                                                          : static_cast<int64_t>(place.position) * classes + label);
+    const double logit = FloatRef{level.logits, logit_type}[entry];
     const Quad<double> anchor = anchors.get(place.image, place.anchor), gt = truth.box<double>(place.image, value);
     double iou = 0, loc_loss = 0;
     const bool degenerate = is_degenerate(anchor) || is_degenerate(gt);
     if (!degenerate) {
       const FloatRef deltas = {level.deltas, delta_type};
       const int64_t at = level.delta_place.offset(place.image, location, level.width, a);
-      Quad<double> pred;
-      for (int j = 0; j < 4; ++j) pred.v[j] = deltas[at + j * level.delta_place.coordinate];
+      const Quad<double> pred = deltas.four(at, level.delta_place.coordinate);
       const Quad<double> target = encode_box(gt, anchor, loc.weights, loc.coder);
       iou = delta_iou(pred, target, loc.weights, loc.coder);
       for (int j = 0; j < 4; ++j) loc_loss += smooth_l1(pred.v[j] - target.v[j], loc.beta).loss;
@@ -54,7 +54,6 @@ struct DetectionProblem {
     const double loc_balance = loc.lambda == focal.eta ? balance : iou_power(iou, loc.lambda);
     out.part[kPartCount] = 1;
     out.part[kPartIou] = iou;
-    const double logit = FloatRef{level.logits, logit_type}[entry];
     out.add_classification(focal.positive_factor() * focal_positive(logit, focal.gamma).loss, balance);
     out.add_localization(loc_loss, loc_balance);
     weight[place.anchor] = static_cast<float>(balance);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/box.h"
 #include "math/macros.h"
 
 #if defined(IOUBAL_SIMT)
@@ -251,6 +252,24 @@ struct FloatRef {
     }
   }
   IOUBAL_DEVICE double get(int64_t at, double otherwise) const { return data ? (*this)[at] : otherwise; }
+  // Four elements, `step` apart. A switch for each would wait for one before it asks for the next.
+  IOUBAL_DEVICE Quad<double> four(int64_t at, int64_t step = 1) const {
+    switch (type) {
+      case Dtype::kFloat32: return four_of<float>(at, step, [](float x) { return x; });
+      case Dtype::kBFloat16:
+        return four_of<uint16_t>(at, step, [](uint16_t x) { return bits_to_float(static_cast<u32>(x) << 16); });
+      case Dtype::kFloat16: return four_of<uint16_t>(at, step, [](uint16_t x) { return half_to_float(x); });
+      default: return four_of<double>(at, step, [](double x) { return x; });
+    }
+  }
+
+ private:
+  template <class T, class Widen>
+  IOUBAL_DEVICE Quad<double> four_of(int64_t at, int64_t step, Widen widen) const {
+    const T* const p = static_cast<const T*>(data) + at;
+    const T a = p[0], b = p[step], c = p[2 * step], d = p[3 * step];
+    return {{widen(a), widen(b), widen(c), widen(d)}};
+  }
 };
 
 struct IntRef {

@@ -78,13 +78,13 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   const Coefficients& c = tb.dense.coefficients;
   const int64_t scope = tb.dense.scope.get(l, image, anchor);
   const float w = c.location[image] * c.loc_norm[scope] * weight * static_cast<float>(deltas.scale.get());
+  const FloatRef all = {level.deltas, deltas.type};
+  const Quad<double> pred = all.four(level.place.offset(image, location, level.width, a), level.place.coordinate);
   const Quad<double> target = encode_box(tb.dense.labels.truth.box<double>(image, matched),
                                          tb.anchors.get(image, anchor), tb.loc.weights, tb.loc.coder);
-  const FloatRef pred = {level.deltas, deltas.type};
-  const int64_t at = level.place.offset(image, location, level.width, a);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const double difference = pred[at + j * level.place.coordinate] - target.v[j];
+    const double difference = pred.v[j] - target.v[j];
     out.v[j] = w * static_cast<float>(smooth_l1(difference, tb.loc.beta).grad);
   }
   return out;

@@ -164,9 +164,12 @@ struct CoefficientMemory {
 
 void launch_coefficients(const OnDevice& device, const CoefficientsTable& tb);
 
-// Blocks of a pass. A pass that may find that there is nothing to do is small: its blocks loop over the tiles.
-inline u32 pass_blocks(const OnDevice& device, u32 tiles, bool may_skip) {
-  return may_skip ? std::min(tiles, 2 * device.multiprocessors()) : tiles;
+// Blocks of a pass. A pass that may find that there is nothing to do is small: its blocks loop over the tiles. As many
+// as are there at once: with fewer warps there are too few reads under way.
+template <u32 kBlock = kThreads>
+u32 pass_blocks(const OnDevice& device, u32 tiles, bool may_skip) {
+  constexpr u32 kResidentThreads = 1024;
+  return may_skip ? std::min(tiles, kResidentThreads / kBlock * device.multiprocessors()) : tiles;
 }
 
 }  // namespace ioubal::cuda

@@ -26,8 +26,8 @@ struct GroundTruth {
   template <class T>
   IOUBAL_DEVICE Quad<T> box(int64_t image, int64_t i) const {
     const FloatRef ref = {boxes[padded ? 0 : image], box_type};
-    const int64_t first = 4 * (padded ? image * counts[0] + i : i);
-    return {{T(ref[first]), T(ref[first + 1]), T(ref[first + 2]), T(ref[first + 3])}};
+    const Quad<double> box = ref.four(4 * (padded ? image * counts[0] + i : i));
+    return {{T(box.v[0]), T(box.v[1]), T(box.v[2]), T(box.v[3])}};
   }
 };
 
@@ -82,8 +82,7 @@ struct AnchorRef {
   bool own;
   int64_t per_image;
   IOUBAL_DEVICE Quad<double> get(int64_t image, int64_t anchor) const {  // anchor: in the whole batch
-    const int64_t first = 4 * (own ? anchor : anchor - image * per_image);
-    return {{boxes[first], boxes[first + 1], boxes[first + 2], boxes[first + 3]}};
+    return boxes.four(4 * (own ? anchor : anchor - image * per_image));
   }
 };
 
