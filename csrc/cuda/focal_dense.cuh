@@ -89,11 +89,11 @@ struct EntryFactor {
   IOUBAL_DEVICE float doubled(float sum) const { return kScaling == Scaling::kFolded ? sum * s * s : sum; }
 };
 
-// The vectors of a strip as negatives, but for the entries `off`. By whole warps. False, with nothing stored, where a
-// loss is not finite.
+// The vectors of a strip as negatives, but for the entries `off`; `times`: what is left to multiply gradients by. By
+// whole warps. False, with nothing stored, where a loss is not finite.
 template <class T, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, u32 off,
-                                Vec<T, kVector<T>>& in, T* out, float& sum) {
+IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, float times,
+                                u32 off, Vec<T, kVector<T>>& in, T* out, float& sum) {
   constexpr Scaling kScaling = EntryFactor<T, kGamma, kOutput>::kScaling;
   const bool above = __any_sync(~0u, any_above<T>(in)) != 0;  // one way for all lanes
   float v[kVector<T>];
@@ -107,11 +107,9 @@ IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamm
     if (!all_good(total)) return false;
     sum = total;
   }
-  if constexpr (kScaling == Scaling::kFolded) {
-    if (factor.rest != 1.f) {
+  if (times != 1.f) {  // known to be 1 in the fast loop
 #pragma unroll
-      for (float& value : v) value *= factor.rest;
-    }
+    for (float& value : v) value *= times;
   }
   if constexpr (kOutput != kNone) Vec<T, kVector<T>>::store(out, v);
   return true;
@@ -137,8 +135,10 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
   const u32 begin = start >= 0u - kCount ? 1 : 0;
   start += begin * kGroup;
   u32 end = begin;
-  if (level.size >= kReach && start <= level.size - kReach && !level.narrow && !tb.row_weight.data &&
-      usual_scale(run.scale)) {
+  // Weights of rows: a vector has one if it lies within a row.
+  const bool weighted = !kPlanes && tb.row_weight.data;
+  const bool whole = !weighted || (run.missing == 0 && tb.classes.divisor % kCount == 0);
+  if (level.size >= kReach && start <= level.size - kReach && !level.narrow && whole && usual_scale(run.scale)) {
     end += (level.size - kReach - start) / kGroup + 1;
     if (end > groups) end = groups;
   }
@@ -152,6 +152,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 
   const EntryFactor<T, kGamma, kOutput> factor(run.scale);
   const u32* const ignored = tb.ignored + level.word(run.image);
+  const bool plain = factor.rest == 1.f && !weighted;
   float sum = 0.f;
   u32 e = start + lane * kCount;
 #pragma unroll 1
@@ -159,7 +160,11 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
     const T* const x = run.x + e;
     T* const out = run.out + e;
     const u32 mark = __shfl_sync(~0u, marks, i);
-    if (mark == 0 && factor.rest == 1.f) {
+    const auto leave_strip = [&](u32 u) { later |= 1u << (i * kStripsPerWarp + u); };
+    const auto weight_at = [&](u32 at) {
+      return static_cast<float>(tb.row_weight[run.anchor(tb, tb.classes.div(at))]);
+    };
+    if (mark == 0 && plain) {
       Vec<T, kCount> in[kStripsPerWarp];
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) in[u].load(x + u * kStep);
@@ -168,9 +173,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) {
         const u32 own = off >> u * kCount & ((1u << kCount) - 1);
-        if (!strip_vector(tb, factor, own, in[u], out + u * kStep, sum)) {
-          later |= 1u << (i * kStripsPerWarp + u);
-        }
+        if (!strip_vector(tb, factor, 1.f, own, in[u], out + u * kStep, sum)) leave_strip(u);
       }
     } else {  // rarer, and short: the fast way has no room for another test
 #pragma unroll 1
@@ -185,7 +188,16 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         } else if (mark >> kStripsPerWarp >> u & 1) {
           own = ignored_of_row<kCount>(tb, ignored, at);
         }
-        if (!strip_vector(tb, factor, own, in, run.out + at, sum)) later |= 1u << (i * kStripsPerWarp + u);
+        float weight = 1.f, part = 0.f;
+        if (weighted) {
+          weight = weight_at(at);
+          if (__any_sync(~0u, !usual_scale(run.scale * weight))) {
+            leave_strip(u);
+            continue;
+          }
+        }
+        if (!strip_vector(tb, factor, factor.rest * weight, own, in, run.out + at, part)) leave_strip(u);
+        sum = fmaf(part, weight, sum);
       }
     }
   }

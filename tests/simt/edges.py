@@ -149,6 +149,12 @@ def stream_rows(what):
     elif what == "weights across vectors":
         inputs = testing.classification_inputs(seed=8, rows=500, classes=5)
         options["weight"] = inputs.weight
+    elif "weights of rows" in what:  # few of which the loop leaves to others
+        inputs = testing.classification_inputs(seed=8, rows=1100, classes=16, dtype=BF16 if "16 bits" in what else F32)
+        inputs.labels[100:] = ik.BACKGROUND
+        inputs.labels[300:1000:90] = ik.IGNORE
+        inputs.weight[500:540:3] = 0.0
+        options["weight"] = inputs.weight
     elif what == "scopes over tiles":  # of 4,096 rows
         inputs = testing.classification_inputs(seed=8, rows=9000, classes=1)
         options |= {"scope_ids": inputs.scope_ids, "num_scopes": 3}
@@ -260,6 +266,8 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "edges", partial(untouched, layout)
         yield "edges", partial(backward_again, layout)
     for what in ("infinite, 16 bits", "infinite, each"):
+        yield "edges", partial(stream_rows, what)
+    for what in ("weights of rows", "weights of rows, 16 bits", "weights of rows, misaligned"):
         yield "edges", partial(stream_rows, what)
     for what in ("signs", "infinite", "a whole group, misaligned", "weights across vectors", "scopes over tiles"):
         yield "edges", partial(stream_rows, what)
