@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import inspect
 import os
 import threading
 import warnings
@@ -159,6 +160,12 @@ class use_backend:
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         self._leave_process()
+        later = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction, inspect.isclass)
+        if any(kind(function) for kind in later):
+            raise TypeError(
+                "use_backend: function must be a plain function, whose body runs while it is called, got"
+                f" {function!r}; there, `with use_backend(...):` inside the body"
+            )
 
         @functools.wraps(function)
         def chosen(*args: Any, **kwargs: Any) -> Any:

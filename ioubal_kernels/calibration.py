@@ -50,10 +50,10 @@ def calibrate_w_loc(
                 if part.ndim != 2 or part.shape[1] != 4 or part.shape != pair[0].shape or part.is_meta:
                     want = "be with values and have shape (P, 4), as its pair has"
                     validation.fail_value(op, f"pairs[{count}] {name}", want, part)
-            # float64: the sums run over many batches.
+            # float64 on the host: the sums run over many batches. So the backend is not the one chosen for training.
             pred, target = (part.detach().to("cpu", torch.float64) for part in pair)
-            iou = delta_iou(pred, target, weights=box_weights, box_coder=box_coder)
-            options = {"beta": beta, "box_weights": box_weights, "reduction": "sum"}
+            iou = delta_iou(pred, target, weights=box_weights, box_coder=box_coder, backend="auto")
+            options = {"beta": beta, "box_weights": box_weights, "reduction": "sum", "backend": "auto"}
             plain += iou_balanced_smooth_l1_loss(pred, target, iou, lambda_=0.0, **options).item()
             balanced += iou_balanced_smooth_l1_loss(pred, target, iou, lambda_=lambda_, **options).item()
             count += 1

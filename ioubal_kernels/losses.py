@@ -68,6 +68,7 @@ def _retinanet_loss(
     **keywords: Any,
 ) -> DetectionLoss:
     matching = {name: keywords.pop(name) for name in _MATCHING if name in keywords}
+    _check_images(cls_logits, gt_boxes)
     matched_idxs = functional_matching.match_anchors(
         anchors,
         gt_boxes,
@@ -79,6 +80,16 @@ def _retinanet_loss(
     return functional_detection.iou_balanced_detection_loss(
         cls_logits, bbox_deltas, anchors, matched_idxs, gt_boxes, gt_labels, **keywords
     )
+
+
+def _check_images(cls_logits: Any, gt_boxes: Any) -> None:
+    """Before matching, whose result would not fit the logits; what is neither tensors nor lists is refused later."""
+    first = cls_logits if isinstance(cls_logits, Tensor) else next(iter(cls_logits), None)
+    given = isinstance(gt_boxes, (Tensor, list, tuple)) and len(gt_boxes)
+    if isinstance(first, Tensor) and first.ndim > 1 and given and given != first.shape[0]:
+        raise ValueError(
+            f"RetinaNetLoss: gt_boxes must hold the boxes of {first.shape[0]} images, as cls_logits has, got {given}"
+        )
 
 
 def _merged_signature() -> inspect.Signature:

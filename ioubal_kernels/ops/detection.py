@@ -100,12 +100,15 @@ class _DetectionLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: _Spec, constants: tuple[Tensor | None, ...], *heads: Tensor
+        ctx: Any, spec: _Spec, constants: tuple[Tensor | None, ...], first: Tensor, *others: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        levels, device = spec.levels, heads[0].device
+        # `first` by itself, so that no call has as many arguments as this has parameters: where no gradient is wanted
+        # torch.compile then takes the context for one of them that is not needed, and leaves it out.
+        heads = (first, *others)
+        levels, device = spec.levels, first.device
         logits, deltas = heads[:levels], heads[levels:]
         sums = sums_buffer(spec.num_scopes, device)
-        dtype = result_dtype(heads[0], heads[levels])  # all levels have one
+        dtype = result_dtype(first, heads[levels])  # all levels have one
         outputs = scalars((dtype, dtype, torch.int64, torch.float32), device)
         eager = not torch.compiler.is_compiling()
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.

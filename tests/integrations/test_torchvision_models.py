@@ -169,6 +169,22 @@ def test_a_label_out_of_range_is_an_error():
         model.train()(images, targets)
 
 
+def test_a_negative_label_is_no_ignored_positive():
+    model, (images, targets) = convert(make("ssd")), batch("ssd", empty=False)
+    targets[1]["labels"][0] = -1
+    with pytest.raises(ValueError, match=r"convert: targets\[1\]\['labels'\] must be classes, got -1"):
+        model.train()(images, targets)
+
+
+def test_no_proposals_at_all():
+    """Of images without boxes, whose proposals all score too little: torchvision's losses are NaN."""
+    model, (images, _) = convert(make("faster_rcnn")), batch("faster_rcnn")
+    model.rpn.score_thresh = 1.1
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    losses = model.train()(images, [none] * len(images))
+    assert losses["loss_classifier"] == 0 and losses["loss_box_reg"] == 0
+
+
 @pytest.mark.parametrize("family", ("retinanet", "ssd", "faster_rcnn"))
 def test_a_loss_of_ones_own_does_not_vanish_silently(family):
     model, inputs = make(family), batch(family)

@@ -1,5 +1,6 @@
 """What autograd promises: repeated backward, grad_outputs, compile, autocast, refusals, in-place gradients."""
 
+import contextlib
 import copy
 import gc
 from functools import partial
@@ -272,6 +273,21 @@ def test_compiled_detection(layout, backend):
         torch.testing.assert_close(value, expected)
     for a, b in zip(compiled.heads(), eager.heads(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("without", (torch.no_grad, torch.inference_mode, None), ids=("no_grad", "inference", "constants"))
+@pytest.mark.parametrize("levels", ("flat", "one map", "maps"))
+def test_compiled_detection_without_gradients(levels, without):
+    """One level is the case of as many arguments as the Function has parameters."""
+    shape = {"levels": [(4, 5)]} if levels == "one map" else {}
+    inputs = testing.detection_inputs(layout="flat" if levels == "flat" else "nchw", **shape)
+    want = ik.iou_balanced_detection_loss(*inputs.arguments())
+    torch._dynamo.reset()
+    compiled = torch.compile(ik.iou_balanced_detection_loss, fullgraph=True, backend="eager")
+    with without() if without else contextlib.nullcontext():
+        got = compiled(*inputs.arguments())
+    for value, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))

@@ -6,6 +6,7 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,27 @@ def test_decorator() -> None:
     with pytest.raises(KeyError):
         inside(True)
     assert chosen() == want
+
+
+async def coroutine() -> None: ...
+
+
+def generator() -> Any:
+    yield
+
+
+@pytest.mark.parametrize("late", [coroutine, generator, torch.nn.ReLU])
+def test_decorator_of_what_runs_later(late: Any) -> None:
+    with pytest.raises(TypeError, match="use_backend: function must be a plain function, whose body runs while"):
+        ik.use_backend("reference")(late)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="another backend's name is an error before")
+def test_w_loc_is_measured_on_the_host_whatever_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(torch.zeros(3, 4), torch.full((3, 4), 0.1))]
+    want = ik.calibrate_w_loc(pairs)
+    monkeypatch.setenv("IOUBAL_BACKEND", "cuda")
+    assert ik.calibrate_w_loc(pairs) == want > 1
 
 
 def test_unknown_names() -> None:

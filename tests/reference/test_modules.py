@@ -147,3 +147,14 @@ def test_retinanet_loss_ignores_places_labelled_minus_one(backend: str) -> None:
     want = losses(ik.RetinaNetLoss(backend=backend)(*retinanet_arguments(d)))
     d.gt_boxes = torch.where(d.gt_boxes.isnan(), d.anchors[0], d.gt_boxes)
     assert losses(ik.RetinaNetLoss(backend=backend)(*retinanet_arguments(d))) == want
+
+
+@pytest.mark.parametrize("gt", ("padded", "list"))
+def test_retinanet_loss_of_too_many_images(gt: str) -> None:
+    d = testing.detection_inputs(4, gt=gt)
+    if gt == "list":
+        d.gt_boxes, d.gt_labels = [*d.gt_boxes, d.gt_boxes[0]], [*d.gt_labels, d.gt_labels[0]]
+    else:
+        d.gt_boxes, d.gt_labels = d.gt_boxes.repeat(2, 1, 1), d.gt_labels.repeat(2, 1)
+    with pytest.raises(ValueError, match=r"RetinaNetLoss: gt_boxes must hold the boxes of \d images.*, got \d"):
+        ik.RetinaNetLoss()(*retinanet_arguments(d))

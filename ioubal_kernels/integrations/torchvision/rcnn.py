@@ -50,7 +50,7 @@ class BalancedRoIHeads(Balanced):
             logits=logits,
             labels=label,
             rows=rows,
-            pred_deltas=deltas.reshape(len(label), -1, 4)[rows, label[rows]],
+            pred_deltas=deltas.reshape(len(label), deltas.shape[1] // 4, 4)[rows, label[rows]],
             target_deltas=torch.cat(targets)[rows],
             image=_image_of(labels),
             images=len(labels),

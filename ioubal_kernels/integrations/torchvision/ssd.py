@@ -8,6 +8,7 @@ from torchvision.models.detection.ssd import SSD
 
 import ioubal_kernels as ik
 
+from ... import validation
 from . import flat
 from .settings import OP, Settings
 from .swapping import Balanced, swap, swap_back, warn_of_own_loss
@@ -36,6 +37,9 @@ class BalancedSSD(Balanced):
         labels = torch.where(mined, 0, -1)
         goals = []
         for n, target in enumerate(targets):
+            known = target["labels"]
+            if validation.values_checked(known) and bool((known < 0).any()):  # would count as ignored below
+                raise ValueError(f"{OP}: targets[{n}]['labels'] must be classes, got {int(known.min())}")
             rows = positive[n].nonzero().squeeze(1)
             gt = matched[n, rows]
             labels[n, rows] = target["labels"][gt].to(labels.dtype)
