@@ -63,14 +63,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception."""
-    from ..detection.data import DataError
-
+    if isinstance(error, KeyboardInterrupt):  # first: it may have stopped an import that the next line would repeat
+        return 130, "interrupted"
     if isinstance(error, TrainerError):
         return error.exit_code, str(error)
+    from ..detection.data import DataError
+
     if isinstance(error, DataError):
         return 2, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
     if isinstance(error, OSError):
         return 3, f"{error.filename or 'input/output'}: {error.strerror or error}"
     hint = "(IOUBAL_TRACEBACK=1 shows where)"
@@ -115,11 +115,11 @@ def bench_command() -> None:
 def configs_command(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one as YAML.")] = None,
 ) -> None:
-    """List the named configurations, or print one as YAML to start a file from."""
+    """List the named configurations, or print one as YAML, with what its keys mean, to start a file from."""
     from ..detection.presets import PRESETS, preset
 
     if name is not None:
-        print(preset(name).to_yaml(), end="")
+        print(preset(name).to_documented_yaml(), end="")
         return
     for key, (text, _) in PRESETS.items():
         print(f"{key:30} {text}")

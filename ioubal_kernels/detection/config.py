@@ -329,8 +329,24 @@ class Config(Checked):
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
+    def to_documented_yaml(self) -> str:
+        """The same text with what every key means beside it."""
+        import yaml
+
+        lines = []
+        for (name, values), section in zip(self.to_dict().items(), dataclasses.fields(self), strict=True):
+            lines.append(f"{name}:")
+            for key, rules in zip(values, dataclasses.fields(getattr(self, section.name)), strict=True):
+                value = yaml.safe_dump(values[key], allow_unicode=True, default_flow_style=True, width=1000)
+                text = f"{key}: {value.removesuffix(_END_OF_SCALAR).strip()}"
+                lines.append(f"  {text:<34}  # {rules.metadata['doc']}")
+        return "\n".join(lines) + "\n"
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
+
+
+_END_OF_SCALAR = "...\n"  # which YAML puts after a scalar by itself
 
 
 def all_keys() -> list[str]:
@@ -349,8 +365,9 @@ def unknown_key(key: str) -> str:
     # The whole key first; then its last part, because a forgotten or wrong section is the commonest slip.
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     near = near or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
-    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; the nearest is {near[0]!r} (all keys: ioubal configs retinanet_tiny)"
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    return f"unknown key {key!r}{hint} (all keys: ioubal configs retinanet_tiny)"
 
 
 def parse_nan_policy(text: str) -> int:

@@ -14,6 +14,7 @@ from ioubal_kernels.integrations.torchvision.observing import Recording
 
 from .config import LossConfig
 from .data import Batch
+from .errors import UsageError
 from .models import Detector, PreparedImages
 from .processes import Processes
 
@@ -128,5 +129,11 @@ def calibrate(
         own = detector.collect_deltas(inputs, rpn=rpn)
     parts = (processes or Processes()).gather([(pred.cpu(), target.cpu()) for pred, target in own])
     pairs = [pair for part in parts for pair in part]
+    if not any(len(pred) for pred, _ in pairs):
+        factor = "rpn_w_loc" if rpn else "w_loc"
+        raise UsageError(
+            f"loss.{factor}: auto: no box in the first {len(pairs)} batches to calibrate it on; more batches by"
+            f" loss.calibration_batches=N, or loss.{factor}=NUMBER"
+        )
     beta = 1 / 9 if rpn else config.beta
     return ik.calibrate_w_loc(pairs, lambda_=config.lambda_, beta=beta, **detector.box_coder(rpn))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,10 +14,14 @@ class StopSignal:
     """`with StopSignal() as stop:` collects signals; `stop.number` is the first one's, or None.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Args:
+        first, second: lines for stderr, written at once when the first and the second signal arrive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "", second: str = "") -> None:
         self.number: int | None = None
+        self._lines = first, second
         self._previous: dict[int, object] = {}
         self._pid = os.getpid()
 
@@ -34,6 +39,10 @@ class StopSignal:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
+        line = self._lines[self.number is not None]
+        if line:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{line}\n".encode())  # print may have been interrupted half-way
         if self.number is not None:
             os._exit(128 + number)
         self.number = number

@@ -37,6 +37,11 @@ from .weights import load_weights, new_detector
 
 # A checkpoint holds what follows from these; with others a run could not go on from it.
 FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name"}
+_STOP_LINES = (
+    "stopping after this step, the run will be saved (a second signal stops at once and saves nothing)",
+    "stopped at once: steps since the last checkpoint are lost",
+)
+_LARGE_FACTOR = 20.0  # of w_loc: the paper's are 2 to 10, what is calibrated for objects that fit their anchors as well
 CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
 
 
@@ -79,7 +84,8 @@ def train(
     reporter = reporter or Reporter()
     config.validate()
     if config.data.path is None:
-        raise UsageError("data.path: no dataset given (--data DIR)")
+        where = "--data DIR; without -c, --resume takes the run's configuration" if resume else "--data DIR"
+        raise UsageError(f"data.path: no dataset given ({where})")
     if not resume and rundir.holds_run(run):
         raise UsageError(f"{run} already holds a run: continue it with --resume or choose another folder with -o")
     config.require_start()
@@ -106,7 +112,8 @@ def train(
             rundir.prepare_run_folder(run)
             stack.enter_context(rundir.RunLock(run))
         processes.wait()
-        stop = stack.enter_context(StopSignal())
+        lines = _STOP_LINES if processes.first else ()
+        stop = stack.enter_context(StopSignal(*lines))
         trainer = _Trainer(config, run, pair, loader, processes, reporter, stop, source)
         return trainer.run_to_end(resume, allow_config_change)
 
@@ -302,6 +309,12 @@ class _Trainer:
         # The batches that were looked at are trained on as well.
         self.loader.load_state_dict(state)
         self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches")
+        if value > _LARGE_FACTOR:
+            self.reporter.warn(
+                f"{name} is large, since the untrained model's boxes hardly overlap what they are to find (are the objects"
+                f" much smaller than the anchors?). Training can become unstable or find nothing; loss.{name}=NUMBER"
+                " sets a smaller one"
+            )
         self.log.write(name, step=0, value=value)
         return value
 

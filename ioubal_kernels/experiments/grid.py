@@ -135,7 +135,7 @@ TABLES: dict[str, Table] = {
     "table3": Table("Table 3: the exponents eta and lambda", "coco", LONG, _rows(_ONE, _exponents()), "table2"),
     "table4": Table("Table 4: backbones", "coco", LONG, _rows(("retinanet_r18", *_RETINANETS)), "table4"),
     "table5": Table(
-        "Table 5: Pascal VOC",
+        "Table 5: Pascal VOC, the metric of VOC 2007",
         "voc",
         ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90"),
         _rows(("ssd300", "ssd512", *_RETINANETS)),

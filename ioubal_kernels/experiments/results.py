@@ -23,8 +23,8 @@ RESULTS_FILE = "results.json"
 
 
 def metric(run: Run, name: str) -> float | None:
-    """A metric in per cent; for Pascal VOC folders VOC 2007's where it has the name, as in the paper's Table 5."""
-    value = run.metrics.get("VOC07", {}).get(name, run.metrics.get(name))
+    """A metric in per cent."""
+    value = run.metrics.get(name)
     return None if value is None else 100 * value
 
 
@@ -176,7 +176,7 @@ def load_results(folder: Path) -> Study:
                 row["block"],
                 row["data"],
                 [
-                    ArmRuns(arm["name"], arm["label"], [load_run(folder / run["folder"]) for run in arm["runs"]])
+                    ArmRuns(arm["name"], arm["label"], [load_run(folder / run["folder"], found["table"]) for run in arm["runs"]])
                     for arm in row["arms"]
                 ],
                 row["cost"],

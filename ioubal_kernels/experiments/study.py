@@ -15,6 +15,7 @@ from ..detection.errors import UsageError
 from ..detection.evaluate import ImageDetections
 from ..detection.presets import load_config
 from ..detection.results import DETECTIONS_FILE, load_detections
+from ..detection.evaluate import THRESHOLDS
 from ..detection.rundir import CONFIG_FILE, METRICS_FILE, read_log
 from .grid import BASELINE, BOTH, CLS, LOC, LONG
 from .localization import Localization, localization
@@ -207,15 +208,26 @@ class Study:
         return [run for row in self.rows for arm in row.arms for run in arm.runs]
 
 
-def load_run(folder: Path) -> Run:
+VOC07_TABLE = "table5"  # the one that the paper gives in VOC 2007's metric
+
+
+def load_run(folder: Path, table: str | None = None) -> Run:
     """A finished run.
 
+    Args:
+        table: that it was trained for; in Table 5 VOC 2007's metrics take the place of COCO's of the same names.
+
     Raises:
-        UsageError: no run is there, or it is not finished.
+        UsageError: no run is there, it is not finished, or was not evaluated.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise UsageError(f"{folder}: expected the folder of a run or of a reproduction, found no {CONFIG_FILE}")
     if not is_finished(folder):
+        if any(record.get("event") == "end" for record in read_log(folder)):
+            raise UsageError(
+                f"{folder}: the run was not evaluated, since its data had no split for that; `ioubal eval {folder}` with"
+                " --split evaluates what it saved, `--set data.eval_split=NAME` a new training"
+            )
         raise UsageError(f"{folder}: the run is not finished (ioubal train --resume -o {folder} continues it)")
     config = load_config(str(folder / CONFIG_FILE))
     try:
@@ -223,6 +235,10 @@ def load_run(folder: Path) -> Run:
         metrics["AP"], metrics["thresholds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / METRICS_FILE}: not the metrics of a run: {error}") from error
+    if table == VOC07_TABLE and "VOC07" in metrics:
+        own = {name: value for name, value in metrics["VOC07"].items() if name.startswith("AP")}
+        thresholds = {f"{t:.2f}": own[f"AP{round(100 * t)}"] for t in THRESHOLDS}
+        metrics = {**metrics, **own, "thresholds": thresholds}
     return Run(folder, config, metrics, read_log(folder))
 
 
@@ -237,7 +253,7 @@ def study_of_plan(plan: Plan, folder: Path, *, command: str | None = None) -> St
             for arm in row.arms:
                 own = [job for job in finished if _is(job, block.name, row.name, arm.name)]
                 if own:
-                    arms.append(ArmRuns(arm.name, arm.label, [load_run(folder / job.folder) for job in own]))
+                    arms.append(ArmRuns(arm.name, arm.label, [load_run(folder / job.folder, plan.table) for job in own]))
             if arms:
                 own_data = made_data(folder, block.name)
                 rows.append(RowStudy(row.name, row.label, block.name, block.title, arms, data_path=own_data))

@@ -362,7 +362,9 @@ def _record(
     boxes, labels, difficult = [], [], []
     for item in annotation.objects:
         if item.name not in classes:
-            problems.append(f"image {name}: unknown class {item.name!r}: expected one of {', '.join(classes)}")
+            unknown = f"unknown class {item.name!r}: expected one of {', '.join(classes)}"
+            if not any(problem.endswith(unknown) for problem in problems):  # once, however many boxes have it
+                problems.append(f"image {name}: {unknown}")
             continue
         xmin, ymin, xmax, ymax = item.box
         empty = xmax == xmin or ymax == ymin

@@ -154,19 +154,28 @@ def test_unfinished_and_foreign_folders(reproduction, tmp_path):
     with pytest.raises(UsageError, match="not the metrics of a run"):
         load_run(run)
     (run / "metrics.json").unlink()
+    (run / "log.jsonl").write_text("")
     with pytest.raises(UsageError, match="not finished .*--resume"):
         load_run(run)
 
 
-def test_voc_tables_take_the_metric_of_2007(study):
-    run = study.runs[0]
-    assert metric(run, "AP50") == 100 * run.metrics["AP50"]
-    run.metrics["VOC07"] = {"AP50": 0.125}
-    try:
-        assert metric(run, "AP50") == 12.5
-        assert metric(run, "APs") == (None if run.metrics["APs"] is None else 100 * run.metrics["APs"])
-    finally:
-        del run.metrics["VOC07"]
+def test_table_5_alone_takes_the_metric_of_2007(reproduction, tmp_path):
+    run = shutil.copytree(reproduction.folder / reproduction.plan.jobs()[0].folder, tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    voc = {"AP": 0.5, **{f"AP{percent}": percent / 1000 for percent in range(50, 100, 5)}, "per_class": {}}
+    (run / "metrics.json").write_text(json.dumps({**metrics, "VOC07": voc}))
+    assert load_run(run).metrics == load_run(run, "table1").metrics == {**metrics, "VOC07": voc}
+    found = load_run(run, "table5")
+    assert metric(found, "AP80") == pytest.approx(8.0) and found.metrics["thresholds"]["0.80"] == 0.08
+    assert list(found.metrics["thresholds"]) == list(metrics["thresholds"])
+    assert found.metrics["APs"] == metrics["APs"] and found.metrics["per_class"] == metrics["per_class"]
+
+
+def test_a_run_without_evaluation_is_named_so(reproduction, tmp_path):
+    run = shutil.copytree(reproduction.folder / reproduction.plan.jobs()[0].folder, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    with pytest.raises(UsageError, match="was not evaluated, since its data had no split for that; `ioubal eval"):
+        load_run(run)
 
 
 def test_detections_are_kept(study, tmp_path):
