@@ -37,7 +37,8 @@ def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, name
     """The mean over runs, and the range that they cover."""
     if not len(steps):
         return
-    ax.plot(steps, values.mean(axis=0), color=color, linewidth=1.7, marker=marker or None, markersize=4, label=name)
+    marker = marker or ("o" if len(steps) == 1 else None)
+    ax.plot(steps, values.mean(axis=0), color=color, linewidth=1.7, marker=marker, markersize=4, label=name)
     if len(values) > 1:
         ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.12, linewidth=0)
 
@@ -45,7 +46,7 @@ def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, name
 def _seeds(row: RowStudy) -> str:
     counts = sorted({len(arm.runs) for arm in row.arms})
     if counts == [1]:
-        return "One run each."
+        return "One run each." if len(row.arms) > 1 else "One run."
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"Means of {runs} seeds; shaded, from the lowest to the highest."
 
@@ -74,7 +75,7 @@ def plot_ap_curves(row: RowStudy) -> Plot:
         for arm in row.arms:
             steps, values = curves(arm, "eval", lambda r, name=name: _percent(r["metrics"].get(name)))
             _draw_curve(ax, steps, values, palette[arm.name], arm.label, marker="o")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * max(ax.get_ylim()[1], 0.1))  # a single evaluation's markers would lie on the frame
         ax.set_xlim(left=0)
         label(ax, name, "step", "%")
     legend(axes[0], loc="lower right")
@@ -89,7 +90,7 @@ def _percent(value: float | None) -> float | None:
 
 def plot_ap_by_threshold(row: RowStudy) -> Plot:
     """AP at every IoU threshold, and the difference to the first arm."""
-    figure, (left, right) = panels(2, height=3.6)
+    figure, (left, *rest) = _panels_with_difference(len(row.arms))
     palette = colors([arm.name for arm in row.arms])
     rows = {
         arm.name: {
@@ -107,6 +108,7 @@ def plot_ap_by_threshold(row: RowStudy) -> Plot:
         left.plot(THRESHOLDS, values.mean(axis=0), **style)
         shared = [seed for seed in rows[arm.name] if seed in base]
         if index and shared:
+            (right,) = rest
             paired = np.array([rows[arm.name][seed] - base[seed] for seed in shared])
             place = np.array(THRESHOLDS) + (index - 1 - (len(others) - 1) / 2) * width
             right.bar(place, paired.mean(axis=0), width=0.9 * width, color=palette[arm.name], label=arm.label)
@@ -116,13 +118,21 @@ def plot_ap_by_threshold(row: RowStudy) -> Plot:
     left.set_ylim(bottom=0)
     label(left, "AP by IoU threshold", "IoU threshold", "%")
     legend(left)
-    right.axhline(0, color=GREY, linewidth=0.8)
-    low, high = right.get_ylim()
-    right.set_ylim(min(low, -1), max(high, 1))
-    label(right, f"difference to the {row.arms[0].label}", "IoU threshold", "points")
-    caption = "Right: mean of the paired differences, with their standard error." if len(row.arms[0].runs) > 1 else ""
-    caption = caption or "One training each: differences include the noise of single runs, one or two points."
+    caption = _seeds(row)
+    for right in rest:
+        right.axhline(0, color=GREY, linewidth=0.8)
+        low, high = right.get_ylim()
+        right.set_ylim(min(low, -1), max(high, 1))
+        label(right, f"difference to the {row.arms[0].label}", "IoU threshold", "points")
+        caption = "One training each: differences include the noise of single runs, one or two points."
+        if len(row.arms[0].runs) > 1:
+            caption = "Right: mean of the paired differences, with their standard error."
     return Plot("ap_by_threshold", "Average precision by IoU threshold", caption, svg_of(figure))
+
+
+def _panels_with_difference(arms: int) -> tuple[Any, list[Any]]:
+    """A panel for the arms, and where there are several one for what they differ from the first by."""
+    return panels(2, height=3.6) if arms > 1 else panels(1, width=6.4, height=3.6)
 
 
 def plot_speed(study: Study) -> Plot | None:
@@ -233,7 +243,7 @@ def _localization_plot(
     shown = [arm for arm in row.arms if means[arm.name] is not None]
     if not shown:
         return None
-    figure, (left, right) = panels(2, height=3.6)
+    figure, (left, *rest) = _panels_with_difference(len(shown))
     palette = colors([arm.name for arm in row.arms])
     base = np.array([np.nan if v is None else 100 * v for v in means[shown[0].name][key]])
     for arm in shown:
@@ -241,18 +251,19 @@ def _localization_plot(
         style = {"color": palette[arm.name], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "label": arm.label}
         left.plot(x, values, **style)
         if arm is not shown[0]:
-            right.plot(x, values - base, **style)
+            rest[0].plot(x, values - base, **style)
     left.set_ylim(bottom=0)
-    right.axhline(0, color=GREY, linewidth=0.8)
     label(left, titles[0], x_label, "%")
-    label(right, titles[1].format(shown[0].label), x_label, "points")
+    for right in rest:
+        right.axhline(0, color=GREY, linewidth=0.8)
+        label(right, titles[1].format(shown[0].label), x_label, "points")
     legend(left)
     return Plot(name, heading, f"{caption} {_means_of(row)}", svg_of(figure))
 
 
 def _means_of(row: RowStudy) -> str:
     most = max(len(arm.runs) for arm in row.arms)
-    return "One run each." if most == 1 else f"Means over {most} seeds."
+    return _seeds(row) if most == 1 else f"Means over {most} seeds."
 
 
 def plot_weight(study: Study) -> Plot:
@@ -321,6 +332,8 @@ def plot_rank_correlation(row: RowStudy) -> Plot | None:
         values = found[arm.name]
         ax.plot(values, [place] * len(values), "o", color=palette[arm.name], alpha=0.55, markersize=6)
         ax.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color=palette[arm.name], linewidth=2.2)
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, (low + high) / 2 - 0.05), max(high, (low + high) / 2 + 0.05))  # of one run it would be 0 wide
     ax.set_yticks(range(len(shown)), [arm.label for arm in reversed(shown)])
     ax.set_ylim(-0.6, len(shown) - 0.4)
     ax.grid(axis="x", color="#E3E7EA", linewidth=0.8)

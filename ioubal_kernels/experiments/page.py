@@ -136,7 +136,7 @@ def _detections(row: RowStudy, drawn: list[Plot], name: str) -> str:
     svg = detections_svg(row.dataset, present, chosen, SHOWN_SCORE)
     plot = Plot(
         name,
-        "Figure 4: the same images from both models",
+        "Figure 4: detections" if len(present) == 1 else "Figure 4: the same images from both models",
         f"Images of {row.dataset.split}, seed {seed}; detections scored {SHOWN_SCORE} and more, scores in per cent.",
         svg,
     )
