@@ -137,3 +137,14 @@ def calibrate(
         )
     beta = 1 / 9 if rpn else config.beta
     return ik.calibrate_w_loc(pairs, lambda_=config.lambda_, beta=beta, **detector.box_coder(rpn))
+
+
+def large_factor(name: str, value: float) -> str | None:
+    """What to say of a calibrated w_loc that is far above the paper's, which lie below 4."""
+    if value <= 20:
+        return None
+    return (
+        f"{name} {value:.0f} is large, since the untrained model's boxes hardly overlap what they are to find (are the"
+        " objects much smaller than the anchors?). Training can become unstable or find nothing;"
+        f" loss.{name}=NUMBER sets a smaller one"
+    )

@@ -9,6 +9,11 @@ import threading
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
+SAVED_OR_LOST = (  # a training run's lines for StopSignal
+    "stopping after this step, the run will be saved (a second signal stops at once and saves nothing)",
+    "stopped at once: steps since the last checkpoint are lost",
+)
+
 
 class StopSignal:
     """`with StopSignal() as stop:` collects signals; `stop.number` is the first one's, or None.

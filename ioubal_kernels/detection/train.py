@@ -21,14 +21,14 @@ from .config import Config, config_diff
 from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent, without_unread
-from .objective import apply_loss, calibrate
+from .objective import apply_loss, calibrate, large_factor
 from .predict import make_eval_loader, predict_dataset
 from .processes import Processes, launched_as, started
 from .progress import Reporter
 from .provenance import provenance, weights_digest
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device, transform_config
 from .results import DETECTIONS_FILE, save_detections
-from .signals import StopSignal
+from .signals import SAVED_OR_LOST, StopSignal
 from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_kept, with_norm_of
 from .state import pack_state, unpack_config
 from .stepping import Stepper
@@ -37,11 +37,6 @@ from .weights import load_weights, new_detector
 
 # A checkpoint holds what follows from these; with others a run could not go on from it.
 FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name"}
-_STOP_LINES = (
-    "stopping after this step, the run will be saved (a second signal stops at once and saves nothing)",
-    "stopped at once: steps since the last checkpoint are lost",
-)
-_LARGE_FACTOR = 20.0  # of w_loc: the paper's are 2 to 10, what is calibrated for objects that fit their anchors as well
 CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
 
 
@@ -112,8 +107,7 @@ def train(
             rundir.prepare_run_folder(run)
             stack.enter_context(rundir.RunLock(run))
         processes.wait()
-        lines = _STOP_LINES if processes.first else ()
-        stop = stack.enter_context(StopSignal(*lines))
+        stop = stack.enter_context(StopSignal(*(SAVED_OR_LOST if processes.first else ())))
         trainer = _Trainer(config, run, pair, loader, processes, reporter, stop, source)
         return trainer.run_to_end(resume, allow_config_change)
 
@@ -309,12 +303,8 @@ class _Trainer:
         # The batches that were looked at are trained on as well.
         self.loader.load_state_dict(state)
         self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches")
-        if value > _LARGE_FACTOR:
-            self.reporter.warn(
-                f"{name} is large, since the untrained model's boxes hardly overlap what they are to find (are the objects"
-                f" much smaller than the anchors?). Training can become unstable or find nothing; loss.{name}=NUMBER"
-                " sets a smaller one"
-            )
+        if doubt := large_factor(name, value):
+            self.reporter.warn(doubt)
         self.log.write(name, step=0, value=value)
         return value
 

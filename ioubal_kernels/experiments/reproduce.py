@@ -97,7 +97,7 @@ def reproduce(
     """
     reporter = reporter or Reporter()
     began = time.monotonic()
-    if time_budget is not None and time_budget <= RESERVE:
+    if time_budget is not None and not time_budget > RESERVE:  # NaN as well
         raise UsageError(f"--time-budget: expected more than {RESERVE:.0f} seconds, got {time_budget:g}")
     deadline = None if time_budget is None else began + time_budget - RESERVE
     for block in plan.blocks:

@@ -176,7 +176,11 @@ def load_results(folder: Path) -> Study:
                 row["block"],
                 row["data"],
                 [
-                    ArmRuns(arm["name"], arm["label"], [load_run(folder / run["folder"], found["table"]) for run in arm["runs"]])
+                    ArmRuns(
+                        arm["name"],
+                        arm["label"],
+                        [load_run(folder / run["folder"], found["table"]) for run in arm["runs"]],
+                    )
                     for arm in row["arms"]
                 ],
                 row["cost"],

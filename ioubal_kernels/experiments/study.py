@@ -12,10 +12,9 @@ from typing import Any
 from ..detection.config import Config, LossConfig, config_diff
 from ..detection.data import DataError, Dataset, DatasetPair, load_pair
 from ..detection.errors import UsageError
-from ..detection.evaluate import ImageDetections
+from ..detection.evaluate import THRESHOLDS, ImageDetections
 from ..detection.presets import load_config
 from ..detection.results import DETECTIONS_FILE, load_detections
-from ..detection.evaluate import THRESHOLDS
 from ..detection.rundir import CONFIG_FILE, METRICS_FILE, read_log
 from .grid import BASELINE, BOTH, CLS, LOC, LONG
 from .localization import Localization, localization
@@ -225,8 +224,8 @@ def load_run(folder: Path, table: str | None = None) -> Run:
     if not is_finished(folder):
         if any(record.get("event") == "end" for record in read_log(folder)):
             raise UsageError(
-                f"{folder}: the run was not evaluated, since its data had no split for that; `ioubal eval {folder}` with"
-                " --split evaluates what it saved, `--set data.eval_split=NAME` a new training"
+                f"{folder}: the run was not evaluated, since its data had no split for that; `ioubal eval {folder}`"
+                " with --split evaluates what it saved, `--set data.eval_split=NAME` a new training"
             )
         raise UsageError(f"{folder}: the run is not finished (ioubal train --resume -o {folder} continues it)")
     config = load_config(str(folder / CONFIG_FILE))
@@ -253,7 +252,9 @@ def study_of_plan(plan: Plan, folder: Path, *, command: str | None = None) -> St
             for arm in row.arms:
                 own = [job for job in finished if _is(job, block.name, row.name, arm.name)]
                 if own:
-                    arms.append(ArmRuns(arm.name, arm.label, [load_run(folder / job.folder, plan.table) for job in own]))
+                    arms.append(
+                        ArmRuns(arm.name, arm.label, [load_run(folder / job.folder, plan.table) for job in own])
+                    )
             if arms:
                 own_data = made_data(folder, block.name)
                 rows.append(RowStudy(row.name, row.label, block.name, block.title, arms, data_path=own_data))

@@ -64,6 +64,7 @@ def test_configs(ioubal, tmp_path):
     code, out, _ = ioubal("configs", "demo")
     (tmp_path / "demo.yaml").write_text(out)
     assert load_config(str(tmp_path / "demo.yaml")) == load_config("demo")
+    assert all("  # " in line for line in out.splitlines() if line.startswith("  "))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,9 @@ def test_a_signal_saves_and_exits(tiny_data, tmp_path, number, code, to_all):
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"stopped by signal {int(number)} at step" in err
+    assert err.index("stopping after this step, the run will be saved") < err.index(
+        f"stopped by signal {int(number)} at"
+    )
     assert "Traceback" not in out + err
     step = int(err.split("at step ")[1].split(";")[0])
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:08d}.pt"

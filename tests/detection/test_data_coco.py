@@ -447,3 +447,19 @@ def test_mutated_files_give_only_the_documented_error(tmp_path):
             assert ((record.labels >= 0) & (record.labels < dataset.num_classes)).all()
             assert record.path.startswith(str(tmp_path))
     assert 300 < refused < 1000
+
+
+@pytest.mark.parametrize(
+    ("boxes", "text"),
+    [
+        ([[4, 4, 12, 10]] * 12, "most boxes reach out of their image: are they x, y, width, height, in pixels"),
+        ([[40, 4, 12, 10]] * 12, "most boxes reach out of their image"),
+        ([[0.2, 0.2, 0.5, 0.6]] * 12, "most boxes are smaller than a pixel: are the coordinates shares of the image"),
+        ([[4, 4, 6, 5]] * 7 + [[4, 4, 12, 10]] * 5, None),
+        ([[4, 4, 12, 10]] * 9, None),  # too few to say
+    ],
+)
+def test_boxes_in_another_convention_are_pointed_out(tmp_path, boxes, text):
+    items = [annotation(id=k, bbox=box) for k, box in enumerate(boxes, 1)]
+    shown = describe(load_dataset(write(tmp_path, edit(annotations=items))))
+    assert ("warning: " in shown) == (text is not None) and (text or "") in shown

@@ -183,8 +183,10 @@ def test_classes_come_from_all_annotation_files_in_a_stable_order(tmp_path):
     assert pair.training.records[0].labels.tolist() == [2, 0]
     fixed = load_dataset(tmp_path, "val", classes=("person", "dog", "cat", "cow"))
     assert fixed.num_classes == 4 and fixed.records[0].labels.tolist() == [1]
-    with pytest.raises(DataError, match="image a: unknown class 'person': expected one of cat, dog"):
+    write(tmp_path, {"a": xml(item("person"), item("person"))}, {"train": ["a"]})
+    with pytest.raises(DataError, match="image a: unknown class 'person': expected one of cat, dog") as caught:
         load_dataset(tmp_path, "train", classes=("cat", "dog"))
+    assert str(caught.value).count("unknown class") == 1
 
 
 def test_default_splits(tmp_path):

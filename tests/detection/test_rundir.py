@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -91,3 +92,18 @@ def test_a_resumed_run_is_read_without_repetition(tmp_path):
     assert [(r["event"], r["step"], r.get("cls")) for r in read_log(tmp_path)] == [
         ("step", 1, 1.0), ("step", 2, 1.0), ("resume", 2, None), ("step", 3, 2.0),
     ]  # fmt: skip
+
+
+def test_the_first_signal_is_answered_at_once_and_the_second_ends(tmp_path):
+    program = (
+        "import os, signal, time\n"
+        "from ioubal_kernels.detection.signals import StopSignal\n"
+        "with StopSignal('first line', 'second line') as stop:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    print(stop.number, flush=True)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    print('not reached', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout.split() == [str(int(signal.SIGTERM))]
+    assert done.stderr.split("\n") == ["", "first line", "", "second line", ""]

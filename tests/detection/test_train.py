@@ -301,6 +301,20 @@ def test_w_loc_is_calibrated_once_and_kept(finished):
     assert find_checkpoint(folder)[1]["w_loc"] == result.w_loc
 
 
+def test_calibration_without_a_box_says_what_to_do(tiny_config, tmp_path, monkeypatch):
+    none = [(torch.zeros(0, 4), torch.zeros(0, 4))] * 2
+    monkeypatch.setattr("ioubal_kernels.detection.models.Detector.collect_deltas", lambda *a, **k: none)
+    with pytest.raises(UsageError, match=r"loss.w_loc: auto: no box in the first 2 batches .*calibration_batches=N"):
+        run(tiny_config(), tmp_path / "run")
+
+
+def test_a_large_factor_is_pointed_out(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "calibrate", lambda *a, **k: 164.8)
+    run(tiny_config(**{"train.iterations": 1}), tmp_path / "run")
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "warning: w_loc 165 is large, since the untrained model's boxes hardly overlap" in shown
+
+
 def test_calibration_keeps_the_first_loss(tiny_config, tmp_path):
     """With the same initialisation and first batch the localisation loss starts where the baseline's does."""
     first = {}

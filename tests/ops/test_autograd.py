@@ -275,7 +275,9 @@ def test_compiled_detection(layout, backend):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("without", (torch.no_grad, torch.inference_mode, None), ids=("no_grad", "inference", "constants"))
+@pytest.mark.parametrize(
+    "without", (torch.no_grad, torch.inference_mode, None), ids=("no_grad", "inference", "constants")
+)
 @pytest.mark.parametrize("levels", ("flat", "one map", "maps"))
 def test_compiled_detection_without_gradients(levels, without):
     """One level is the case of as many arguments as the Function has parameters."""

@@ -28,7 +28,11 @@ def logits(dtype):
 
 
 def nan_with_a_sign(dtype):
-    bits = {torch.float32: (torch.int32, -0x400000), torch.bfloat16: (torch.int16, -64), torch.float16: (torch.int16, -512)}
+    bits = {
+        torch.float32: (torch.int32, -0x400000),
+        torch.bfloat16: (torch.int16, -64),
+        torch.float16: (torch.int16, -512),
+    }
     container, pattern = bits[dtype]
     return torch.tensor(pattern, dtype=container).view(dtype)
 

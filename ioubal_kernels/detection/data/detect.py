@@ -280,6 +280,7 @@ def describe(*datasets: Dataset | None) -> str:
         extra += f"; images without boxes: {bare}" if bare else ""
         lines.append(f"split    {dataset.split}: {len(dataset)} images, {dataset.num_boxes} boxes{extra}")
         lines += [f"         {line}" for line in dataset.notes.lines()]
+        lines += [f"         warning: {line}" for line in dataset.doubts()]
     if len(given) == 1 and len(datasets) > 1:
         lines.append("split    none to evaluate on")
     return "\n".join(lines)

@@ -236,6 +236,20 @@ class Dataset:
         arrays = [record.train_boxes for record in self.records]
         return np.concatenate(arrays) if arrays else np.zeros((0, 4), dtype=np.float32)
 
+    def doubts(self) -> list[str]:
+        """What the boxes look like that most of them are not: another convention than the format's."""
+        boxes = self.all_boxes()
+        kept, lost = len(boxes), self.notes.count(OUTSIDE_BOX)
+        form = {"coco": "x, y, width, height", "voc": "xmin, ymin, xmax, ymax"}.get(self.format)
+        if form is None or kept + lost < 10:
+            return []
+        sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+        if 2 * int((sides < 1).sum()) > kept:
+            return ["most boxes are smaller than a pixel: are the coordinates shares of the image? Pixels are expected"]
+        if 2 * (self.notes.count(CLIPPED_BOX) + lost) > kept + lost:
+            return [f"most boxes reach out of their image: are they {form}, in pixels of the file?"]
+        return []
+
     def fingerprint(self) -> str:
         """SHA-256 of classes, image names, sizes, boxes and labels; tells whether a resumed run sees the same data."""
         digest = hashlib.sha256(json.dumps([list(self.classes), list(self.category_ids)]).encode())

@@ -59,6 +59,7 @@ def test_what_is_finished_is_not_expected_again(ioubal, reproduction, tiny_data)
         (["table9"], "expected one of table1, table2"),
         (["table2", "--preset", "paper"], "--data: table2 with --preset paper needs the folder of COCO 2017"),
         (["table2", "--preset", "paper", "--data", "TINY"], "retinanet_r50_fpn starts from ImageNet weights"),
+        (["table2", "--time-budget", "nan"], "--time-budget: expected more than 20 seconds, got nan"),
         (["table2", "--time-budget", "5"], "--time-budget: expected more than 20 seconds, got 5"),
         (["table2", "--processes", "0"], "--processes: expected at least 1, got 0"),
         (["table2", "--arms", "all"], "--arms: expected of baseline, cls, loc, both, control, got 'all'"),

@@ -128,6 +128,7 @@ def test_backbone_files_are_found_by_name(tmp_path):
         ({"table": "table8"}, "expected one of table1, .*, got 'table8'"),
         ({"table": "table2", "preset": "tpu"}, "--preset: expected one of cpu, gpu, paper, got 'tpu'"),
         ({"table": "table2", "seeds": 0}, "--seeds: expected at least 1, got 0"),
+        ({"table": "table2", "rows": []}, "--rows: expected of retinanet_r50, got none"),
         ({"table": "table2", "rows": ["yolo"]}, "--rows: expected of retinanet_r50, got 'yolo'"),
         ({"table": "table2", "arms": ["bth"]}, "--arms: expected of baseline, cls, loc, both, control, got 'bth'"),
         ({"table": "table2", "backbones": "."}, "--backbones: .*expected --preset paper, got 'cpu'"),
