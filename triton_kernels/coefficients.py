@@ -123,11 +123,13 @@ def coefficients_kernel(
 def write_zeros(zeros, piece, ALIGNMENT: tl.constexpr):
     """A piece of one of the tensors that are to be 0, as memory."""
     which = level_of(zeros[2], piece)
-    at = tl.cast(piece - pick(zeros[2], which), tl.int64) * ZERO_WORDS + tl.arange(0, ZERO_WORDS)
+    first = tl.cast(piece - pick(zeros[2], which), tl.int64) * ZERO_WORDS  # beyond 2^31 in large tensors
+    left = tl.cast(tl.minimum(pick(zeros[1], which) - first, ZERO_WORDS), tl.int32)
     start = pointer_at(zeros[0], which, tl.int32)
     if ALIGNMENT == 16:
         start = tl.multiple_of(start, 16)
-    tl.store(start + at, tl.zeros((ZERO_WORDS,), tl.int32), mask=at < pick(zeros[1], which))
+    at = tl.arange(0, ZERO_WORDS)
+    tl.store(start + first + at, tl.zeros((ZERO_WORDS,), tl.int32), mask=at < left)
 
 
 @triton.jit

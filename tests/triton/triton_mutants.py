@@ -108,10 +108,10 @@ _launch.py focal
     while value % width:
     while False:
 coefficients.py detection
-    (piece - pick(zeros[2], which)) * ZERO_WORDS
-    (piece - pick(zeros[2], which)) * 4
-    mask=at < pick(zeros[1], which)
-    mask=at <= pick(zeros[1], which)
+    tl.cast(piece - pick(zeros[2], which), tl.int64) * ZERO_WORDS
+    tl.cast(piece - pick(zeros[2], which), tl.int64) * 4
+    mask=at < left
+    mask=at <= left
 coefficients.py focal
     first, step, count = scope * images, 1, images
     first, step, count = scope, 1, images
