@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from ioubal_kernels.commands.app import _explain
 from ioubal_kernels.detection.checkpoint import list_checkpoints
+from ioubal_kernels.detection.errors import UsageError
 from ioubal_kernels.detection.presets import PRESETS, load_config
 
 TINY = [
@@ -221,6 +223,13 @@ def test_a_signal_saves_and_exits(tiny_data, tmp_path, number, code, to_all):
     assert "Traceback" not in out + err
     step = int(err.split("at step ")[1].split(";")[0])
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step:08d}.pt"
+
+
+def test_an_interrupted_import_is_not_repeated(monkeypatch):
+    """Ctrl-C while torch is imported: a second import of half a module ends in a traceback or an abort."""
+    monkeypatch.setitem(sys.modules, "ioubal_kernels.detection.data", None)  # importing it fails
+    assert _explain(KeyboardInterrupt()) == (130, "interrupted")
+    assert _explain(UsageError("--split")) == (2, "--split")
 
 
 @pytest.mark.slow
