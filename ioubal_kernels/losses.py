@@ -84,8 +84,9 @@ def _retinanet_loss(
 
 def _check_images(cls_logits: Any, gt_boxes: Any) -> None:
     """Before matching, whose result would not fit the logits; what is neither tensors nor lists is refused later."""
-    first = cls_logits if isinstance(cls_logits, Tensor) else next(iter(cls_logits), None)
-    given = isinstance(gt_boxes, (Tensor, list, tuple)) and len(gt_boxes)
+    first = cls_logits[0] if isinstance(cls_logits, (list, tuple)) and cls_logits else cls_logits
+    given = gt_boxes.shape[0] if isinstance(gt_boxes, Tensor) and gt_boxes.ndim else 0
+    given = len(gt_boxes) if isinstance(gt_boxes, (list, tuple)) else given
     if isinstance(first, Tensor) and first.ndim > 1 and given and given != first.shape[0]:
         raise ValueError(
             f"RetinaNetLoss: gt_boxes must hold the boxes of {first.shape[0]} images, as cls_logits has, got {given}"

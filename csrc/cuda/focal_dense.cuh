@@ -161,9 +161,6 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
     T* const out = run.out + e;
     const u32 mark = __shfl_sync(~0u, marks, i);
     const auto leave_strip = [&](u32 u) { later |= 1u << (i * kStripsPerWarp + u); };
-    const auto weight_at = [&](u32 at) {
-      return static_cast<float>(tb.row_weight[run.anchor(tb, tb.classes.div(at))]);
-    };
     if (mark == 0 && plain) {
       Vec<T, kCount> in[kStripsPerWarp];
 #pragma unroll
@@ -190,7 +187,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         }
         float weight = 1.f, part = 0.f;
         if (weighted) {
-          weight = weight_at(at);
+          weight = static_cast<float>(tb.row_weight[run.anchor(tb, tb.classes.div(at))]);
           if (__any_sync(~0u, !usual_scale(run.scale * weight))) {
             leave_strip(u);
             continue;

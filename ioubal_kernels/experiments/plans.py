@@ -233,7 +233,7 @@ def _chosen(
     rows: tuple[tuple[Row, Config], ...], names: Iterable[str] | None, arms: Iterable[str] | None
 ) -> tuple[tuple[Row, Config], ...]:
     known = [row.name for row, _ in rows]
-    if names is not None and not list(names):
+    if names is not None and not names:
         raise UsageError(f"--rows: expected of {', '.join(known)}, got none")
     for name in names or ():
         if name not in known:

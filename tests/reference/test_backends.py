@@ -259,7 +259,6 @@ def test_decorator_of_what_runs_later(late: Any) -> None:
         ik.use_backend("reference")(late)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="another backend's name is an error before")
 def test_w_loc_is_measured_on_the_host_whatever_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [(torch.zeros(3, 4), torch.full((3, 4), 0.1))]
     want = ik.calibrate_w_loc(pairs)

@@ -158,3 +158,17 @@ def test_retinanet_loss_of_too_many_images(gt: str) -> None:
         d.gt_boxes, d.gt_labels = d.gt_boxes.repeat(2, 1, 1), d.gt_labels.repeat(2, 1)
     with pytest.raises(ValueError, match=r"RetinaNetLoss: gt_boxes must hold the boxes of \d images.*, got \d"):
         ik.RetinaNetLoss()(*retinanet_arguments(d))
+
+
+@pytest.mark.parametrize("bad", (None, 3.0))
+def test_retinanet_loss_of_what_are_no_logits(bad: object) -> None:
+    d = testing.detection_inputs(4)
+    with pytest.raises(TypeError, match="iou_balanced_detection_loss: cls_logits must be a tensor"):
+        ik.RetinaNetLoss()(bad, *retinanet_arguments(d)[1:])
+
+
+def test_retinanet_loss_of_boxes_without_a_shape() -> None:
+    d = testing.detection_inputs(4)
+    d.gt_boxes = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="match_anchors: gt_boxes"):
+        ik.RetinaNetLoss()(*retinanet_arguments(d))
