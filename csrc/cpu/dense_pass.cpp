@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 
 #include "common/tensor_access.h"
 #include "cpu/dtypes.h"
@@ -102,28 +101,27 @@ void DensePass::prepare() {
 void DensePass::make_tables(int dtype, double gamma, Output output) {
   // Only runs that matter: with sample weights there may be one for each row. NaN cannot be looked for among scales.
   constexpr int64_t kSmallRun = 4096;
-  const int64_t threshold = table_threshold(gamma);
+  const bool by_octave = dtype == kBFloat16 && output != Output::kLoss && kernels().octaves;
+  const int64_t threshold = table_threshold(gamma, by_octave);
   const auto scale_of = [&](const Run& run) { return output == Output::kNone ? 0.0 : run.out_scale; };
   const auto counts = [&](const Run& run) {
     return run.count >= std::min(kSmallRun, threshold) && !std::isnan(scale_of(run));
   };
-  struct Group {
-    int64_t entries = 0;
-    const FocalTable* table = nullptr;
-  };
-  std::map<double, Group> groups;
   for (const Run& run : runs) {
-    if (counts(run)) groups[scale_of(run)].entries += run.count;
+    if (counts(run)) tables_[scale_of(run)].logits += run.count;
   }
   for (Run& run : runs) {
     if (!counts(run)) continue;
-    Group& group = groups[scale_of(run)];
-    if (group.entries < threshold) continue;
-    if (!group.table) {
-      tables_.push_back(std::make_unique<FocalTable>(dtype, scale_of(run), gamma, output));
-      group.table = tables_.back().get();
+    ScaleTable& made = tables_[scale_of(run)];
+    if (made.logits < threshold) continue;
+    if (by_octave) {
+      const FlushDenormals flush;
+      if (!made.octaves) made.octaves = std::make_unique<OctaveTable>(kernels().focal, scale_of(run), gamma, output);
+    } else if (!made.table) {
+      made.table = std::make_unique<FocalTable>(dtype, scale_of(run), gamma, output);
     }
-    run.table = group.table;
+    run.table = made.table.get();
+    run.octaves = made.octaves.get();
   }
 }
 
@@ -144,7 +142,7 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
   const char* x = run.x + first * size_of(dtype);
   char* out = run.out ? run.out + first * size_of(dtype) : nullptr;
   if (!run.table) {
-    return kernels().focal[dtype](x, out, last - first, run.out_scale, gamma, left_out, output, stream);
+    return kernels().focal[dtype](x, out, last - first, run.out_scale, gamma, left_out, output, stream, run.octaves);
   }
   return dtype == kBFloat16 ? look_up<c10::BFloat16>(*run.table, x, out, last - first, left_out)
                             : look_up<c10::Half>(*run.table, x, out, last - first, left_out);

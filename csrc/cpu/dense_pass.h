@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
 #include "cpu/focal_table.h"
 #include "cpu/isa.h"
+#include "cpu/octave_table.h"
 
 namespace ioubal {
 
@@ -21,7 +23,9 @@ struct Run {
   double loss_scale = 0;  // of the run's sum in the total
   int64_t first_skip = 0, last_skip = 0;
   int64_t mask_offset = -1, bits_offset = 0, mask_period = 0;
+  // At most one of them: 16-bit logits are looked up.
   const FocalTable* table = nullptr;
+  const OctaveTable* octaves = nullptr;
 };
 
 class DensePass {
@@ -48,6 +52,12 @@ class DensePass {
     int64_t run;
     Skip skip;
   };
+  // Of the logits that share a scale: one of the two, if they are many.
+  struct ScaleTable {
+    int64_t logits = 0;
+    std::unique_ptr<FocalTable> table;
+    std::unique_ptr<OctaveTable> octaves;
+  };
   void prepare();
   void make_tables(int dtype, double gamma, Output output);
   double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output, bool stream);
@@ -56,7 +66,7 @@ class DensePass {
   std::vector<Skip> skips_;
   std::vector<double> positives_;
   std::vector<uint8_t> masks_, mask_bits_;
-  std::vector<std::unique_ptr<FocalTable>> tables_;
+  std::map<double, ScaleTable> tables_;
 };
 
 }  // namespace ioubal

@@ -24,8 +24,9 @@ class FocalTable {
   bool writes_;
 };
 
-// Logits that share a scale from which on a table pays. With kernels that compute these gammas faster: none.
-int64_t table_threshold(double gamma);
+// Logits that share a scale from which on a table pays, this one or an OctaveTable. With kernels that compute these
+// gammas faster than this one: none.
+int64_t table_threshold(double gamma, bool octaves);
 
 // Sets it for every gamma (for tests and benchmarks; negative: back to the default). Returns the one in use where
 // looking up is faster.

@@ -13,10 +13,13 @@ enum class Output : int { kNone, kGradient, kLoss };
 // Index of a dtype in the tables below.
 enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+struct OctaveTable;
+
 // Sum of the plain negative losses of n contiguous logits; writes scale * gradient or scale * loss to out, 0 for what
-// is left out. stream: a gradient past the caches; out is not x then, and fence_streams is the caller's.
+// is left out. stream: a gradient past the caches; out is not x then, and fence_streams is the caller's. octaves: null,
+// or a table of the same scale, gamma and output, of which kernels that have octaves make use for bfloat16.
 using FocalDense = double (*)(const void* x, void* out, int64_t n, double scale, double gamma, const LeftOut& left_out,
-                              Output output, bool stream);
+                              Output output, bool stream, const OctaveTable* octaves);
 
 // Softmax cross entropy of some rows: loss = logsumexp(x) - x[target], and where out is given scale * (softmax(x) -
 // onehot(target)). A row with a negative target is ignored: loss 0, zeros in out. A row without a finite loss is the
@@ -49,6 +52,7 @@ struct KernelTable {
   int isa;                // 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16, 6 the same on Zen 5
   bool streams = false;   // a large gradient is written faster past the caches
   bool computes = false;  // 16-bit logits of gamma 0, 1 and 2 are computed faster than looked up
+  bool octaves = false;   // but bfloat16 ones are looked up in an OctaveTable, whatever gamma
 };
 
 const KernelTable& portable_kernels();

@@ -16,7 +16,7 @@ namespace {
 
 // float64 is for gradcheck and the oracle's company: plain scalar code.
 double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, double gamma, const LeftOut& left_out_,
-                       Output output, bool) {
+                       Output output, bool, const OctaveTable*) {
   LeftOut left_out = left_out_;
   const double* x = (const double*)x_;
   double* out = (double*)out_;

@@ -43,7 +43,18 @@ def kernels(tmp_path_factory):
 
 
 def call_focal(
-    kernels, isa, x, gamma, scale=0.3, mask=None, start=0, period=0, skips=(), output=GRADIENT, stream=False
+    kernels,
+    isa,
+    x,
+    gamma,
+    scale=0.3,
+    mask=None,
+    start=0,
+    period=0,
+    skips=(),
+    output=GRADIENT,
+    stream=False,
+    by_octave=False,
 ):
     """(total, out, logits of the positives); skips: (first, count, positive or -1) each."""
     listed = torch.tensor(skips, dtype=torch.int64).view(-1, 3)
@@ -62,6 +73,7 @@ def call_focal(
         ),
         *(pointer(mask.data_ptr() if mask is not None else 0), i64(start), i64(period)),
         *(pointer(listed.data_ptr()), i64(len(listed)), pointer(positives.data_ptr()), output, int(stream)),
+        int(by_octave),
     )
     return total, out, positives
 
@@ -143,6 +155,42 @@ def test_left_out_entries(kernels, isa, dtype, masked):
         numbers = torch.tensor([positive for _, _, positive in skips if positive >= 0], dtype=torch.int64)
         assert torch.equal(positives[numbers], x[singles].double())
         assert positives.isnan().sum() == len(positives) - len(numbers)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("gamma", (0.0, 2.0, 0.5))
+def test_looked_up_by_octave(kernels, gamma, masked):
+    """What is written is what is computed, to the bit: with several logits of no octave, too many of them, none that
+    can be looked up at all, entries left out and a mask of any period."""
+    g = torch.Generator().manual_seed(5)
+    n = 9000
+    x = torch.randn(n, generator=g) * 1.5 - 4.6
+    x[300:304], x[1100:1108], x[2000:2009], x[4444] = 0.7, -0.2, 1e-3, 3.0
+    x[3000:3040:3], x[6000], x[7000], x[8500] = 2.0, -40.0, 1e-5, 16.0
+    x = x.to(torch.bfloat16)
+    skips = [(700, 1, 0), (5000, 80, -1), (8900, 1, 2)]
+    for period in (1, 77, 640, 4001) if masked else (0,):
+        counted, options = torch.ones(n, dtype=torch.bool), {"skips": skips}
+        if masked:
+            keep = torch.rand(period, generator=g) > 0.2
+            keep[0] = True
+            mask = (keep.to(torch.uint8) * 255)[torch.arange(period + 256) % period].contiguous()
+            options |= {"mask": mask, "start": 5 % period, "period": period}
+            counted = keep[(torch.arange(n) + 5 % period) % period]
+        for first, count, _ in skips:
+            counted[first : first + count] = False
+        # What does not count must not be felt, whether it could be looked up or not.
+        for hidden in (x, torch.full_like(x, float("nan"))):
+            shown = torch.where(counted, x, hidden)
+            shown[700], shown[8900] = x[700], x[8900]
+            computed, want, _ = call_focal(kernels, 6, shown, gamma, **options)
+            total, out, positives = call_focal(kernels, 6, shown, gamma, by_octave=True, **options)
+            assert torch.equal(out, want) and total == pytest.approx(computed, rel=1e-6)
+            assert positives[0] == x[700] and positives[2] == x[8900]
+            alone, _, _ = call_focal(kernels, 6, shown, gamma, by_octave=True, output=0, **options)
+            assert alone == pytest.approx(computed, rel=1e-6)
+            streamed = call_focal(kernels, 6, shown, gamma, by_octave=True, stream=True, **options)
+            assert streamed[0] == total and torch.equal(streamed[1], out)
 
 
 @pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)

@@ -64,7 +64,7 @@ def test_sum_of_every_finite_loss(dtype):
     labels = torch.full((len(logits),), -1)
     want, _ = focal(logits.double(), labels, reduction="sum")
     for (table, _), _ in both(lambda: focal(logits, labels, reduction="sum")):
-        assert float(table) == pytest.approx(float(want), rel=2e-7)
+        testing.assert_close_budget(table, want, dtype, "loss")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_every_image_has_its_scale(monkeypatch):
         assert torch.equal(grad.nan_to_num(7.0), want.nan_to_num(7.0)) and grad[[0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("gamma", (1.5, 2.0))  # on Zen 5 tables are for the first alone
+@pytest.mark.parametrize("gamma", (1.5, 2.0))  # on Zen 5 float16's tables are for the first alone
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_inputs_with_the_default(dtype, threads, gamma):

@@ -1,4 +1,4 @@
-// The AVX-512 intrinsics that csrc/cpu/simd.inc uses, in portable C++: so that the wide kernels are tested on any machine.
+// The AVX-512 intrinsics that csrc/cpu/*.inc use, in portable C++: so that the wide kernels are tested on any machine.
 // Approximations are emulated at their documented worst error.
 #pragma once
 
@@ -194,4 +194,87 @@ EMULATE __m512i _mm512_castsi256_si512(__m256i a) {
 EMULATE __m512i _mm512_inserti64x4(__m512i a, __m256i b, int upper) {
   std::memcpy(reinterpret_cast<char*>(&a) + 32 * upper, &b, 32);
   return a;
+}
+
+// Bytes and halves of a line, for csrc/cpu/octave_table.inc.
+typedef uint64_t __mmask64;
+typedef uint32_t __mmask32;
+typedef uint8_t line_bytes __attribute__((vector_size(64)));
+template <class L, class F>
+EMULATE __m512i line_of(const F& f) {
+  L r;
+  for (int i = 0; i < static_cast<int>(64 / sizeof(r[0])); ++i) r[i] = f(i);
+  return (__m512i)r;
+}
+template <class L, class F>
+EMULATE uint64_t mask_of(const F& f) {
+  uint64_t m = 0;
+  for (int i = 0; i < static_cast<int>(64 / sizeof(L{}[0])); ++i) m |= static_cast<uint64_t>(f(i)) << i;
+  return m;
+}
+EMULATE __m512i _mm512_setzero_si512() { return __m512i{}; }
+EMULATE __m512i _mm512_set1_epi16(short a) { return (__m512i)(line_bits{} + static_cast<uint16_t>(a)); }
+EMULATE __m512i _mm512_set1_epi8(char a) { return (__m512i)(line_bytes{} + static_cast<uint8_t>(a)); }
+EMULATE __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((line_bits)a + (line_bits)b); }
+EMULATE __m512i _mm512_sub_epi16(__m512i a, __m512i b) { return (__m512i)((line_bits)a - (line_bits)b); }
+EMULATE __m512i _mm512_srli_epi16(__m512i a, int n) { return (__m512i)((line_bits)a >> n); }
+EMULATE __m512i _mm512_mask_max_epu16(__m512i otherwise, __mmask32 m, __m512i a, __m512i b) {
+  const line_bits x = (line_bits)a, y = (line_bits)b, o = (line_bits)otherwise;
+  return line_of<line_bits>([&](int i) { return m >> i & 1 ? (x[i] > y[i] ? x[i] : y[i]) : o[i]; });
+}
+EMULATE __m512i _mm512_max_epu16(__m512i a, __m512i b) { return _mm512_mask_max_epu16(a, ~0u, a, b); }
+// In every 128 bits, eight of a and then eight of b, as signed halves that are cut off at 0 and 255.
+EMULATE __m512i _mm512_packus_epi16(__m512i a, __m512i b) {
+  const line_bits x = (line_bits)a, y = (line_bits)b;
+  return line_of<line_bytes>([&](int i) {
+    const int half = static_cast<int16_t>((i % 16 < 8 ? x : y)[i / 16 * 8 + i % 8]);
+    return static_cast<uint8_t>(half < 0 ? 0 : half > 255 ? 255 : half);
+  });
+}
+EMULATE __mmask64 _mm512_cmplt_epu8_mask(__m512i a, __m512i b) {
+  const line_bytes x = (line_bytes)a, y = (line_bytes)b;
+  return mask_of<line_bytes>([&](int i) { return x[i] < y[i]; });
+}
+EMULATE __mmask64 _mm512_cmpeq_epi8_mask(__m512i a, __m512i b) {
+  const line_bytes x = (line_bytes)a, y = (line_bytes)b;
+  return mask_of<line_bytes>([&](int i) { return x[i] == y[i]; });
+}
+EMULATE __mmask32 _mm512_cmpge_epu16_mask(__m512i a, __m512i b) {
+  const line_bits x = (line_bits)a, y = (line_bits)b;
+  return static_cast<__mmask32>(mask_of<line_bits>([&](int i) { return x[i] >= y[i]; }));
+}
+EMULATE __m512i _mm512_mask_mov_epi8(__m512i otherwise, __mmask64 m, __m512i a) {
+  const line_bytes x = (line_bytes)a, o = (line_bytes)otherwise;
+  return line_of<line_bytes>([&](int i) { return m >> i & 1 ? x[i] : o[i]; });
+}
+EMULATE __m512i _mm512_maskz_mov_epi8(__mmask64 m, __m512i a) { return _mm512_mask_mov_epi8(__m512i{}, m, a); }
+EMULATE __m512i _mm512_mask_set1_epi8(__m512i otherwise, __mmask64 m, char a) {
+  return _mm512_mask_mov_epi8(otherwise, m, _mm512_set1_epi8(a));
+}
+// Six bits of an index choose a byte, the seventh the source; where the mask is clear the index stays.
+EMULATE __m512i _mm512_mask2_permutex2var_epi8(__m512i a, __m512i index, __mmask64 m, __m512i b) {
+  const line_bytes x = (line_bytes)a, y = (line_bytes)b, places = (line_bytes)index;
+  return line_of<line_bytes>([&](int i) { return m >> i & 1 ? (places[i] & 64 ? y : x)[places[i] & 63] : places[i]; });
+}
+// In every 128 bits, elements of the lower or upper halves in turn.
+template <class L>
+EMULATE __m512i unpack_line(__m512i a, __m512i b, bool upper) {
+  constexpr int lane = 16 / sizeof(L{}[0]);
+  const L x = (L)a, y = (L)b;
+  return line_of<L>([&](int i) { return (i % 2 ? y : x)[i / lane * lane + upper * lane / 2 + i % lane / 2]; });
+}
+EMULATE __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return unpack_line<line_bytes>(a, b, false); }
+EMULATE __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return unpack_line<line_bytes>(a, b, true); }
+EMULATE __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_line<line_bits>(a, b, false); }
+EMULATE __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_line<line_bits>(a, b, true); }
+// Whole lines only.
+EMULATE __m512i _mm512_load_si512(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
+  return load<__m512i>(p);
+}
+EMULATE void _mm512_store_si512(void* p, __m512i a) { _mm512_stream_si512(static_cast<__m512i*>(p), a); }
+EMULATE uint64_t _pdep_u64(uint64_t a, uint64_t places) {
+  uint64_t r = 0;
+  for (; places; places &= places - 1, a >>= 1) r |= a & 1 ? places & (0 - places) : 0;
+  return r;
 }

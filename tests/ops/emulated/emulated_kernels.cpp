@@ -1,11 +1,13 @@
 // The kernels of csrc/cpu compiled as for AVX-512, over emulated intrinsics, behind a plain C interface.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "avx512_emulation.h"
 #include "cpu/box_rows.h"
 #include "cpu/isa.h"
 #include "cpu/matching.h"
+#include "cpu/octave_table.h"
 #include "cpu/power.h"
 #include "math/iou.h"
 #include "math/smooth_l1.h"
@@ -18,6 +20,7 @@ using c10::BFloat16;
 using c10::Half;
 using ioubal::kSoftmaxRows;
 using ioubal::LeftOut;
+using ioubal::OctaveTable;
 using ioubal::Output;
 using ioubal::PeriodicMask;
 using ioubal::softmax_buffer;
@@ -58,8 +61,8 @@ using namespace ioubal;
 
 extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n, double scale, double gamma,
                         const uint8_t* mask, int64_t start, int64_t period, const int64_t* skips, int64_t skipped,
-                        double* positives, int output, int stream) {
-  const ioubal::FocalDense kernels[3][3] = {
+                        double* positives, int output, int stream, int by_octave) {
+  const ioubal::FocalDense kernels[3][4] = {
       {avx512::focal_dense<float>, avx512::focal_dense<BFloat16>, avx512::focal_dense<Half>},
       {nullptr, avx512_bf16::focal_dense<BFloat16>, nullptr},
       {zen5::focal_dense<float>, zen5::focal_dense<BFloat16>, zen5::focal_dense<Half>}};
@@ -70,7 +73,10 @@ extern "C" double focal(int isa, int dtype, const void* x, void* out, int64_t n,
     if (!mask[i]) bits[i / 8] &= static_cast<uint8_t>(~(1 << i % 8));
   }
   const LeftOut left_out = {{mask, start, period, bits.data()}, list.data(), list.data() + skipped, 0, positives};
-  return kernels[isa - 4][dtype](x, out, n, scale, gamma, left_out, static_cast<Output>(output), stream != 0);
+  const Output kind = static_cast<Output>(output);
+  std::unique_ptr<OctaveTable> octaves;
+  if (by_octave) octaves = std::make_unique<OctaveTable>(kernels[isa - 4], scale, gamma, kind);
+  return kernels[isa - 4][dtype](x, out, n, scale, gamma, left_out, kind, stream != 0, octaves.get());
 }
 
 // All rows, in tiles as the library forms them; order: null, or the rows to take (then `selected` of them, no out).
