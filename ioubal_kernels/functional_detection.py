@@ -228,11 +228,12 @@ def _level_heads(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[li
 def _targets(
     anchors: Any, matched_idxs: Any, gt_boxes: Any, gt_labels: Any, images: int, rows: int, device: torch.device
 ) -> None:
-    validation.tensor(_OP, "anchors", anchors, FLOAT_DTYPES)
-    if anchors.shape != (rows, 4) and anchors.shape != (images, rows, 4):
-        fail_value(_OP, "anchors", f"have shape ({rows}, 4) or ({images}, {rows}, 4) to match cls_logits", anchors)
-    if anchors.device != device:
-        fail_value(_OP, "anchors", f"be on {device} like cls_logits", anchors)
+    if not validation.is_like(anchors, FLOAT_DTYPES, (rows, 4), device):
+        validation.tensor(_OP, "anchors", anchors, FLOAT_DTYPES)
+        if anchors.shape != (rows, 4) and anchors.shape != (images, rows, 4):
+            fail_value(_OP, "anchors", f"have shape ({rows}, 4) or ({images}, {rows}, 4) to match cls_logits", anchors)
+        if anchors.device != device:
+            fail_value(_OP, "anchors", f"be on {device} like cls_logits", anchors)
     validation.like(_OP, "matched_idxs", matched_idxs, INDEX_DTYPES, (images, rows), device, "cls_logits")
     if isinstance(gt_boxes, Tensor):
         validation.tensor(_OP, "gt_boxes", gt_boxes, FLOAT_DTYPES)
@@ -256,11 +257,9 @@ def _targets(
     for i in range(images):
         boxes, labels = gt_boxes[i], gt_labels[i]
         if (  # the names of the arguments are put together for errors only
-            isinstance(boxes, Tensor)
-            and not boxes.is_nested  # which has no shape
+            validation.is_like(boxes, FLOAT_DTYPES, None, device)
             and boxes.ndim == 2
             and boxes.shape[1] == 4
-            and validation.is_like(boxes, FLOAT_DTYPES, boxes.shape, device)
             and validation.is_like(labels, INDEX_DTYPES, boxes.shape[:1], device)
             and boxes.dtype is first_box.dtype
             and labels.dtype is first_label.dtype

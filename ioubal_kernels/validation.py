@@ -99,14 +99,15 @@ def tensor(op: str, argument: str, value: Any, dtypes: frozenset[torch.dtype]) -
         )
 
 
-def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int], device: torch.device) -> bool:
-    """Whether `like` lets a value pass: for callers whose argument's name is text to be put together."""
+def is_like(value: Any, dtypes: frozenset[torch.dtype], shape: Sequence[int] | None, device: torch.device) -> bool:
+    """Whether `like` lets a value pass, of any shape if that is None: for callers whose argument's name is text to be
+    put together, or who know several shapes."""
     return (
         isinstance(value, Tensor)
         and value.dtype in dtypes
         and value.layout is _STRIDED
         and not value.is_nested
-        and value.shape == shape
+        and (shape is None or value.shape == shape)
         and value.device == device
         and _may_be_corners(value)
     )

@@ -120,8 +120,11 @@ Layout = tuple[tuple[int, ...], int]
 
 def layouts_of(inputs: Sequence[Tensor]) -> list[Layout]:
     """Strides of dense inputs and how far into 16 bytes they begin; nothing under torch.compile, which keeps both."""
-    if torch.compiler.is_compiling() or not all(map(has_storage, inputs)):
+    if torch.compiler.is_compiling():
         return []
+    for x in inputs:
+        if not has_storage(x):
+            return []
     return [(x.stride(), x.data_ptr() % 16) for x in inputs]
 
 
@@ -130,10 +133,10 @@ def laid_out(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor
     hook on saved tensors kept them (torch.autograd.graph.save_on_cpu, for instance); then a copy is made.
     """
     found = list(inputs)
+    addressed = not torch.compiler.is_compiling()  # compiled autograd has no addresses
     for i, (strides, phase) in enumerate(layouts):
         x = found[i]
-        moved = not torch.compiler.is_compiling() and x.data_ptr() % 16 != phase  # compiled autograd has no addresses
-        if moved or x.stride() != strides:
+        if (addressed and x.data_ptr() % 16 != phase) or x.stride() != strides:
             before = phase // x.element_size()
             found[i] = x.new_empty(x.numel() + before).as_strided(x.shape, strides, before).copy_(x)
     return found

@@ -81,16 +81,16 @@ def _checked_fill(
     """The CPU's check of values and fill in one op; raises for a value out of range, before anything is computed."""
     level_sizes, scope, eta, alpha, gamma, lambda_, beta, coder, box_weights = spec.parameters
     eps, w_loc, normalize_loc, cls_weight = spec.loss_parameters
-    present = [t is not None for t in constants[-3:]]
+    cls_avg, loc_avg, scale = constants[-3:]
     integers = [
         *(spec.levels, spec.num_gt, scope, coder, normalize_loc, spec.check is not None),
-        *(*present, *grads, *level_sizes),
+        *(cls_avg is not None, loc_avg is not None, scale is not None, *grads, *level_sizes),
     ]
     numbers = [
         *(eta, alpha, gamma, lambda_, beta, *box_weights, eps, w_loc, cls_weight),
         *(*spec.divisors, spec.grad_scale),
     ]
-    read = [*heads, *(t for t in constants if t is not None)]
+    read = [*heads, *[t for t in constants if t is not None]]
     if op("detection_checked_fill", "cpu")(read, written, integers, numbers) >= 0:
         raise_for(spec.check)
 
@@ -113,8 +113,8 @@ class _DetectionLoss(torch.autograd.Function):
         eager = not torch.compiler.is_compiling()
         # needs_input_grad is also true under no_grad, and grad mode is off in here: the caller says which mode it was.
         needed = ctx.needs_input_grad
-        want_logits = spec.grad_enabled and any(needed[_FIRST_MAP : _FIRST_MAP + levels])
-        want_deltas = spec.grad_enabled and any(needed[_FIRST_MAP + levels :])
+        want_logits = spec.grad_enabled and True in needed[_FIRST_MAP : _FIRST_MAP + levels]
+        want_deltas = spec.grad_enabled and True in needed[_FIRST_MAP + levels :]
         ctx.inplace = spec.inplace and eager and want_logits
         logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
@@ -137,7 +137,11 @@ class _DetectionLoss(torch.autograd.Function):
                 delta_buffers,
                 workspace,
             )
-        constant = [outputs[i] for i, wanted in enumerate((want_logits, want_deltas, False, False)) if not wanted]
+        constant = outputs[2:]
+        if not want_deltas:
+            constant = (outputs[1], *constant)
+        if not want_logits:
+            constant = (outputs[0], *constant)
         ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
         if want_logits or want_deltas:
@@ -171,7 +175,8 @@ class _DetectionLoss(torch.autograd.Function):
             grad_deltas, loc_filled = take_buffers(ctx, heads[levels:], "delta_buffers")
             if loc_filled and (grad_loc is compared or is_expected(backend, grad_loc, scale_tensor, expected)):
                 loc_filled = None
-        for filled in (True, False):  # one call for both heads, unless only one of them was filled in the forward
+        # One call for both heads, unless only one of them was filled in the forward.
+        for filled in (True, False) if cls_filled is not None or loc_filled is not None else ():
             cls_buffers = grad_logits if cls_filled is filled else []
             loc_buffers = grad_deltas if loc_filled is filled else []
             if cls_buffers or loc_buffers:
