@@ -114,10 +114,10 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
     if (!counts(run)) continue;
     ScaleTable& made = tables_[scale_of(run)];
     if (made.logits < threshold) continue;
-    if (by_octave) {
+    if (by_octave && !made.octaves) {
       const FlushDenormals flush;
-      if (!made.octaves) made.octaves = std::make_unique<OctaveTable>(kernels().focal, scale_of(run), gamma, output);
-    } else if (!made.table) {
+      made.octaves = std::make_unique<OctaveTable>(kernels().focal, scale_of(run), gamma, output);
+    } else if (!by_octave && !made.table) {
       made.table = std::make_unique<FocalTable>(dtype, scale_of(run), gamma, output);
     }
     run.table = made.table.get();

@@ -13,12 +13,11 @@ namespace {
 std::atomic<int> isa_limit{6};
 
 #if defined(__x86_64__)
-// Compilers of today do not all know it by name.
+// Compilers of today do not all know it by name. A virtual one may lack what every real one has.
 bool is_zen5() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("bmi2"))
-    return false;  // a virtual one may lack them
+  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("bmi2")) return false;
   const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
   return family >= 26;
 }
