@@ -194,6 +194,17 @@ def test_looked_up_by_octave(kernels, gamma, masked, spread):
             assert streamed[0] == total and torch.equal(streamed[1], out)
 
 
+@pytest.mark.parametrize("value", (-0.498046875, -0.5, -0.99609375, -1.0, -7.96875, -8.0, -15.9375, -16.0))
+def test_ends_of_the_octaves(kernels, value):
+    """Among logits for which the inner octaves, from -1 to -8, are enough."""
+    x = (torch.randn(1500, generator=torch.Generator().manual_seed(6)) * 0.6 - 4.6).clamp(-7.5, -1.5)
+    x[600] = value
+    x = x.to(torch.bfloat16)
+    computed, want, _ = call_focal(kernels, 6, x, 2.0)
+    total, out, _ = call_focal(kernels, 6, x, 2.0, by_octave=True)
+    assert torch.equal(out, want) and total == pytest.approx(computed, rel=1e-6)
+
+
 @pytest.mark.parametrize("isa, dtype", FOCAL_VARIANTS, ids=str)
 def test_extremes(kernels, isa, dtype):
     x = testing.extreme_logits(dtype)

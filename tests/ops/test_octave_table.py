@@ -69,6 +69,14 @@ def test_a_logit_of_no_octave_at_every_place(gamma):
     assert_as_computed(x.view(-1), gamma)
 
 
+@pytest.mark.parametrize("value", (-0.498046875, -0.5, -0.99609375, -1.0, -7.96875, -8.0, -15.9375, -16.0))
+def test_the_ends_of_the_octaves(value):
+    """Among logits for which the inner octaves, from -1 to -8, are enough."""
+    x = usual(40 * CHUNK).clamp(-7.5, -1.5)
+    x[5 * CHUNK + 9], x[37 * CHUNK + 250] = value, value
+    assert_as_computed(x, 2.0)
+
+
 @pytest.mark.parametrize("count", (2, 8, 9, 64, 256))
 def test_several_of_no_octave(count):
     """As many as are read one by one, more than that, a whole chunk."""
