@@ -5,7 +5,7 @@ packages.
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parent / folder) for folder in ("simt", "triton", "integrations", "docs")]
+sys.path += [str(Path(__file__).parent / folder) for folder in ("ops", "simt", "triton", "integrations", "docs")]
 
 # Files are handed to the test processes whole: the longest first, or one process works on alone in the end.
 LONGEST = (

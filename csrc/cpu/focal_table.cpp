@@ -44,9 +44,7 @@ void build(double* entries, int dtype, double scale, double gamma, Output output
         bits[i] = static_cast<uint16_t>(first + i);
         x[i] = T(bits[i], T::from_bits());
       }
-      losses_of(use.focal, x, kBuildBlock, gamma, loss);
-      if (output != Output::kNone)
-        use.focal[dtype](bits, written, kBuildBlock, scale, gamma, {}, output, false, nullptr);
+      values_of(use.focal, dtype, bits, x, kBuildBlock, scale, gamma, output, loss, written);
       for (int64_t i = 0; i < kBuildBlock; ++i) entries[first + i] = make_entry(loss[i], written[i]);
     }
   });

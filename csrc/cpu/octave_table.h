@@ -36,8 +36,7 @@ struct OctaveTable {
         const uint32_t wide = uint32_t{bits[i]} << 16;
         std::memcpy(&x[i], &wide, 4);
       }
-      losses_of(focal, x, kDirect, gamma, loss);
-      if (output != Output::kNone) focal[kBFloat16](bits, written, kDirect, scale, gamma, {}, output, false, nullptr);
+      values_of(focal, kBFloat16, bits, x, kDirect, scale, gamma, output, loss, written);
       for (int i = 0; i < kDirect; ++i) direct[sign][i] = {loss[i], written[i]};
     }
     const Entry* first = direct[1] + (kFirstOctave & 0x7fff) - kLeastDirect;

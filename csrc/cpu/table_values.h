@@ -1,4 +1,4 @@
-// The losses that a table holds.
+// What a table holds of its logits.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,13 @@ inline void losses_of(const FocalDense (&focal)[4], const float* x, int64_t coun
     focal[kFloat32](x + i, p, n, 1.0, 0.0, {}, Output::kGradient, false, nullptr);
     for (int64_t j = 0; j < n; ++j) loss[i + j] *= gamma == 2 ? p[j] * p[j] : p[j];
   }
+}
+
+// Their losses and, unless output is kNone, what is written for their bits in a dtype of 16.
+inline void values_of(const FocalDense (&focal)[4], int dtype, const uint16_t* bits, const float* x, int64_t count,
+                      double scale, double gamma, Output output, float* loss, uint16_t* written) {
+  losses_of(focal, x, count, gamma, loss);
+  if (output != Output::kNone) focal[dtype](bits, written, count, scale, gamma, {}, output, false, nullptr);
 }
 
 }  // namespace ioubal

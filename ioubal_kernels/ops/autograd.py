@@ -120,11 +120,8 @@ Layout = tuple[tuple[int, ...], int]
 
 def layouts_of(inputs: Sequence[Tensor]) -> list[Layout]:
     """Strides of dense inputs and how far into 16 bytes they begin; nothing under torch.compile, which keeps both."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not all(map(has_storage, inputs)):
         return []
-    for x in inputs:
-        if not has_storage(x):
-            return []
     return [(x.stride(), x.data_ptr() % 16) for x in inputs]
 
 

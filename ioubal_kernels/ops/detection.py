@@ -175,8 +175,7 @@ class _DetectionLoss(torch.autograd.Function):
             grad_deltas, loc_filled = take_buffers(ctx, heads[levels:], "delta_buffers")
             if loc_filled and (grad_loc is compared or is_expected(backend, grad_loc, scale_tensor, expected)):
                 loc_filled = None
-        # One call for both heads, unless only one of them was filled in the forward.
-        for filled in (True, False) if cls_filled is not None or loc_filled is not None else ():
+        for filled in (True, False):  # one call for both heads, unless only one of them was filled in the forward
             cls_buffers = grad_logits if cls_filled is filled else []
             loc_buffers = grad_deltas if loc_filled is filled else []
             if cls_buffers or loc_buffers:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from dense_focal import NEVER, both, focal
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops.library import isa_levels, limit_isa, limit_table
+from ioubal_kernels.ops.library import limit_table
 
-ALWAYS, NEVER = 64, 2**62
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -16,26 +16,9 @@ def every_value(dtype):
     return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 16)
 
 
-def focal(logits, labels, *, grad_output=1.0, **options):
-    leaf = logits.detach().clone().requires_grad_()
-    loss = ik.iou_balanced_sigmoid_focal_loss(leaf, labels, torch.full(labels.shape, 0.6), backend="cpu", **options)
-    loss.backward(torch.full_like(loss, grad_output))
-    return loss.detach(), leaf.grad
-
-
 def bits(t):
     """What tells every NaN from every number, but not one NaN from another, nor the zeros' signs."""
     return torch.where(t.isnan(), 0.0, t).float(), t.isnan()
-
-
-def both(function):
-    """(looked up, computed) on each instruction set."""
-    for level in isa_levels():
-        limit_isa(level)
-        limit_table(ALWAYS)
-        table = function()
-        limit_table(NEVER)
-        yield table, function()
 
 
 @pytest.mark.parametrize("reduction", ("sum", "none"))

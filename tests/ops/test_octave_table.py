@@ -2,39 +2,23 @@
 
 import pytest
 import torch
+from dense_focal import ALWAYS, background_focal, both
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops.library import isa_levels, limit_isa, limit_table
 
-ALWAYS, NEVER = 64, 2**62
 CHUNK = 256  # logits
 GAMMAS = (0.0, 1.0, 2.0, 1.5)
 
 
-def focal(x, gamma, grad_output=1.0, **options):
-    """(loss, gradient) of background alone."""
-    leaf = x.detach().clone().requires_grad_()
-    background = torch.full((x.numel(),), ik.BACKGROUND)
-    loss = ik.iou_balanced_sigmoid_focal_loss(
-        leaf.view(-1, 1), background, torch.zeros(x.numel()), gamma=gamma, reduction="sum", backend="cpu", **options
-    )
-    loss.backward(torch.tensor(grad_output))
-    return loss.detach(), leaf.grad
-
-
 def assert_as_computed(x, gamma, **options):
     """Gradients to the bit, the loss within its budget of the float64 one."""
-    oracle, _ = focal(x.double(), gamma, **options)
-    for level in isa_levels():
-        limit_isa(level)
-        limit_table(NEVER)
-        _, want = focal(x, gamma, **options)
-        limit_table(ALWAYS)
-        loss, grad = focal(x, gamma, **options)
+    oracle, _ = background_focal(x.double(), gamma, **options)
+    for (loss, grad), (_, want) in both(lambda: background_focal(x, gamma, **options)):
         different = (grad != want).nonzero().flatten().tolist()
-        assert not different, f"isa {level}: {len(different)} gradients, the first at {different[0]}"
-        testing.assert_close_budget(loss, oracle, torch.bfloat16, "loss", what=f"isa {level}")
+        assert not different, f"isa {limit_isa(-1)}: {len(different)} gradients, the first at {different[0]}"
+        testing.assert_close_budget(loss, oracle, torch.bfloat16, "loss", what=f"isa {limit_isa(-1)}")
 
 
 def usual(entries, seed=0):
@@ -99,12 +83,7 @@ def test_a_logit_beyond_the_table(value):
 def test_what_is_no_number(value):
     x = usual(20 * CHUNK)
     x[7 * CHUNK + 70] = value
-    for level in isa_levels():
-        limit_isa(level)
-        limit_table(NEVER)
-        computed, want = focal(x, 2.0)
-        limit_table(ALWAYS)
-        loss, grad = focal(x, 2.0)
+    for (loss, grad), (computed, want) in both(lambda: background_focal(x, 2.0)):
         assert torch.equal(grad.nan_to_num(9.0), want.nan_to_num(9.0))
         torch.testing.assert_close(loss, computed, rtol=1e-6, atol=0, equal_nan=True)
 
@@ -119,11 +98,11 @@ def test_one_value_everywhere():
     budget = testing.GRADIENT_BUDGET[torch.float32]
     for value in (-0.5, -0.6015625, -4.59375, -15.9375):
         x = torch.full((64 * CHUNK,), value, dtype=torch.bfloat16)
-        want, _ = focal(x.double(), 2.0)
+        want, _ = background_focal(x.double(), 2.0)
         for level in isa_levels():
             limit_isa(level)
             limit_table(ALWAYS)
-            assert float(focal(x, 2.0)[0]) == pytest.approx(float(want), rel=budget), f"isa {level}, {value}"
+            assert float(background_focal(x, 2.0)[0]) == pytest.approx(float(want), rel=budget), f"isa {level}, {value}"
 
 
 def test_in_place_and_without_a_gradient():
@@ -134,7 +113,7 @@ def test_in_place_and_without_a_gradient():
     for level in isa_levels():
         limit_isa(level)
         limit_table(ALWAYS)
-        want_loss, want = focal(x, 2.0)
+        want_loss, want = background_focal(x, 2.0)
         leaf = x.clone().requires_grad_()
         logits = leaf.mul(1).view(-1, 1)
         loss = ik.iou_balanced_sigmoid_focal_loss(logits, background, iou, reduction="sum", inplace=True, backend="cpu")
