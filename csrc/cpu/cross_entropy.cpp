@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "cpu/checks.h"
 #include "cpu/classification.h"
@@ -147,6 +148,7 @@ struct SoftmaxLoss {
   void add_positives(const int64_t* positives, int64_t count, const Sums& sums) const {
     std::vector<float> buffer(softmax_buffer(columns));
     SoftmaxTile tile;
+    tile.buffer = buffer.data();
     tile.x = x;
     tile.out = nullptr;
     tile.columns = columns;
@@ -157,7 +159,7 @@ struct SoftmaxLoss {
       tile.order = positives + first;
       for (int64_t i = 0; i < tile.rows; ++i) tile.target[i] = label[tile.order[i]];
       std::fill(tile.scale, tile.scale + tile.rows, 0.0);
-      kernel(tile, buffer.data());
+      kernel(&tile, nullptr);
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t r = tile.order[i];
         const double plain = tile.loss[i];
@@ -209,29 +211,36 @@ struct SoftmaxLoss {
   // and listed; their sums go to `sums`.
   double block(int64_t first, int64_t last, const Request& q, bool stream, const Sums* sums,
                std::vector<PositiveRow>* positives) const {
-    std::vector<float> buffer(softmax_buffer(columns));
+    std::vector<float> buffers(2 * softmax_buffer(columns));
     std::optional<FloatWriter> each_row;
     std::optional<FloatReader> grad_row;
     if (q.each) each_row.emplace(*q.each);
     if (q.grad_rows) grad_row.emplace(*q.grad_rows);
     char* out = q.out ? static_cast<char*>(q.out->mutable_data_ptr()) : nullptr;
-    SoftmaxTile tile;
+    SoftmaxTile tiles[2];  // in turn
+    for (int64_t k = 0; k < 2; ++k) {
+      tiles[k].buffer = buffers.data() + k * softmax_buffer(columns);
+      tiles[k].columns = columns;
+      tiles[k].order = nullptr;
+      tiles[k].stream = stream;
+    }
+    SoftmaxTile *now = &tiles[0], *before = &tiles[1];
     TileRows t;
-    tile.columns = columns;
-    tile.order = nullptr;
-    tile.stream = stream;
     double losses[kSoftmaxRows + 3], total[4] = {0, 0, 0, 0};  // four sums: one would wait for each addition
-    for (int64_t at = first; at < last; at += tile.rows) {
+    for (int64_t at = first; at < last; at += before->rows) {
+      SoftmaxTile& tile = *now;
       tile.rows = std::min(tile_rows, last - at);
       tile.x = x + at * stride;
       tile.out = out ? out + at * stride : nullptr;
       describe(tile, at, q, grad_row ? &*grad_row : nullptr, t);
-      kernel(tile, buffer.data());
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        double plain = tile.loss[i];
+      kernel(&tile, before);
+      int64_t strange = 0;
+      for (int64_t i = 0; i < tile.rows; ++i) strange += tile.loss[i] - tile.loss[i] != 0;
+      for (int64_t i = 0; strange && i < tile.rows; ++i) {
+        double& plain = tile.loss[i];
         if (plain - plain != 0) plain = not_finite(at + i, tile.target[i], tile.scale[i], q.out);
-        losses[i] = t.sample[i] * plain;
       }
+      for (int64_t i = 0; i < tile.rows; ++i) losses[i] = t.sample[i] * tile.loss[i];
       for (int64_t j = 0; j < t.found; ++j) {
         const int64_t i = t.positives[j];
         if (q.normalizers) {
@@ -248,7 +257,9 @@ struct SoftmaxLoss {
         for (int64_t j = 0; j < 4; ++j) total[j] += losses[i + j];
       }
       for (int64_t i = 0; q.each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
+      std::swap(now, before);
     }
+    kernel(nullptr, before);
     return (total[0] + total[1]) + (total[2] + total[3]);
   }
 

@@ -36,15 +36,20 @@ struct SoftmaxTile {
   bool stream;  // float32 past the caches; out is not x then, and fence_streams is the caller's
   int64_t target[kSoftmaxRows];
   double scale[kSoftmaxRows], loss[kSoftmaxRows];
+  float* buffer;       // softmax_buffer(columns) entries
+  bool waits = false;  // for a call that writes its gradient; until then it keeps its buffer and the factors
+  float factor[kSoftmaxRows + 1];
 };
 // Rows of a tile: its exponentials fill a part of the L1 cache, and rows come in vectors.
 inline int64_t softmax_tile_rows(int64_t columns) {
   const int64_t rows = 2048 / columns;
   return rows >= kSoftmaxRows ? kSoftmaxRows : rows >= 8 ? rows / 8 * 8 : rows > 1 ? rows : 1;
 }
-// The size of the kernel's buffer: room for its alignment and for the last vector.
+// The size of a tile's buffer: room for its alignment and for the last vector.
 inline int64_t softmax_buffer(int64_t columns) { return softmax_tile_rows(columns) * columns + 64; }
-using SoftmaxRows = void (*)(SoftmaxTile& tile, float* buffer);
+// Computes `tile`, whose gradient may wait for the next call, and writes that of `before` if it waits. Either may be
+// null.
+using SoftmaxRows = void (*)(SoftmaxTile* tile, SoftmaxTile* before);
 
 struct KernelTable {
   FocalDense focal[4];

@@ -33,7 +33,9 @@ double focal_dense_f64(const void* x_, void* out_, int64_t n, double scale, doub
   return total;
 }
 
-void softmax_rows_f64(SoftmaxTile& tile, float*) {
+void softmax_rows_f64(SoftmaxTile* next, SoftmaxTile*) {
+  if (!next) return;
+  SoftmaxTile& tile = *next;
   const int64_t columns = tile.columns;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const double* x = (const double*)tile.x + (tile.order ? tile.order[r] : r) * columns;
