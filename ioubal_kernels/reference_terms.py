@@ -69,7 +69,10 @@ def softmax_term(logits: Tensor, columns: Tensor) -> Tensor:
     label_infinite = infinite.gather(1, index).squeeze(1)
     own = torch.where(limit & ~label_infinite, logits.gather(1, index).squeeze(1), 0.0)
     others = torch.where(infinite & (limit & ~label_infinite)[:, None], logits, 0.0).sum(1) / count.clamp(min=1)
-    certain = torch.where(count > 1, float("nan"), 0.0)  # two +inf and the label among them: inf - inf has no limit
+    # Two +inf and the label among them: inf - inf has no limit, for the loss and for the row's gradient.
+    undefined = limit & label_infinite & (count > 1)
+    nothing = torch.zeros_like(own).masked_fill(undefined, float("nan"))
+    certain = torch.where(undefined[:, None], logits, 0.0).sum(1) * nothing
     return torch.where(limit, torch.where(label_infinite, certain, others - own), term)
 
 

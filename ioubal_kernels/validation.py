@@ -10,6 +10,7 @@ import difflib
 import math
 import numbers
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ _WITH_VALUES = (Tensor, torch.nn.Parameter)
 _in_functorch = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)  # private, so allowed to disappear
 _STRIDED = torch.strided
 _INFINITY = math.inf
+_LARGEST = sys.float_info.max  # an int may be larger
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -149,7 +151,7 @@ def number(op: str, argument: str, value: Any, low: float = 0.0, high: float = m
         return
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real))):
         fail_type(op, argument, "be a number", value)
-    if not low <= value <= high or value in (math.inf, -math.inf):
+    if not low <= value <= high or not -_LARGEST <= value <= _LARGEST:
         if high < math.inf:
             fail_value(op, argument, f"be between {low:g} and {high:g}", value)
         fail_value(op, argument, f"be finite and at least {low:g}" if low > -math.inf else "be finite", value)
@@ -283,18 +285,21 @@ _CHECK_KEY = environment_key("IOUBAL_CHECK")
 
 
 def values_checked(sample: Tensor) -> bool:
-    """Whether label and index values are read: IOUBAL_CHECK=auto (CPU tensors outside torch.compile), 1 (everywhere),
-    0.
+    """Whether label and index values are read: IOUBAL_CHECK=auto (on the CPU), 1 (on every device), 0; where there are
+    values to read.
     """
     mode = environment("IOUBAL_CHECK", _CHECK_KEY)
     if mode is None or mode == "auto":
-        # A tensor subclass (FakeTensor, a tracer's proxy) or one of torch.func may have no values to read.
-        return (
-            sample.is_cpu and has_storage(sample) and not torch.compiler.is_compiling() and not is_transformed(sample)
-        )
-    if mode not in _CHECK_MODES:
+        if not sample.is_cpu:
+            return False
+    elif mode not in _CHECK_MODES:
         raise name_error("ioubal_kernels", "the environment variable IOUBAL_CHECK", _CHECK_MODES, mode)
-    return mode == "1"
+    elif mode == "0":
+        return False
+    # None in torch.compile, on the meta device, in a subclass (FakeTensor, a tracer's proxy) and in torch.func.
+    return (
+        has_storage(sample) and not sample.is_meta and not torch.compiler.is_compiling() and not is_transformed(sample)
+    )
 
 
 def check_labels(op: str, argument: str, impl: Any, labels: Tensor, low: int | None, high: int, expected: str) -> None:

@@ -43,11 +43,18 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.name}: {_NO_DOUBLE_BACKWARD}")
 
 
-def guard_double_backward(name: str, grads: list[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients themselves, or, when this backward is recorded (create_graph), wrapped to refuse the next one."""
+def guard_double_backward(
+    name: str, grads: list[Tensor | None], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients themselves, or, when this backward is recorded (create_graph), wrapped to refuse the next one:
+    towards the inputs, and towards the grad_output that each is proportional to (a loss's learned weight).
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
-    return [None if g is None else _RefuseDoubleBackward.apply(name, g, x) for g, x in zip(grads, inputs, strict=True)]
+    return [
+        None if g is None else _RefuseDoubleBackward.apply(name, g, x, grad_output)
+        for g, x, grad_output in zip(grads, inputs, grad_outputs, strict=True)
+    ]
 
 
 def _refuse_export(name: str, inputs: Sequence[Tensor]) -> None:
@@ -108,11 +115,13 @@ def gradient_buffers(inputs: Sequence[Tensor], wanted: bool, inplace: bool = Fal
 
 def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
     """The context's gradient buffers `name`, forgotten by it, and whether they are filled; later, fresh ones."""
-    if torch.compiler.is_compiling() or not getattr(ctx, name):
-        return [torch.empty_like(x) for x in inputs], False
-    buffers = getattr(ctx, name)
-    setattr(ctx, name, [])
-    return buffers, True
+    buffers = None if torch.compiler.is_compiling() else _handed_out(ctx, name)
+    return (buffers, True) if buffers else ([torch.empty_like(x) for x in inputs], False)
+
+
+def _handed_out(ctx: Any, name: str) -> list[Tensor] | None:
+    """The context's buffers, for the first who asks: backwards of one graph may run in several threads."""
+    return vars(ctx).pop(name, None)
 
 
 Layout = tuple[tuple[int, ...], int]
@@ -170,12 +179,12 @@ def rescale_inplace(
     """The backward of ``inplace=True``: the logits are gone, so the one buffer is scaled where it lies, if need be."""
     if torch.is_grad_enabled():  # create_graph: the buffer has no path to the logits that a guard could sit on
         raise NotImplementedError(f"{name}: {_NO_DOUBLE_BACKWARD}, without inplace=True")
-    if not ctx.buffers:
+    buffers = _handed_out(ctx, "buffers")
+    if not buffers:
         raise RuntimeError(
             f"{name}: inplace=True allows one backward only: the gradient was written over the logits' storage and has"
             " been handed out; use inplace=False to call backward again"
         )
-    buffers, ctx.buffers = ctx.buffers, []
     # .data: the version was already raised when the logits were overwritten
     op("rescale", backend)([b.data for b in buffers], grad_output.detach(), grad_scale_tensor, grad_scale)
     return buffers

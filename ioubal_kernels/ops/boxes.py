@@ -32,7 +32,7 @@ class _DecodeBoxes(torch.autograd.Function):
         op("decode_boxes_backward", ctx.backend)(
             grad_output.detach().contiguous(), deltas, anchors, ctx.weights, ctx.coder, grad
         )
-        (grad,) = guard_double_backward("decode_boxes", [grad], [deltas])
+        (grad,) = guard_double_backward("decode_boxes", [grad], [deltas], [grad_output])
         return None, grad, None, None, None
 
 
@@ -45,7 +45,7 @@ def decode_boxes(
     backend: str | None = None,
 ) -> Tensor:
     """Boxes (..., 4); see ``functional.decode_boxes``."""
-    refuse_transforms("decode_boxes", deltas)
+    refuse_transforms("decode_boxes", deltas, constants=(anchors,))
     anchors = anchors.detach().contiguous()
     backend = backend or library.backend_of(deltas)
     return _DecodeBoxes.apply(backend, deltas.contiguous(), anchors, [float(w) for w in weights], CODERS[box_coder])
@@ -64,6 +64,7 @@ def encode_boxes(
     backend: str | None = None,
 ) -> Tensor:
     """Deltas (..., 4), without gradient; see ``functional.encode_boxes``."""
+    refuse_transforms("encode_boxes", constants=(boxes, anchors))
     boxes, anchors = _constant(boxes, anchors)
     out = torch.empty(boxes.shape, dtype=result_dtype(boxes, anchors), device=boxes.device)
     backend = backend or library.backend_of(boxes)
@@ -73,6 +74,7 @@ def encode_boxes(
 
 def paired_box_iou(boxes1: Tensor, boxes2: Tensor, *, backend: str | None = None) -> Tensor:
     """IoU (...) of aligned boxes, without gradient."""
+    refuse_transforms("paired_box_iou", constants=(boxes1, boxes2))
     boxes1, boxes2 = _constant(boxes1, boxes2)
     out = torch.empty(boxes1.shape[:-1], dtype=result_dtype(boxes1, boxes2), device=boxes1.device)
     op("paired_box_iou", backend or library.backend_of(boxes1))(boxes1, boxes2, out)
@@ -88,6 +90,7 @@ def delta_iou(
     backend: str | None = None,
 ) -> Tensor:
     """IoU (...) of the boxes that two sets of deltas stand for, without gradient."""
+    refuse_transforms("delta_iou", constants=(pred_deltas, target_deltas))
     pred, target = _constant(pred_deltas, target_deltas)
     out = torch.empty(pred.shape[:-1], dtype=result_dtype(pred, target), device=pred.device)
     backend = backend or library.backend_of(pred)

@@ -190,7 +190,8 @@ class _DetectionLoss(torch.autograd.Function):
                     loc_buffers,
                     list(saved[last + 1 :]),
                 )
-        grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], heads)
+        grad_outputs = [grad_cls] * levels + [grad_loc] * levels
+        grads = guard_double_backward(_NAME, [*grad_logits, *grad_deltas], heads, grad_outputs)
         return (None, None, *grads)
 
 

@@ -127,7 +127,7 @@ class _FlatLoss(torch.autograd.Function):
             op(f"{spec.name}_backward", spec.backend)(
                 *inputs, *spec.loss_parameters, *scaling, filled, sums, grad_output.detach(), grad, workspace
             )
-        (grad,) = guard_double_backward(name, [grad], [x])
+        (grad,) = guard_double_backward(name, [grad], [x], [grad_output])
         return grad, None, None
 
 
@@ -164,7 +164,7 @@ class _ElementwiseLoss(torch.autograd.Function):
         if by_entry:
             # An ignored row has no gradient whatever grad_output is: 0, not 0 * inf.
             grad = torch.where(grad == 0, grad, grad * grad_output.detach())
-        (grad,) = guard_double_backward(spec.called, [grad], [x])
+        (grad,) = guard_double_backward(spec.called, [grad], [x], [grad_output])
         return grad, None, None
 
 

@@ -15,6 +15,10 @@ from .workspace import matching_workspace
 _MAX_LISTED = 64  # images whose boxes come as a list; kMaxImages of csrc/cuda
 
 
+def _tensors(given: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    return () if given is None else (given,) if isinstance(given, Tensor) else given
+
+
 def _listed(
     gt_boxes: Tensor | Sequence[Tensor], gt_labels: Tensor | Sequence[Tensor] | None, backend: str
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -42,7 +46,7 @@ def match_anchors(
     backend: str | None = None,
 ) -> Tensor:
     """Index (N, R) of each anchor's box, -1 or -2; see ``functional_matching.match_anchors``."""
-    refuse_transforms("match_anchors", anchors)
+    refuse_transforms("match_anchors", constants=(anchors, *_tensors(gt_boxes), *_tensors(gt_labels)))
     backend = backend or library.backend_of(anchors)
     anchors = anchors.detach().contiguous()
     boxes, labels = _listed(gt_boxes, gt_labels, backend)
@@ -68,7 +72,7 @@ def match_fovea(
 ) -> Tensor:
     """Index (N, R) of each cell's box or -1; see ``functional_matching.match_fovea``."""
     first = gt_boxes if isinstance(gt_boxes, Tensor) else next(iter(gt_boxes), torch.empty(0))
-    refuse_transforms("match_fovea", first)
+    refuse_transforms("match_fovea", constants=(*_tensors(gt_boxes), *_tensors(gt_labels)))
     backend = backend or library.backend_of(first)
     boxes, labels = _listed(gt_boxes, gt_labels, backend)
     heights, widths = [int(h) for h, _ in level_shapes], [int(w) for _, w in level_shapes]

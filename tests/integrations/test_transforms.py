@@ -86,6 +86,40 @@ def test_compile_with_changing_sizes(name: str) -> None:
         assert (counter.frame_count > before) == (number == 0), f"{name} of {rows} rows"
 
 
+@row("use_backend around a compiled function", "is not looked at")
+def test_compiled_functions_keep_their_backend() -> None:
+    torch._dynamo.reset()
+    case = make("focal")
+    compiled = torch.compile(case.loss, fullgraph=True, backend="eager")
+    fused = compiled(*case.fresh(), *case.rest)
+    with ik.use_backend("reference"):
+        again = compiled(*case.fresh(), *case.rest)
+        torch._dynamo.reset()
+        reference = torch.compile(case.loss, fullgraph=True, backend="eager")(*case.fresh(), *case.rest)
+    assert again.grad_fn.name() == fused.grad_fn.name() != reference.grad_fn.name()
+
+
+@row("torch.compile, a number that changes", "works")
+def test_compile_with_a_number_that_changes() -> None:
+    """A Python number is a part of the program, for each value a new one; a 0-d tensor is an input."""
+    torch._dynamo.reset()
+    case = make("focal")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    plain = case.of_leaves(*case.fresh())
+
+    def loss(x: Tensor, grad_scale: float | Tensor, eta: float) -> Tensor:
+        labels, iou = case.rest
+        return ik.iou_balanced_sigmoid_focal_loss(x, labels, iou, grad_scale=grad_scale, eta=eta)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for count, number in enumerate((1.5, 1.25, 1.0), 1):
+        assert torch.isfinite(compiled(*case.fresh(), 1.0, number))
+        assert counter.frame_count == count
+    for number in (1.0, 2.0, 3.0):
+        assert torch.equal(compiled(*case.fresh(), torch.tensor(number), 1.5), plain)
+    assert counter.frame_count == 4
+
+
 @row("compiled autograd", "works")
 @each_loss
 def test_compiled_autograd(name: str) -> None:
@@ -235,6 +269,22 @@ def test_double_backward(name: str) -> None:
     gradients = torch.autograd.grad(case.of_leaves(*leaves), leaves, create_graph=True)
     with refused(name, "double backward is"):
         sum(g.square().sum() for g in gradients).backward()
+
+
+@row("double backward towards a weight of the loss", "raises NotImplementedError")
+@each_loss
+def test_double_backward_towards_a_weight(name: str) -> None:
+    """The gradients are proportional to grad_output, which may depend on what is learned, as in GradNorm: no second
+    backward goes that way, either. `torch.autograd.functional.jvp` takes it with no other in sight.
+    """
+    case = make(name)
+    leaves = case.fresh()
+    weight = torch.tensor(2.0, requires_grad=True)
+    gradients = torch.autograd.grad(weight * case.of_leaves(*leaves), leaves, create_graph=True)
+    with refused(name, "double backward is"):
+        torch.autograd.grad(sum(g.norm() for g in gradients), weight)
+    with refused(name, "double backward is"):
+        torch.autograd.functional.jvp(case.of_leaves, case.leaves, tuple(torch.ones_like(x) for x in case.leaves))
 
 
 @row('double backward, backend="reference"', "works")

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops import autograd, detection, flat, library
+from ioubal_kernels.ops.autograd import take_buffers
 
 
 def flat_case(name, dtype=torch.float32):
@@ -428,6 +429,27 @@ def test_inplace_notices_that_its_gradient_was_overwritten():
     logits = x.clone().requires_grad_() * 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss(logits, inplace=True) + loss(logits, inplace=True)).backward()
+
+
+def test_a_gradient_buffer_is_handed_out_once():
+    """Whatever other thread's backward of the graph comes in between."""
+
+    class Context:
+        inside = False
+
+        def __getattribute__(self, name):
+            if name != "inside" and not self.inside:
+                self.inside = True
+                taken.append(take_buffers(self, [x]))
+                self.inside = False
+            return object.__getattribute__(self, name)
+
+    for _ in range(3):
+        x, taken, context = torch.zeros(3), [], Context()
+        context.buffers = [torch.ones(3)]
+        taken.append(take_buffers(context, [x]))
+        assert sum(filled for _, filled in taken) == 1
+        assert len({buffers[0].data_ptr() for buffers, _ in taken}) == len(taken)
 
 
 def test_the_context_releases_its_memory():

@@ -6,10 +6,12 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ioubal_kernels as ik
 from ioubal_kernels import backends, ops, testing
@@ -273,6 +275,20 @@ def test_unknown_names() -> None:
         ik.use_backend(3)
     with pytest.raises(ValueError, match="unavailable_reason"):
         backends.unavailable_reason("gpu")
+
+
+def test_check_everywhere_passes_by_what_has_no_values(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("IOUBAL_CHECK", "1")
+    c = testing.classification_inputs(0)
+    loss = partial(ik.iou_balanced_sigmoid_focal_loss, backend=backend)
+    want = loss(c.logits, c.labels, c.iou)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(c.logits, c.labels, c.iou)
+    torch.testing.assert_close(compiled, want)
+    if backend == "reference":
+        assert loss(*(t.to("meta") for t in (c.logits, c.labels, c.iou))).is_meta
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert loss(*map(mode.from_tensor, (c.logits, c.labels, c.iou))).shape == ()
 
 
 @pytest.mark.parametrize("mode", ["0", "1", "auto"])

@@ -199,6 +199,16 @@ class TestNonFinite:
         want = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-0.5, 0.0, 0.5], [-1.0, 0.5, 0.5]])
         torch.testing.assert_close(grad, want)
 
+    def test_a08_softmax_without_a_limit(self, backend: str) -> None:
+        """The label among several +inf: its row is NaN, loss and gradient; no other is."""
+        x = torch.tensor([[INF, INF, 1.0], [0.0, 1.0, INF], [0.0, 0.0, 0.0]], requires_grad=True)
+        loss = ik.iou_balanced_cross_entropy(
+            x, torch.tensor([0, 2, 0]), torch.ones(3), reduction="none", backend=backend
+        )
+        assert loss.isnan().tolist() == [True, False, False]
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        assert grad.isnan().all(1).tolist() == [True, False, False] and not grad[1:].isnan().any()
+
     def test_a34_nan_boxes(self, backend: str) -> None:
         d = testing.detection_inputs(0)
         want, _ = detection(d, backend)

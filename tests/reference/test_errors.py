@@ -430,6 +430,7 @@ def test_inplace_refuses_expanded_logits(backend: str) -> None:
         (lambda: ik.calibrate_w_loc([(torch.ones(2, 4), torch.ones(2, 4))]), ValueError, "2 rows.*balanced loss 0"),
         (lambda: ik.calibrate_w_loc([(torch.full((1, 4), NAN), torch.ones(1, 4))]), ValueError, "nan"),
         (lambda: ik.calibrate_w_loc([], lambda_=-1), ValueError, "calibrate_w_loc: lambda_"),
+        (lambda: ik.calibrate_w_loc([], lambda_=10**400), ValueError, "calibrate_w_loc: lambda_ must be finite"),
         (lambda: ik.IoUBalancedLoss(etaa=1.0), TypeError, "IoUBalancedLoss: .*'etaa'.*eta"),
     ],
 )

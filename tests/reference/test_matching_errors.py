@@ -98,6 +98,12 @@ def test_transforms_are_refused(backend: str) -> None:
         pytest.skip("plain PyTorch takes what torch.func does")
     with pytest.raises(NotImplementedError, match="match_anchors"):
         torch.func.vmap(lambda a: ik.match_anchors(a, BOXES, backend=backend))(torch.rand(2, 5, 4))
+    anchors, stacked = torch.rand(5, 4), torch.rand(2, 5, 4)
+    with pytest.raises(NotImplementedError, match="match_anchors"):
+        torch.func.vmap(lambda b: ik.match_anchors(anchors, [b], backend=backend))(stacked)
+    for function in (ik.encode_boxes, ik.decode_boxes, ik.paired_box_iou, ik.delta_iou):
+        with pytest.raises(NotImplementedError, match=function.__name__):
+            torch.func.vmap(lambda b, f=function: f(anchors, b, backend=backend))(stacked)
 
 
 def test_boxes_that_say_their_format(backend: str) -> None:
