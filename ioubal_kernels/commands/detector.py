@@ -114,19 +114,29 @@ _READING = (
 )  # fmt: skip
 
 
-def _changes(assignments: list[str] | None, amp: str, device: str, workers: int | None) -> list[tuple[str, Any]]:
-    """(key, value) over a checkpoint's configuration: --set, and the options of what uses a trained model."""
+def _changes(
+    assignments: list[str] | None,
+    amp: str | None,
+    device: str,
+    workers: int | None,
+    idle: tuple[str, ...] = (),
+) -> list[tuple[str, Any]]:
+    """(key, value) over a checkpoint's configuration: --set, and the options of what uses a trained model. `idle`: what
+    the command does not follow.
+    """
     from ..detection.config import parse_assignment
     from ..detection.errors import UsageError
 
     changes = [parse_assignment(a) for a in assignments or []]
     for key, _ in changes:
+        if key in idle:
+            raise UsageError(f"--set: {key} has no effect here")
         if not key.startswith("inference.") and key not in _READING:
             raise UsageError(
                 f"--set: {key} has no effect on a trained model; what has: inference.*, {', '.join(_READING)}"
                 " (and --device, --amp, --split)"
             )
-    changes += [("train.amp", amp), ("train.device", device)]
+    changes += [("train.device", device)] if amp is None else [("train.amp", amp), ("train.device", device)]
     return changes if workers is None else [*changes, ("data.workers", workers)]
 
 
@@ -140,7 +150,7 @@ def eval_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
+    amp: Annotated[str | None, typer.Option("--amp", help="auto, off or bf16. (default: the run's)")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="inference.key=value or one of how images are read.")
@@ -174,6 +184,9 @@ def eval_command(
     reporter.show(class_table(metrics))
 
 
+_IDLE_IN_PREDICT = ("inference.score_threshold", "data.format")  # --score; there is no data set to look for
+
+
 @app.command("predict")
 @guarded
 def predict_command(
@@ -183,7 +196,7 @@ def predict_command(
     score: Annotated[float, typer.Option("--score", help="Smallest score shown.")] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the detections as JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    amp: Annotated[str, typer.Option("--amp", help="auto, off or bf16.")] = "auto",
+    amp: Annotated[str | None, typer.Option("--amp", help="auto, off or bf16. (default: the run's)")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Loader processes.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="inference.key=value or one of how images are read.")
@@ -194,7 +207,7 @@ def predict_command(
     from ..detection.progress import Reporter
 
     reporter = Reporter(quiet=as_json)
-    changes = _changes(set_, amp, device, workers)
+    changes = _changes(set_, amp, device, workers, _IDLE_IN_PREDICT)
     result = predict_files(model, images, Path(out), score=score, changes=changes, reporter=reporter)
     if as_json:
         import json

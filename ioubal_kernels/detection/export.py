@@ -13,8 +13,10 @@ from .._version import __version__
 from .architectures import MODELS
 from .checkpoint import atomic_torch_write
 from .config import ModelConfig
+from .errors import OutputError
 from .models import class_specific_weights
 from .predict import open_trained
+from .rundir import holds_run
 
 FORMAT = "ioubal_kernels weights 1"
 
@@ -36,11 +38,13 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
 
     Args:
         target: a run's folder or a checkpoint file.
-        file: the file, replaced if it exists.
+        file: the file, replaced if it exists; in a run's folder only an earlier export is.
 
     Raises:
-        UsageError: no such run. OutputError: the file cannot be written.
+        UsageError: no such run. OutputError: the file cannot be written, or is a part of a run.
     """
+    if file.is_file() and any(map(holds_run, list(file.resolve().parents)[:2])) and not _is_export(file):
+        raise OutputError(f"cannot write {file}: it is a part of a run")
     trained = open_trained(target)
     weights = {
         key: value.detach().clone(memory_format=torch.contiguous_format)
@@ -63,6 +67,14 @@ def export_weights(target: str, file: Path) -> dict[str, Any]:
     # Through the file object: on a full disk torch's own file writing dies with an obscure internal message.
     atomic_torch_write(file, lambda stream: torch.save({**content, "weights": weights}, stream))
     return content
+
+
+def _is_export(file: Path) -> bool:
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # whatever else it holds, torch has many ways of saying that it cannot read it
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _norm(model: ModelConfig) -> str | None:

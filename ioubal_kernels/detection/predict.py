@@ -21,6 +21,7 @@ from .processes import Processes
 from .progress import Reporter
 from .resources import choose_workers, resolve_amp, resolve_device, transform_config
 from .results import check_results_path, save_coco_results
+from .unused_keys import why_unused
 from .weights import load_weights, new_detector
 
 
@@ -65,12 +66,18 @@ def open_trained(target: str, changes: Iterable[tuple[str, Any]] = ()) -> Traine
         changes: (key, value) over the checkpoint's configuration.
 
     Raises:
-        UsageError: there is none, its parts do not fit together, or a key or value is wrong.
+        UsageError: there is none, its parts do not fit together, or a key or value is wrong or has no effect.
     """
     path, state = find_checkpoint(target)
     trained = model_from_state(state, path, torch.device("cpu"))
+    changes = list(changes)
     for key, value in changes:
         trained.config.set(key, value)
+    trained.config.validate()
+    for key, _ in changes:
+        because = why_unused(trained.config, key)
+        if because is not None:
+            raise UsageError(f"--set: {key} has no effect with {because}")
     return trained
 
 

@@ -97,15 +97,27 @@ def coco_results(dataset: Dataset, detections: Iterable[ImageDetections]) -> lis
 
 
 def check_results_path(path: Path) -> None:
-    """Fail before hours of inference when the result file could not be written.
+    """Fail before hours of inference when the result file could not be written, or would replace anything else.
 
     Raises:
-        OutputError: its folder does not exist or it is a folder.
+        OutputError: its folder does not exist, it is a folder, or a file that is no list of results.
     """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; expected the name of a JSON file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.exists() and not _holds_results(path):
+        raise OutputError(f"cannot write {path}: it exists and holds no COCO results, which alone are replaced")
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a file begins as `save_coco_results` begins one (or is empty)."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return False
+    return start.split() in ([], [b"[]"]) or start.startswith((b'[{"image_id"', b'[{"category_id"'))
 
 
 def save_coco_results(path: Path, dataset: Dataset, detections: Iterable[ImageDetections]) -> int:

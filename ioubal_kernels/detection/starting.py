@@ -11,11 +11,12 @@ from .anchors import FITTING_IOU, AnchorFit, anchor_fit, choose_anchor_scale, ne
 from .architectures import MODELS
 from .checkpoint import find_checkpoint
 from .config import Config
-from .data import Dataset
+from .data import Dataset, DatasetPair, TrainLoader
 from .errors import UsageError
 from .models import Detector
+from .processes import Processes
 from .progress import Reporter
-from .resources import transform_config
+from .resources import choose_cache, choose_workers, transform_config
 from .state import unpack_config
 from .weights import load_matching_weights
 
@@ -23,11 +24,43 @@ COVERAGE_WARNING = 0.9
 Source = tuple[Path, dict[str, Any]]  # a checkpoint's path and what is in it
 
 
+def require_boxes(pair: DatasetPair, reporter: Reporter) -> None:
+    """Warns where there is nothing to measure on.
+
+    Raises:
+        UsageError: there is nothing to train on.
+    """
+    if not pair.training.num_train_boxes:
+        raise UsageError(
+            f"dataset {pair.training.root}: split {pair.training.split!r} has no box to train on (regions of many"
+            " objects and difficult ones do not count)"
+        )
+    if pair.evaluation is not None and not pair.evaluation.num_train_boxes:
+        reporter.warn(f"split {pair.evaluation.split!r} has no boxes: there will be no AP")
+
+
 def number_of_steps(config: Config, batches_per_epoch: int) -> int:
     """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
     if config.train.epochs is None:
         return config.train.iterations
     return max(1, round(config.train.epochs * batches_per_epoch / config.train.accumulate))
+
+
+def make_train_loader(config: Config, dataset: Dataset, processes: Processes) -> TrainLoader:
+    """The batches of one process, as the configuration has them."""
+    return TrainLoader(
+        dataset,
+        transform_config(config),
+        config.train.batch_size,
+        seed=config.train.seed,
+        workers=choose_workers(config.data.workers, processes.device),
+        rank=processes.rank,
+        world_size=processes.world_size,
+        on_bad_image=config.data.on_bad_image,
+        bad_image_limit=config.data.bad_image_limit,
+        cache=choose_cache(config.data.cache, dataset, config),
+        timeout=config.data.timeout,
+    )
 
 
 def fit_anchors(config: Config, dataset: Dataset, wanted: float | str, reporter: Reporter) -> AnchorFit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from . import rundir
 from .architectures import MODELS
 from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoint
 from .config import Config, config_diff
-from .data import Batch, Dataset, DatasetPair, TrainLoader, describe, load_pair
+from .data import Batch, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent, without_unread
 from .objective import apply_loss, calibrate, large_factor
@@ -26,17 +27,27 @@ from .predict import make_eval_loader, predict_dataset
 from .processes import Processes, launched_as, started
 from .progress import Reporter
 from .provenance import provenance, weights_digest
-from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device, transform_config
+from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .results import DETECTIONS_FILE, save_detections
 from .signals import SAVED_OR_LOST, StopSignal
-from .starting import Source, fit_anchors, number_of_steps, source_of, start_from, with_norm_kept, with_norm_of
+from .starting import (
+    Source,
+    fit_anchors,
+    make_train_loader,
+    number_of_steps,
+    require_boxes,
+    source_of,
+    start_from,
+    with_norm_kept,
+    with_norm_of,
+)
 from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
 from .weights import load_weights, new_detector
 
 # A checkpoint holds what follows from these; with others a run could not go on from it.
-FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name"}
+FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name", "train.seed", "number of training images"}
 CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
 
 
@@ -84,6 +95,8 @@ def train(
     if not resume and rundir.holds_run(run):
         raise UsageError(f"{run} already holds a run: continue it with --resume or choose another folder with -o")
     config.require_start()
+    config = config.copy()
+    config.data.path = os.path.abspath(config.data.path)  # the run is read from other folders, too
     device = resolve_device(config.train.device)
     check_backend(config.loss.backend, device)
     if config.model.norm == "sync" and device.type != "cuda" and launched_as()[1] > 1:
@@ -102,7 +115,8 @@ def train(
             allow_symlinks=config.data.allow_symlinks,
         )
         reporter.info(describe(pair.training, pair.evaluation))
-        loader = _make_train_loader(config, pair.training, processes)
+        require_boxes(pair, reporter)
+        loader = make_train_loader(config, pair.training, processes)
         if processes.first:
             rundir.prepare_run_folder(run)
             stack.enter_context(rundir.RunLock(run))
@@ -110,22 +124,6 @@ def train(
         stop = stack.enter_context(StopSignal(*(SAVED_OR_LOST if processes.first else ())))
         trainer = _Trainer(config, run, pair, loader, processes, reporter, stop, source)
         return trainer.run_to_end(resume, allow_config_change)
-
-
-def _make_train_loader(config: Config, dataset: Dataset, processes: Processes) -> TrainLoader:
-    return TrainLoader(
-        dataset,
-        transform_config(config),
-        config.train.batch_size,
-        seed=config.train.seed,
-        workers=choose_workers(config.data.workers, processes.device),
-        rank=processes.rank,
-        world_size=processes.world_size,
-        on_bad_image=config.data.on_bad_image,
-        bad_image_limit=config.data.bad_image_limit,
-        cache=choose_cache(config.data.cache, dataset, config),
-        timeout=config.data.timeout,
-    )
 
 
 class _Trainer:
@@ -182,6 +180,7 @@ class _Trainer:
             iterations=self.total,
             processes=self.processes.world_size,
             data=self.pair.training.fingerprint(),
+            eval_data=self.pair.evaluation.fingerprint() if self.pair.evaluation else None,
             weights=weights_digest(self.detector),
             **provenance(self.device),
         )
@@ -214,6 +213,9 @@ class _Trainer:
         fingerprint = self.pair.training.fingerprint()
         if saved["data"] != fingerprint:
             changes.append(f"training data (classes, images, boxes): {saved['data'][:12]}... -> {fingerprint[:12]}...")
+        images = self.loader.state_dict()["num_samples"]
+        if saved["loader"]["num_samples"] != images:
+            changes.append(f"number of training images: {saved['loader']['num_samples']} -> {images}")
         if list(saved["classes"]) != list(self.pair.training.classes):
             raise UsageError(
                 f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}"

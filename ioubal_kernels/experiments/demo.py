@@ -13,6 +13,7 @@ from ..detection.presets import preset
 from ..detection.progress import Reporter
 from ..detection.rundir import RunLock, prepare_run_folder
 from ..detection.train import train
+from .options import check_options
 from .page import tables_of, write_page
 from .study import study_of_runs
 from .tables import to_rich
@@ -38,7 +39,7 @@ def run_demo(
         reporter: where messages go.
 
     Raises:
-        UsageError: `folder` holds something else than a demo.
+        UsageError: `folder` holds something else than a demo; a change has no effect.
         OutputError: it cannot be written.
     """
     reporter = reporter or Reporter()
@@ -48,13 +49,15 @@ def run_demo(
     for key, value in changes or []:
         config.set(key, value)
     config.validate()
+    arms = {loss: config.copy() for loss in ARMS}
+    for loss, arm in arms.items():
+        arm.set_loss(loss)
+    check_options(dict(changes or []), list(arms.values()), {"data.path": "the demo makes its own data"})
     _clear_earlier_demo(folder)
     prepare_run_folder(folder)
     data = _make_data(folder, reporter)
-    config.set("data.path", data)
-    for loss in ARMS:
-        arm = config.copy()
-        arm.set_loss(loss)
+    for loss, arm in arms.items():
+        arm.set("data.path", data)
         train(arm, folder / loss, reporter=reporter)
     study = study_of_runs([folder / loss for loss in ARMS], title="IoU-balanced losses: the demo on synthetic images")
     for table in tables_of(study):

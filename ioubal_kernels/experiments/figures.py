@@ -88,8 +88,15 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def plot_ap_by_threshold(row: RowStudy) -> Plot:
+def _measured(row: RowStudy) -> bool:
+    """Whether there is any AP: not on images without boxes."""
+    return any(run.metrics["AP"] is not None for arm in row.arms for run in arm.runs)
+
+
+def plot_ap_by_threshold(row: RowStudy) -> Plot | None:
     """AP at every IoU threshold, and the difference to the first arm."""
+    if not _measured(row):
+        return None
     figure, (left, *rest) = _panels_with_difference(len(row.arms))
     palette = colors([arm.name for arm in row.arms])
     rows = {
@@ -241,17 +248,19 @@ def _localization_plot(
 ) -> Plot | None:
     means = {arm.name: localization_means(row, arm) for arm in row.arms}
     shown = [arm for arm in row.arms if means[arm.name] is not None]
-    if not shown:
+    if not shown or not _measured(row):
         return None
     figure, (left, *rest) = _panels_with_difference(len(shown))
     palette = colors([arm.name for arm in row.arms])
-    base = np.array([np.nan if v is None else 100 * v for v in means[shown[0].name][key]])
+    found = {arm.name: _localization_values(row, arm, key) for arm in shown}
+    base = found[shown[0].name]
     for arm in shown:
         values = np.array([np.nan if v is None else 100 * v for v in means[arm.name][key]])
         style = {"color": palette[arm.name], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "label": arm.label}
         left.plot(x, values, **style)
-        if arm is not shown[0]:
-            rest[0].plot(x, values - base, **style)
+        paired = [own - base[seed] for seed, own in found[arm.name].items() if seed in base]
+        if arm is not shown[0] and paired:
+            rest[0].plot(x, np.ma.masked_invalid(paired).mean(axis=0).filled(np.nan), **style)
     left.set_ylim(bottom=0)
     label(left, titles[0], x_label, "%")
     for right in rest:
@@ -261,9 +270,20 @@ def _localization_plot(
     return Plot(name, heading, f"{caption} {_means_of(row)}", svg_of(figure))
 
 
+def _localization_values(row: RowStudy, arm: ArmRuns, key: str) -> dict[int, np.ndarray]:
+    """One of Figure 3's curves in per cent by seed; NaN where there is none of it."""
+    found = row.localizations[arm.name]
+    return {
+        seed: np.array([np.nan if v is None else 100 * v for v in getattr(item, key)]) for seed, item in found.items()
+    }
+
+
 def _means_of(row: RowStudy) -> str:
-    most = max(len(arm.runs) for arm in row.arms)
-    return _seeds(row) if most == 1 else f"Means over {most} seeds."
+    counts = sorted({len(arm.runs) for arm in row.arms})
+    if counts[-1] == 1:
+        return _seeds(row)
+    means = f"Means over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+    return f"{means}; differences are paired by seed." if len(row.arms) > 1 else f"{means}."
 
 
 def plot_weight(study: Study) -> Plot:

@@ -12,6 +12,7 @@ from ..detection.config import Config
 from ..detection.data import load_pair
 from ..detection.errors import UsageError
 from .grid import TABLES, Arm, Row, Table, full_rows, tiny_rows
+from .options import check_options
 
 PRESET_NAMES = ("cpu", "gpu", "paper")
 
@@ -106,10 +107,10 @@ class Plan:
 
 def _job_config(config: Config, arm: Arm, seed: int, options: Mapping[str, Any]) -> Config:
     result = config.copy()
-    arm.apply(result)
-    result.set("train.seed", seed)
     for key, value in options.items():
         result.set(key, value)
+    arm.apply(result)  # last: the baseline stays one whatever exponents are given
+    result.set("train.seed", seed)
     result.validate()
     return result
 
@@ -169,10 +170,11 @@ def make_plan(
         seeds: instead of the preset's number.
         rows, arms: names, to train these alone. An arm stays where its row's first arm does: they are compared.
         backbones: a folder with ImageNet weights under their usual names (docs/detectors.md), for "paper".
-        options: configuration values over all trainings, by dotted key.
+        options: configuration values over all trainings, by dotted key; an arm's own values go first.
 
     Raises:
-        UsageError: a name that does not exist, a number of seeds below 1, no weights for a backbone.
+        UsageError: a name that does not exist, no arm, a number of seeds below 1, no weights for a backbone, an option
+            without effect.
         DataError: the data set cannot be read.
     """
     if table not in TABLES:
@@ -191,7 +193,10 @@ def make_plan(
         blocks = [replace(b, rows=_with_backbones(b.rows, backbones)) for b in blocks]
     if rows is not None or arms is not None:
         blocks = [replace(b, rows=_chosen(b.rows, rows, arms)) for b in blocks]
-    return Plan(table, preset, tuple(blocks), dict(options or {}))
+    plan = Plan(table, preset, tuple(blocks), dict(options or {}))
+    owned = {"train.seed": "--seeds says how many", "data.path": "--data names it"}
+    check_options(plan.options, [job.config for job in plan.jobs()], owned)
+    return plan
 
 
 def _blocks(spec: Table, preset: str, data: str | None, seeds: int | None) -> list[Block]:
@@ -239,6 +244,8 @@ def _chosen(
         if name not in known:
             raise UsageError(f"--rows: expected of {', '.join(known)}, got {name!r}")
     possible = list(dict.fromkeys(arm.name for row, _ in rows for arm in row.arms))
+    if arms is not None and not arms:
+        raise UsageError(f"--arms: expected of {', '.join(possible)}, got none")
     for name in arms or ():
         if name not in possible:
             raise UsageError(f"--arms: expected of {', '.join(possible)}, got {name!r}")

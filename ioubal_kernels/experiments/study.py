@@ -172,13 +172,14 @@ class RowStudy:
     @property
     def same_start(self) -> bool | None:
         """Whether the arms of each seed began with the same weights on the same data; None if that is not on record."""
-        starts: dict[int, set[tuple[Any, Any]]] = {}
+        starts: dict[int, list[tuple[Any, Any]]] = {}
         for arm in self.arms:
             for run in arm.runs:
                 if "weights" not in run.start:
                     return None
-                starts.setdefault(run.seed, set()).add((run.start["weights"], run.start["data"]))
-        return all(len(found) == 1 for found in starts.values())
+                starts.setdefault(run.seed, []).append((run.start["weights"], run.start["data"]))
+        shared = [found for found in starts.values() if len(found) > 1]
+        return all(len(set(found)) == 1 for found in shared) if shared else None
 
 
 @dataclass
@@ -287,7 +288,7 @@ def study_of_runs(folders: Iterable[Path], *, title: str) -> Study:
             own = loss + more
             name = own if row.arm(own) is None else folder.name
             number = 2
-            while row.arm(name) is not None:
+            while row.arm(name) is not None or (name != own and name in ARM_LABELS):
                 name, number = f"{folder.name} ({number})", number + 1
             arm = ArmRuns(name, ARM_LABELS[loss] + more if name == own else name, [])
             row.arms.append(arm)
@@ -295,7 +296,7 @@ def study_of_runs(folders: Iterable[Path], *, title: str) -> Study:
             raise UsageError(f"{folder}: the same training, seed {run.seed}, as {arm.by_seed[run.seed].folder}")
         arm.runs.append(run)
     for row in rows:  # what the others are compared with, wherever it was named
-        row.arms.sort(key=lambda arm: arm.name != "baseline")
+        row.arms.sort(key=lambda arm: arm.name != BASELINE.name)
     return Study(title, rows)
 
 
@@ -311,9 +312,14 @@ def _data_name(run: Run) -> str:
 
 
 def _comparable(one: Run, other: Run) -> bool:
-    places = [
-        (r.config.model.name, Path(r.config.data.path or "").resolve(), r.config.data.eval_split) for r in (one, other)
-    ]
+    """Whether two runs are of one detector and were evaluated on the same images and boxes."""
+    if one.config.model.name != other.config.model.name:
+        return False
+    seen = [run.start.get("eval_data") for run in (one, other)]
+    if None not in seen:
+        return seen[0] == seen[1]
+    # Of runs that do not have it on record the place tells.
+    places = [(Path(run.config.data.path or "").resolve(), run.config.data.eval_split) for run in (one, other)]
     return places[0] == places[1]
 
 

@@ -10,13 +10,14 @@ import rich.table
 from rich.console import Group
 from rich.text import Text
 
+from ..detection.config import config_diff
 from .compare import Difference, Summary
 from .grid import LABELS, PRIMARY, TABLES
 from .localization import EDGES
 from .paper import figures
 from .plans import FULL_NAMES
 from .results import differences, localization_means, summary_of, values_of
-from .study import RowStudy, Study
+from .study import RowStudy, Run, Study
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def result_table(study: Study, row: RowStudy) -> Cells:
 
 def in_short(row: RowStudy) -> str:
     """The primary outcomes in a sentence: the method and the control against the baseline, as they came out."""
-    base, parts = row.arms[0], []
+    base, parts, seeds = row.arms[0], [], []
     for name in ("both", "control"):
         arm = row.arm(name)
         if arm is None or arm is base:
@@ -67,10 +68,11 @@ def in_short(row: RowStudy) -> str:
         texts = [f"{metric} {_difference(found[metric])}" for metric in PRIMARY if metric in found]
         if texts:
             parts.append(f"{arm.label}: {', '.join(texts)}")
+            seeds.append(max(found[metric].n for metric in PRIMARY if metric in found))
     if not parts:
         return ""
-    seeds = max(len(arm.runs) for arm in row.arms)
-    return f"Against the {base.label}, {seeds} seed{'s' if seeds > 1 else ''}. {'; '.join(parts)}."
+    counts = " and ".join(map(str, dict.fromkeys(seeds)))
+    return f"Against the {base.label}, {counts} seed{'s' if max(seeds) > 1 else ''}. {'; '.join(parts)}."
 
 
 def _paper_rows(study: Study, row: RowStudy, names: list[str]) -> list[list[str]]:
@@ -95,6 +97,8 @@ def _paper_rows(study: Study, row: RowStudy, names: list[str]) -> list[list[str]
 
 def _note(row: RowStudy, paired: dict[str, dict[str, Difference]]) -> str:
     parts = ["In per cent: mean ± standard deviation over seeds; differences with their 95 % interval."]
+    if not any(paired.values()):
+        parts = ["In per cent: mean ± standard deviation over seeds."]
     if all(len(arm.runs) == 1 for arm in row.arms):
         parts = ["In per cent. One training each: another seed moves AP by one or two points."]
     tested = {name: d for found in paired.values() for name, d in found.items() if name in PRIMARY and d.p is not None}
@@ -111,7 +115,16 @@ def _note(row: RowStudy, paired: dict[str, dict[str, Difference]]) -> str:
             if row.same_start
             else "Initial weights or data of a seed differ between arms: their differences are not paired."
         )
+    for arm in row.arms[1:]:
+        if others := _beside_the_loss(row.arms[0].runs[0], arm.runs[0]):
+            parts.append(f"Not the loss alone differs: {arm.label} has {'; '.join(others)}.")
     return " ".join(parts)
+
+
+def _beside_the_loss(one: Run, other: Run) -> list[str]:
+    """What else tells two runs' configurations apart."""
+    changes = config_diff(one.config.to_dict(), other.config.to_dict())
+    return [change for change in changes if not change.startswith(("loss.", "train.seed:"))]
 
 
 def _summary(found: Summary | None) -> str:

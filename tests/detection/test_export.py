@@ -219,6 +219,20 @@ def test_what_the_file_says(tmp_path):
     assert (content["anchors"], content["first_label"], content["norm"]) == (None, 0, "group")
 
 
+def test_no_part_of_a_run_is_replaced(ioubal, tmp_path):
+    run = tmp_path / "run"
+    write_run(run, "ssd_tiny", **{"data.image_size": [64, 64]})
+    (run / "config.yaml").touch()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert len(before) > 2
+    for path in before:
+        code, _, err = ioubal("export", run, "-o", path)
+        assert (code, err) == (3, f"error: cannot write {path}: it is a part of a run\n")
+        assert path.read_bytes() == before[path]
+    for _ in range(2):  # beside them, and again
+        assert ioubal("export", run, "-o", run / "weights.pt")[0] == 0
+
+
 def test_errors_are_one_line(ioubal, tmp_path):
     code, out, err = ioubal("export", tmp_path / "no", "-o", tmp_path / "weights.pt")
     assert (code, out) == (2, "")

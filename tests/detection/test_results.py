@@ -250,6 +250,11 @@ def test_eval_fails_early_when_the_file_cannot_be_written(ioubal, run, tiny_data
     assert code == 3 and f"the folder {tmp_path / 'no'} does not exist" in err
     code, _, err = ioubal("eval", run, "--data", tiny_data, "--save-results", tmp_path, *OPTIONS)
     assert code == 3 and "it is a folder; expected the name of a JSON file" in err
+    for name, content in (("truth.json", '{"images": []}'), ("photo.png", "png"), ("metrics.json", '{"AP": 0.5}')):
+        (tmp_path / name).write_text(content)
+        code, _, err = ioubal("eval", run, "--data", tiny_data, "--save-results", tmp_path / name, *OPTIONS)
+        assert code == 3 and f"{name}: it exists and holds no COCO results" in err
+        assert (tmp_path / name).read_text() == content
     assert issubclass(OutputError, OSError)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ioubal_kernels.detection import train as train_module
 from ioubal_kernels.detection.checkpoint import find_checkpoint, list_checkpoints
-from ioubal_kernels.detection.data import TrainLoader
+from ioubal_kernels.detection.data import TrainLoader, check_dataset
 from ioubal_kernels.detection.errors import Interrupted, NonFiniteError, UsageError
 from ioubal_kernels.detection.evaluate import MAIN_METRICS
 from ioubal_kernels.detection.presets import load_config
@@ -205,7 +205,7 @@ def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path, monkeypat
     assert run(saved, tmp_path / "run", resume=True).steps == 12
 
 
-@pytest.mark.parametrize(("key", "value"), [("optim.name", "sgd"), ("model.anchor_scale", 5.0)])
+@pytest.mark.parametrize(("key", "value"), [("optim.name", "sgd"), ("model.anchor_scale", 5.0), ("train.seed", 9)])
 def test_what_a_checkpoint_depends_on_cannot_change(finished, tmp_path, key, value):
     import shutil
 
@@ -283,6 +283,9 @@ def test_other_data_are_refused_on_resume(finished, tmp_path):
     other.set("data.path", make_synthetic(tmp_path / "other", train=16, val=6, size=64, classes=3, seed=2, workers=1))
     with pytest.raises(UsageError, match="training data"):
         run(other, tmp_path / "run", resume=True)
+    other.set("data.path", make_synthetic(tmp_path / "few", train=12, val=6, size=64, classes=3, workers=1))
+    with pytest.raises(UsageError, match="number of training images: cannot change in a run(.|\n)*16 -> 12"):
+        run(other, tmp_path / "run", resume=True, allow_config_change=True)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished):
@@ -306,6 +309,35 @@ def test_calibration_without_a_box_says_what_to_do(tiny_config, tmp_path, monkey
     monkeypatch.setattr("ioubal_kernels.detection.models.Detector.collect_deltas", lambda *a, **k: none)
     with pytest.raises(UsageError, match=r"loss.w_loc: auto: no box in the first 2 batches .*calibration_batches=N"):
         run(tiny_config(), tmp_path / "run")
+
+
+def test_no_box_to_train_on_and_none_to_measure_on(tiny_config, tiny_data, tmp_path, capsys):
+    import shutil
+
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    for split in ("val", "train"):
+        path = data / f"annotations/instances_{split}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+        config = tiny_config(**{"train.iterations": 1, "data.path": str(data)})
+        config.set_loss("baseline")
+        if split == "val":
+            result = run(config, tmp_path / "run")
+            assert result.metrics["AP"] is None
+            assert "split 'val' has no boxes: there will be no AP" in " ".join("".join(capsys.readouterr()).split())
+            continue
+        with pytest.raises(UsageError, match="split 'train' has no box to train on"):
+            run(config, tmp_path / "none")
+        report = check_dataset(data)
+        assert not report.ok and "split train: it has no box to train on" in report.problems
+
+
+def test_the_data_is_found_from_elsewhere(tiny_config, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny_data).parent)
+    run(tiny_config(**{"train.iterations": 1, "data.path": Path(tiny_data).name}), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert config.data.path == str(tiny_data)
+    assert run(config, tmp_path / "run", resume=True).steps == 1
 
 
 def test_a_large_factor_is_pointed_out(tiny_config, tmp_path, monkeypatch, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +14,33 @@ import ioubal_kernels as ik
 from ioubal_kernels import testing
 
 NAMES = ("detection", "retinanet", "focal", "bce", "softmax", "smooth_l1")
+each_loss = pytest.mark.parametrize("name", NAMES)
+
+
+def table() -> tuple[dict[str, str], Callable]:
+    """A file's rows of the table in docs/transforms.md, what -> its result, and the decorator of a test that is one."""
+    rows: dict[str, str] = {}
+
+    def row(what: str, result: str) -> Callable:
+        assert what not in rows, what
+        rows[what] = result
+        return lambda test: test
+
+    return rows, row
+
+
+def refused(name: str, reason: str) -> pytest.RaisesExc:
+    """The package's own refusal, which names the operation and the way out."""
+    operation = {
+        "detection": "iou_balanced_detection_loss",
+        "retinanet": "iou_balanced_detection_loss",
+        "focal": "iou_balanced_sigmoid_focal_loss",
+        "bce": "iou_balanced_binary_cross_entropy",
+        "softmax": "iou_balanced_cross_entropy",
+        "smooth_l1": "iou_balanced_smooth_l1_loss",
+    }[name]
+    text = f"{operation}: {reason} not supported by the fused kernels; use backend='reference'"
+    return pytest.raises(NotImplementedError, match=re.escape(text))
 
 
 @dataclass

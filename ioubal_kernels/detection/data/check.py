@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .detect import describe, find_layout, load_dataset
+from .detect import Layout, default_split, describe, find_layout, load_dataset
 from .files import MAX_PIXELS, FileGuard, decode_rgb, exif_orientation, file_problems
 from .records import BadImageError, DataError, Dataset, ImageRecord, format_problems
 
@@ -89,6 +89,7 @@ def check_dataset(
     if len({dataset.classes for dataset in datasets}) > 1:
         names = "; ".join(f"{dataset.split}: {', '.join(dataset.classes)}" for dataset in datasets)
         warnings.append(f"the splits have different classes: {names}")
+    problems += _training_problems(layout, datasets)
     digests = _check_images(datasets, max_pixels, allow_symlinks, workers, problems, warnings)
     warnings += _same_pictures(datasets, digests)
     stats = {}
@@ -97,6 +98,21 @@ def check_dataset(
         warnings += _annotation_warnings(dataset, stats[dataset.split])
     text = _text(layout.root, datasets, stats, problems, warnings)
     return CheckReport(not problems, problems, warnings, stats, text)
+
+
+def _training_problems(layout: Layout, datasets: list[Dataset]) -> list[str]:
+    """What keeps training, by default, from using splits that are all right in themselves."""
+    by_split = {dataset.split: dataset for dataset in datasets}
+    training, evaluation = (by_split.get(default_split(layout, role) or "") for role in ("train", "eval"))
+    if training is None:
+        return []
+    problems = []
+    if not training.num_train_boxes:
+        problems.append(f"split {training.split}: it has no box to train on")
+    extra = [] if evaluation is None else [name for name in evaluation.classes if name not in training.classes]
+    if extra:
+        problems.append(f"split {evaluation.split}: classes that {training.split} does not have: {', '.join(extra)}")
+    return problems
 
 
 def _check_images(

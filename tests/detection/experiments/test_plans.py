@@ -41,6 +41,16 @@ def test_the_papers_figures_add_up_to_what_its_text_says():
     assert paper.figures("table3", "retinanet_r50", "eq7") == {}
 
 
+def test_options_are_the_rows_and_the_arms_go_first():
+    """An exponent given for all is the IoU-balanced arms': the baseline stays one."""
+    plan = make_plan("table2", seeds=1, options={"loss.eta": 1.2, "loss.lambda_": 1.0, "optim.lr": 0.5})
+    settings = {job.arm: (job.config.loss.eta, job.config.loss.lambda_) for job in plan.jobs()}
+    assert settings == {
+        "baseline": (0.0, 0.0), "cls": (1.2, 0.0), "loc": (0.0, 1.0), "both": (1.2, 1.0), "control": (0.0, 0.0),
+    }  # fmt: skip
+    assert {job.config.optim.lr for job in plan.jobs()} == {0.5}
+
+
 def test_arms_are_the_papers_losses():
     losses = {job.arm: job.config.loss for job in make_plan("table2", seeds=1).jobs()}
     settings = {name: (loss.eta, loss.lambda_, loss.w_loc) for name, loss in losses.items()}
@@ -130,6 +140,15 @@ def test_backbone_files_are_found_by_name(tmp_path):
         ({"table": "table2", "seeds": 0}, "--seeds: expected at least 1, got 0"),
         ({"table": "table2", "rows": []}, "--rows: expected of retinanet_r50, got none"),
         ({"table": "table2", "rows": ["yolo"]}, "--rows: expected of retinanet_r50, got 'yolo'"),
+        ({"table": "table2", "arms": []}, "--arms: expected of baseline, cls, loc, both, control, got none"),
+        ({"table": "table2", "options": {"train.seed": 3}}, "--set: train.seed is the experiment's own: --seeds"),
+        ({"table": "table2", "options": {"data.path": "x"}}, "--set: data.path is the experiment's own: --data"),
+        ({"table": "table2", "options": {"loss.eta": 0}}, "--set: loss.eta=0 has no effect: the arms"),
+        ({"table": "table3", "options": {"loss.eta": 1.2}}, "--set: loss.eta=1.2 has no effect: the arms"),
+        (
+            {"table": "table2", "options": {"optim.milestones": [0.5]}},
+            "--set: optim.milestones has no effect with optim",
+        ),
         ({"table": "table2", "arms": ["bth"]}, "--arms: expected of baseline, cls, loc, both, control, got 'bth'"),
         ({"table": "table2", "backbones": "."}, "--backbones: .*expected --preset paper, got 'cpu'"),
         ({"table": "table2", "preset": "paper", "backbones": "nowhere"}, "--backbones: nowhere is not a folder"),

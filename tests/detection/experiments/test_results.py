@@ -11,6 +11,7 @@ import pytest
 from ioubal_kernels.detection.errors import UsageError
 from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.results import load_detections, save_detections
+from ioubal_kernels.detection.rundir import read_log
 from ioubal_kernels.experiments.page import tables_of, write_tables
 from ioubal_kernels.experiments.results import RESULTS_FILE, load_results, metric, save_results
 from ioubal_kernels.experiments.study import load_run, study_of_plan, study_of_runs
@@ -127,6 +128,41 @@ def test_runs_named_by_hand_are_grouped(reproduction):
     assert row.same_start is True
     with pytest.raises(UsageError, match="the same training, seed 0, as"):
         study_of_runs([folders[0], folders[0]], title="twice")
+
+
+def test_what_was_evaluated_makes_a_row(reproduction, tmp_path):
+    """The images and boxes of the evaluation, not where they lie."""
+    first, _, other = [reproduction.folder / job.folder for job in reproduction.plan.jobs()][:3]
+    moved, changed = (shutil.copytree(other, tmp_path / name) for name in ("moved", "changed"))
+    config = load_config(str(moved / "config.yaml"))
+    config.set("data.path", "elsewhere")
+    (moved / "config.yaml").write_text(config.to_yaml())
+    assert len(study_of_runs([first, moved], title="two").rows) == 1
+    start = next(record for record in read_log(changed) if record["event"] == "start")
+    log = (changed / "log.jsonl").read_text().replace(start["eval_data"], "f" * 64)
+    (changed / "log.jsonl").write_text(log)
+    assert len(study_of_runs([first, changed], title="two").rows) == 2
+
+
+def test_what_a_table_says_of_seeds_and_settings(reproduction, tmp_path):
+    runs = {(job.arm, job.seed): reproduction.folder / job.folder for job in reproduction.plan.jobs()}
+    study = study_of_runs([runs["baseline", 0], runs["baseline", 1], runs["both", 1]], title="uneven")
+    assert in_short(study.rows[0]).startswith("Against the baseline, 1 seed.")
+    study = study_of_runs([runs["baseline", 0], runs["both", 1]], title="no seed in common")
+    (table,) = tables_of(study)[:1]
+    assert study.rows[0].same_start is None and "digests" not in table.note and "interval" not in table.note
+    assert in_short(study.rows[0]) == ""
+    # Another learning rate is on record; a folder's name makes no baseline.
+    faster = shutil.copytree(runs["both", 0], tmp_path / "baseline")
+    config = load_config(str(faster / "config.yaml"))
+    config.set("optim.lr", 0.5)
+    (faster / "config.yaml").write_text(config.to_yaml())
+    study = study_of_runs([faster, runs["baseline", 0], runs["both", 0]], title="rates")
+    (row,) = study.rows
+    assert row.arms[0].name == "baseline" and row.arms[0].runs[0].config.loss.label() == "baseline"
+    assert len(row.arms) == 3
+    notes = tables_of(study)[0].note
+    assert "Not the loss alone differs: " in notes and "optim.lr: 0.003 -> 0.5" in notes
 
 
 def test_another_w_loc_makes_no_baseline(reproduction, tmp_path):
