@@ -45,6 +45,18 @@ double look_up(const FocalTable& table, const void* x_, void* out_, int64_t coun
   return sum;
 }
 
+// In four parts: a single sum would wait for each addition.
+template <class C>
+double sum_of(const C* values, int64_t count) {
+  double parts[4] = {0, 0, 0, 0};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int64_t j = 0; j < 4; ++j) parts[j] += values[i + j];
+  }
+  for (; i < count; ++i) parts[0] += values[i];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
 }  // namespace
 
 void DensePass::mask_anchor(int64_t run, int64_t location, int64_t locations) {
@@ -105,7 +117,7 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
   const int64_t threshold = table_threshold(gamma, by_octave);
   const auto scale_of = [&](const Run& run) { return output == Output::kNone ? 0.0 : run.out_scale; };
   const auto counts = [&](const Run& run) {
-    return run.count >= std::min(kSmallRun, threshold) && !std::isnan(scale_of(run));
+    return !run.weights && run.count >= std::min(kSmallRun, threshold) && !std::isnan(scale_of(run));
   };
   for (const Run& run : runs) {
     if (counts(run)) tables_[scale_of(run)].logits += run.count;
@@ -125,8 +137,7 @@ void DensePass::make_tables(int dtype, double gamma, Output output) {
   }
 }
 
-double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output,
-                        bool stream) {
+LeftOut DensePass::left_out_of(const Run& run, int64_t first, int64_t last) {
   const auto ends_before = [](const Skip& s, int64_t entry) { return s.first + s.count <= entry; };
   const auto starts_before = [](const Skip& s, int64_t entry) { return s.first < entry; };
   const Skip* all = skips_.data();
@@ -139,6 +150,62 @@ double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, 
     left_out.mask = {masks_.data() + run.mask_offset, first % run.mask_period, run.mask_period,
                      mask_bits_.data() + run.bits_offset};
   }
+  return left_out;
+}
+
+// Whole rows with a weight each: some at a time, whose losses and unweighted gradients stay in the L1 cache until they
+// are multiplied. C: what is computed in, float for 16-bit logits.
+template <class C, class T>
+double DensePass::weighted_block(const Run& run, int64_t first, int64_t last, double gamma, Output output) {
+  constexpr bool kConverts = sizeof(C) != sizeof(T);
+  const FocalDense kernel = kernels().focal[sizeof(C) == 8 ? kFloat64 : kFloat32];
+  const int64_t columns = run.columns, rows = std::max<int64_t>(1, 2048 / columns), tile = rows * columns;
+  std::vector<C> losses(tile), logits(kConverts ? tile : 0), weights(rows);
+  double total = 0;
+  for (int64_t at = first; at < last; at += tile) {
+    const int64_t count = std::min(tile, last - at);
+    const T* x = reinterpret_cast<const T*>(run.x) + at;
+    T* out = run.out ? reinterpret_cast<T*>(run.out) + at : nullptr;
+    const LeftOut left_out = left_out_of(run, at, at + count);
+    for (int64_t r = 0; r < count / columns; ++r) weights[r] = static_cast<C>((*run.weights)[at / columns + r]);
+    for (const Skip* skip = left_out.skip; skip != left_out.end; ++skip) {
+      if (skip->positive >= 0) continue;
+      const int64_t from = std::max(skip->first - at, int64_t{0}), to = std::min(skip->first + skip->count - at, count);
+      std::fill(weights.begin() + from / columns, weights.begin() + to / columns, C(0));
+    }
+    for (int64_t i = 0; kConverts && i < count; ++i) logits[i] = static_cast<C>(x[i]);
+    const void* from = kConverts ? static_cast<const void*>(logits.data()) : x;
+    // The losses first: the gradient may take the logits' place.
+    kernel(from, losses.data(), count, 1.0, gamma, left_out, Output::kLoss, false, nullptr);
+    for (int64_t r = 0; r < count / columns; ++r) total += weights[r] * sum_of(losses.data() + r * columns, columns);
+    if (!out) continue;
+    C* written = kConverts || output == Output::kLoss ? losses.data() : reinterpret_cast<C*>(out);
+    C scale = static_cast<C>(run.out_scale);
+    if (output == Output::kGradient) {
+      kernel(from, written, count, run.out_scale, gamma, left_out, output, false, nullptr);
+      scale = C(1);
+    }
+    for (int64_t r = 0; r < count / columns; ++r) {
+      const C factor = scale * weights[r];
+      C* row = written + r * columns;
+      for (int64_t k = 0; k < columns; ++k) row[k] *= factor;
+    }
+    for (int64_t i = 0; static_cast<void*>(written) != out && i < count; ++i) out[i] = static_cast<T>(written[i]);
+  }
+  return total;
+}
+
+double DensePass::block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output,
+                        bool stream) {
+  if (run.weights) {
+    switch (dtype) {
+      case kFloat32: return weighted_block<float, float>(run, first, last, gamma, output);
+      case kBFloat16: return weighted_block<float, c10::BFloat16>(run, first, last, gamma, output);
+      case kFloat16: return weighted_block<float, c10::Half>(run, first, last, gamma, output);
+      default: return weighted_block<double, double>(run, first, last, gamma, output);
+    }
+  }
+  const LeftOut left_out = left_out_of(run, first, last);
   const char* x = run.x + first * size_of(dtype);
   char* out = run.out ? run.out + first * size_of(dtype) : nullptr;
   if (!run.table) {
@@ -156,8 +223,9 @@ double DensePass::operator()(int dtype, double gamma, Output output) {
   };
   std::vector<Block> blocks;
   for (size_t r = 0; r < runs.size(); ++r) {
-    for (int64_t i = 0; i < runs[r].count; i += kBlockEntries) {
-      blocks.push_back({static_cast<int64_t>(r), i, std::min(i + kBlockEntries, runs[r].count)});
+    const int64_t columns = runs[r].columns, step = std::max<int64_t>(1, kBlockEntries / columns) * columns;
+    for (int64_t i = 0; i < runs[r].count; i += step) {
+      blocks.push_back({static_cast<int64_t>(r), i, std::min(i + step, runs[r].count)});
     }
   }
   int64_t written = 0;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/tensor_access.h"
 #include "cpu/focal_table.h"
 #include "cpu/isa.h"
 #include "cpu/octave_table.h"
@@ -23,6 +24,10 @@ struct Run {
   double loss_scale = 0;  // of the run's sum in the total
   int64_t first_skip = 0, last_skip = 0;
   int64_t mask_offset = -1, bits_offset = 0, mask_period = 0;
+  // Or with a weight for each row of `columns` entries, which both scales are multiplied by; an ignored row's is not
+  // looked at.
+  const FloatReader* weights = nullptr;
+  int64_t columns = 1;
   // At most one of them: 16-bit logits are looked up.
   const FocalTable* table = nullptr;
   const OctaveTable* octaves = nullptr;
@@ -60,6 +65,9 @@ class DensePass {
   };
   void prepare();
   void make_tables(int dtype, double gamma, Output output);
+  LeftOut left_out_of(const Run& run, int64_t first, int64_t last);
+  template <class C, class T>
+  double weighted_block(const Run& run, int64_t first, int64_t last, double gamma, Output output);
   double block(const Run& run, int64_t first, int64_t last, int dtype, double gamma, Output output, bool stream);
 
   std::vector<Added> added_;

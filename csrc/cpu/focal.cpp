@@ -48,7 +48,24 @@ struct FlatFocal {
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
   }
 
-  // One run, or with sample weights one per stretch of equal weights of rows that are not ignored.
+  // Stretches of equal weights of rows that are not ignored.
+  int64_t count_stretches() const {
+    const FloatReader& w = weight.reader();
+    int64_t found = 0;
+    double before = NAN;
+    auto next = ignored.begin();
+    for (int64_t r = 0; r < logits.size(0); ++r) {
+      if (next != ignored.end() && *next == r) {
+        ++next;
+      } else if (w[r] != before) {
+        before = w[r];
+        ++found;
+      }
+    }
+    return found;
+  }
+
+  // One run, or with sample weights one per stretch of equal weights; with weights where those are short.
   DensePass dense(const Tensor* out, double loss_scale, double out_scale) const {
     const int64_t rows = logits.size(0), columns = logits.size(1), size = logits.element_size();
     DensePass pass;
@@ -63,7 +80,12 @@ struct FlatFocal {
       pass.runs.push_back(run);
     };
     std::vector<int64_t> starts = {0};
-    if (weight) {
+    constexpr int64_t kShort = 128;  // entries: a run takes as long, and as much memory, as these
+    if (weight && count_stretches() * kShort > rows * columns) {
+      add_run(0, rows, 1.0);
+      pass.runs[0].weights = &weight.reader();
+      pass.runs[0].columns = columns;
+    } else if (weight) {
       const FloatReader& w = weight.reader();
       std::vector<double> weights;
       auto next = ignored.begin();
