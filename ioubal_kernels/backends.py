@@ -80,7 +80,37 @@ def _cuda_reason() -> str | None:
             "built, but no GPU usable here: torch.cuda.is_available() is false (no NVIDIA GPU, or no driver for CUDA"
             f" {torch.version.cuda}); use backend='cpu' on CPU tensors"
         )
-    return reason
+    return reason or _no_code_for_the_gpu()
+
+
+def _no_code_for_the_gpu() -> str | None:
+    built = _load_ops().library.build_info().get("cuda", {}).get("architectures", [])
+    try:
+        capability = torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:
+        return f"the GPU does not answer ({error})"
+    if runs_on(built, capability):
+        return None
+    return (
+        f"the library has code for {' '.join(built)} only, the GPU's compute capability is"
+        f" {'.'.join(map(str, capability))}; build it with `{_BUILD_LINE}` in the source directory, without"
+        " TORCH_CUDA_ARCH_LIST or with this GPU in it"
+    )
+
+
+def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these ("sm_80", "compute_90") runs there; True where it is not known what was built.
+
+    Machine code serves its major version from its minor version on, "a" variants their own version only, PTX
+    everything from its version on.
+    """
+    for name in architectures:
+        kind, number = name.split("_")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        newer = capability >= (major, minor) if kind == "compute" else capability[0] == major and capability[1] >= minor
+        if (capability == (major, minor)) if number.endswith("a") else newer:
+            return True
+    return not architectures
 
 
 def _triton_reason() -> str | None:
@@ -90,8 +120,8 @@ def _triton_reason() -> str | None:
         return f"ioubal_kernels.ops cannot be imported ({error})"
 
 
-# Its answer is a constant to torch.compile, which cannot trace what looks for a compiler on the disk; see _override.
-_triton_reason._dynamo_marked_constant = True
+# Their answers are constants to torch.compile, which cannot trace what looks for files and GPUs; see _override.
+_triton_reason._dynamo_marked_constant = _no_code_for_the_gpu._dynamo_marked_constant = True
 
 # Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors, slowly: for tests, so only by name.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -141,27 +141,13 @@ def gpus() -> list[str] | str:
     if not torch.cuda.is_available():
         return "no GPU usable here"
     built = importlib.import_module("ioubal_kernels.ops.library").build_info().get("cuda", {}).get("architectures", [])
+    runs_on = importlib.import_module("ioubal_kernels.backends").runs_on
     shown = []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         missing = "" if runs_on(built, capability) else f", but the CUDA library has code for {' '.join(built)} only"
         shown.append(f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]}{missing})")
     return shown
-
-
-def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these ("sm_80", "compute_90") runs there; True where it is not known what was built.
-
-    Machine code serves its major version from its minor version on, "a" variants their own version only, PTX
-    everything from its version on.
-    """
-    for name in architectures:
-        kind, number = name.split("_")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        newer = capability >= (major, minor) if kind == "compute" else capability[0] == major and capability[1] >= minor
-        if (capability == (major, minor)) if number.endswith("a") else newer:
-            return True
-    return not architectures
 
 
 def libraries() -> dict[str, Any]:

@@ -16,6 +16,7 @@ struct Segment {
 struct CoefficientsTable {
   // Segments: of a detection problem one per (level, image), else one per scope.
   u32 tile0[kMaxLevels], tiles[kMaxLevels];  // tiles per image
+  u32 scope_level[kMaxLevels];               // numbers of the levels among all of them
   int levels;
   int64_t images;
   bool by_slot;  // one segment per slot, over all tiles
@@ -46,7 +47,7 @@ struct CoefficientsTable {
     if (by_slot) return {static_cast<u32>(i), all_tiles, static_cast<u32>(scopes), i, 0};
     const u32 per_level = static_cast<u32>(images), level = static_cast<u32>(i) / per_level;  // 32 bits: a division
     const u32 image = static_cast<u32>(i) - level * per_level;
-    return {tile0[level] + image * tiles[level], tiles[level], 1, scope.get(level, image, 0), image};
+    return {tile0[level] + image * tiles[level], tiles[level], 1, scope.get(scope_level[level], image, 0), image};
   }
   IOUBAL_DEVICE double divisor(const NumberRef& given, int64_t image, double standard) const {
     return given.tensor.data || given.value > 0 ? given.get(image) : standard;

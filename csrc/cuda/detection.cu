@@ -46,6 +46,7 @@ struct LevelSource {
   size_t tensor;
   int64_t first_row;  // of a flat tensor
   Level level;
+  u32 number;  // among all levels, the empty ones too: as the sums, which ranks share, count them
 };
 
 class Detection {
@@ -110,6 +111,7 @@ class Detection {
     for (int l = 0; l < positives_.levels; ++l) {
       tb.tile0[l] = positives_.level[l].tile0;
       tb.tiles[l] = positives_.level[l].tiles;
+      tb.scope_level[l] = levels_[l].number;
     }
     tb.levels = positives_.levels;
     tb.images = a_.images();
@@ -181,7 +183,7 @@ class Detection {
           part.locations = count32(rows, "the anchors of an image");
           part.width = part.anchors = 1;
           part.first_anchor = static_cast<u32>(first_row);
-          levels_.push_back({i, first_row, part});
+          levels_.push_back({i, first_row, part, static_cast<u32>(levels_.size())});
           first_row += rows;
         }
         continue;
@@ -194,7 +196,7 @@ class Detection {
       level.first_anchor = static_cast<u32>(first_anchor);
       level.planes = !(x.stride(1) == 1 && x.size(1) > 1);
       first_anchor += static_cast<int64_t>(level.anchors) * level.locations;
-      levels_.push_back({i, 0, level});
+      levels_.push_back({i, 0, level, static_cast<u32>(levels_.size())});
     }
     // A map of one location is rows and planes alike: as the others are, so that no kernel for both is needed.
     bool any_planes = false;
@@ -234,7 +236,7 @@ class Detection {
       dense.first_anchor = level.first_anchor;
       dense.word0 = level.word0;
       dense.words = level.words;
-      dense.scope_level = static_cast<u32>(l);
+      dense.scope_level = levels_[l].number;
       dense.planes = level.planes;
     }
     plan_dense(dense_, levels_.empty() ? Dtype::kFloat32 : dtype_of(a_.logits[0]), static_cast<u32>(a_.images()));

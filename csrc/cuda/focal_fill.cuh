@@ -76,7 +76,7 @@ IOUBAL_DEVICE Quad<float> delta_gradient(const FillTable& tb, const LocLevel& le
   Quad<float> out = {{0.f, 0.f, 0.f, 0.f}};
   if (weight == 0.f) return out;
   const Coefficients& c = tb.dense.coefficients;
-  const int64_t scope = tb.dense.scope.get(l, image, anchor);
+  const int64_t scope = tb.dense.scope.get(tb.dense.level[l].scope_level, image, anchor);
   const float w = c.location[image] * c.loc_norm[scope] * weight * static_cast<float>(deltas.scale.get());
   const FloatRef all = {level.deltas, deltas.type};
   const Quad<double> pred = all.four(level.place.offset(image, location, level.width, a), level.place.coordinate);

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The constants of csrc/cuda: sums per tile, anchors per word of bits and per tile, rows per tile of the row losses.
+# The constants of csrc/cuda: sums per tile, anchors (rows of the focal loss) per word of bits and words per tile, rows
+# per tile of the other row losses.
 _PARTIALS = 9
 _WORD = 32
 _TILE_WORDS = 64  # 128, but for those that a number of anchors per location does not divide
@@ -53,7 +54,7 @@ def rows_workspace(backend: str, name: str, rows: int, columns: int, scopes: int
         else:
             kept = rows + tiles
         return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + kept + 4 * _PIECES, device)
-    tiles = rows // _ROWS + 1
+    tiles = rows // (_TILE_WORDS * _WORD if name == "focal" else _ROWS) + 1
     words = rows // _WORD + _PIECES
     groups = rows * columns // _GROUP + 2 * _PIECES
     return _tensor(_PARTIALS * scopes * (tiles + 1), 2 * scopes + 4 * groups + 2 * words + rows + tiles, device)

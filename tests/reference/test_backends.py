@@ -135,11 +135,25 @@ def test_triton_takes_no_cpu_tensors() -> None:
         chosen("triton", "cpu")
 
 
+def test_a_library_for_other_gpus_makes_way_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(with_triton.shutil, "which", lambda name: "gcc")
+    monkeypatch.setattr(with_triton, "_import_reason", lambda: None)
+    monkeypatch.setattr(ops, "load_error", lambda backend: None)
+    for architectures, expected in ((["sm_90"], "with_triton"), (["sm_80", "sm_90"], "ops"), ([], "ops")):
+        monkeypatch.setattr(ops.library, "build_info", lambda a=architectures: {"cuda": {"architectures": a}})
+        backends._chosen.clear()
+        assert chosen(device="cuda") == expected
+
+
 CUDA_CASES = {
-    "no CUDA build": (None, None, True, "is not a CUDA build; install one that is"),
-    "not built": ("13.0", "no nvcc found", True, "no nvcc found; build it with `pip install --no-build-isolation .`"),
-    "no GPU": ("13.0", None, False, "built, but no GPU usable here"),
-    "usable": ("13.0", None, True, None),
+    "no CUDA build": (None, None, (9, 0), "is not a CUDA build; install one that is"),
+    "not built": ("13.0", "no nvcc found", (9, 0), "no nvcc found; build it with `pip install --no-build-isolation .`"),
+    "no GPU": ("13.0", None, None, "built, but no GPU usable here"),
+    "other GPU": ("13.0", None, (8, 6), "has code for sm_90 only, the GPU's compute capability is 8.6; build it with"),
+    "usable": ("13.0", None, (9, 0), None),
 }
 
 
@@ -148,8 +162,11 @@ def test_cuda_backend_says_what_is_missing(case: str, monkeypatch: pytest.Monkey
     """By name an error with the reason; automatically `reference` with one warning that has it, too."""
     version, error, gpu, words = CUDA_CASES[case]
     monkeypatch.setattr(torch.version, "cuda", version)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(ops, "load_error", lambda backend: error)
+    monkeypatch.setattr(ops.library, "build_info", lambda: {"cuda": {"architectures": ["sm_90"]}})
+    monkeypatch.setattr(with_triton, "_import_reason", lambda: "no triton")
     assert ("cuda" in ik.available_backends()) == (words is None)
     if words is None:
         assert chosen(device="cuda") == chosen("cuda", "cuda") == "ops"

@@ -7,6 +7,7 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
+from ioubal_kernels.ops import detection
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -138,6 +139,26 @@ def test_sixteen_levels(layout):
     levels = [(1 + i % 3, 1 + i % 5) for i in range(16)]
     inputs = testing.detection_inputs(seed=3, images=2, classes=5, per_location=1, levels=levels, layout=layout)
     options = {"anchors_per_level": inputs.level_sizes} if layout == "flat" else {}
+    cases.check_detection(inputs, normalizer_scope="level", **options)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_an_empty_level_keeps_its_row_of_the_sums(monkeypatch, layout):
+    """Processes add their sums up row by row, and a level may be empty in one of them."""
+    inputs = testing.detection_inputs(seed=4, classes=3, per_location=1, levels=((2, 2), (0, 3), (2, 1)), layout=layout)
+    inputs.matched_idxs.fill_(0)
+    found = []
+
+    def kept(scopes, device):
+        found.append(torch.full((1 + scopes, 4), float("nan"), dtype=torch.float64))
+        return found[-1]
+
+    monkeypatch.setattr(detection, "sums_buffer", kept)
+    options = {"anchors_per_level": inputs.level_sizes} if layout == "flat" else {}
+    ik.iou_balanced_detection_loss(*inputs.arguments(), normalizer_scope="level", backend="cpu", **options)
+    assert (found[0][1:, :2] > 0).all(1).tolist() == [True, False, True]
+    assert (found[0][2] == 0).all()
+    monkeypatch.undo()
     cases.check_detection(inputs, normalizer_scope="level", **options)
 
 
