@@ -12,6 +12,7 @@
 #include "cpu/dtypes.h"
 #include "cpu/large_pages.h"
 #include "cpu/power.h"
+#include "cpu/sum.h"
 #include "math/softmax.h"
 
 namespace ioubal {
@@ -23,11 +24,16 @@ struct PositiveRow {
   double balance, loss;
 };
 
-// What a tile's rows are besides the kernel's part of them.
-struct TileRows {
-  double balance[kSoftmaxRows], sample[kSoftmaxRows];  // a row's two weights; sample: NaN for an unusable label
-  int64_t positives[kSoftmaxRows], scope[kSoftmaxRows], found;  // the positives' places in the tile, and their scopes
-  bool unusable;                                                // whether a row is
+// Rows of some tiles that follow each other, as many as branches that cannot be predicted, how many positives there
+// are, are worth. sample: a row's weight, NaN for an unusable label. balance and scope: of the positives, in their
+// order.
+struct RowGroup {
+  static constexpr int64_t kRows = 256;
+  int64_t target[kRows];
+  double scale[kRows], sample[kRows], loss[kRows];
+  int64_t positives[kRows], scope[kRows], found;
+  double balance[kRows];
+  bool unusable;  // whether a row is
 };
 
 // Copies the labels of some rows to `target`; lists those that are not background, without branches, since which ones
@@ -147,8 +153,13 @@ struct SoftmaxLoss {
   // The losses of these rows; a tile's number of rows more can be read behind them.
   void add_positives(const int64_t* positives, int64_t count, const Sums& sums) const {
     std::vector<float> buffer(softmax_buffer(columns));
+    int64_t target[kSoftmaxRows];
+    double scale[kSoftmaxRows] = {}, loss[kSoftmaxRows];
     SoftmaxTile tile;
     tile.buffer = buffer.data();
+    tile.target = target;
+    tile.scale = scale;
+    tile.loss = loss;
     tile.x = x;
     tile.out = nullptr;
     tile.columns = columns;
@@ -157,54 +168,55 @@ struct SoftmaxLoss {
     for (int64_t first = 0; first < count; first += tile.rows) {
       tile.rows = std::min(tile_rows, count - first);
       tile.order = positives + first;
-      for (int64_t i = 0; i < tile.rows; ++i) tile.target[i] = label[tile.order[i]];
-      std::fill(tile.scale, tile.scale + tile.rows, 0.0);
+      for (int64_t i = 0; i < tile.rows; ++i) target[i] = label[tile.order[i]];
       kernel(&tile, nullptr);
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t r = tile.order[i];
-        const double plain = tile.loss[i];
-        const double limit = plain - plain == 0 ? plain : not_finite(r, tile.target[i], 1.0, nullptr);
+        const double limit = loss[i] - loss[i] == 0 ? loss[i] : not_finite(r, target[i], 1.0, nullptr);
         sums.add(scopes.get(r), Sums::kClsPlain, weight.get(r, 1.0) * limit, fast_iou_power(overlap[r], eta));
       }
     }
   }
 
-  // Targets and scales of the tile's rows, which begin at row `first`. Without normalizers a positive's scale is that
+  // What is known of `count` rows from `first` on before their losses. Without normalizers a positive's scale is that
   // of any other row.
-  void describe(SoftmaxTile& tile, int64_t first, const Request& q, const FloatReader* grad_row, TileRows& t) const {
-    std::fill(t.balance, t.balance + tile.rows, 1.0);
-    std::fill(t.sample, t.sample + tile.rows, 1.0);
-    std::fill(tile.scale, tile.scale + tile.rows, q.out_scale);
-    int64_t special[kSoftmaxRows];
-    const int64_t found = find_special_rows(first, tile.rows, tile.target, special);
-    t.found = 0;
-    t.unusable = false;
+  void describe(RowGroup& g, int64_t first, int64_t count, const Request& q, const FloatReader* grad_row) const {
+    for (int64_t r = first + count; r < first + 2 * count; r += 8) {  // of the next rows, which the pass has driven out
+      label.prefetch(r);
+      overlap.prefetch(r);
+    }
+    std::fill(g.sample, g.sample + count, 1.0);
+    std::fill(g.scale, g.scale + count, q.out_scale);
+    int64_t special[RowGroup::kRows];
+    const int64_t found = find_special_rows(first, count, g.target, special);
+    g.found = 0;
+    g.unusable = false;
     const auto leave_out = [&](int64_t i, bool unusable) {
-      tile.target[i] = -1;
-      if (unusable) t.sample[i] = NAN;
-      t.unusable |= unusable;
+      g.target[i] = -1;
+      if (unusable) g.sample[i] = NAN;
+      g.unusable |= unusable;
     };
     for (int64_t j = 0; j < found; ++j) {
-      const int64_t i = special[j], r = first + i, y = tile.target[i], scope = scopes.get(r);
+      const int64_t i = special[j], r = first + i, y = g.target[i], scope = scopes.get(r);
       if (y < 0 || y >= columns || scope < 0) {
         leave_out(i, y >= columns || scope < 0);
         continue;
       }
-      t.balance[i] = fast_iou_power(overlap[r], eta) * (q.normalizers ? (*q.normalizers)[scope] : 1.0);
-      t.positives[t.found] = i;
-      t.scope[t.found++] = scope;
+      g.balance[g.found] = fast_iou_power(overlap[r], eta) * (q.normalizers ? (*q.normalizers)[scope] : 1.0);
+      g.positives[g.found] = i;
+      g.scope[g.found++] = scope;
     }
-    for (int64_t i = 0; scopes && i < tile.rows; ++i) {
+    for (int64_t i = 0; scopes && i < count; ++i) {
       if (scopes.get(first + i) < 0) leave_out(i, true);
     }
-    for (int64_t i = 0; weight && i < tile.rows; ++i) {
-      t.sample[i] *= tile.target[i] < 0 ? 1.0 : weight.get(first + i, 1.0);
+    for (int64_t i = 0; weight && i < count; ++i) {
+      g.sample[i] *= g.target[i] < 0 ? 1.0 : weight.get(first + i, 1.0);
     }
     const bool plain = !weight && !scopes && !grad_row;
-    for (int64_t i = 0; !plain && i < tile.rows; ++i) {
-      tile.scale[i] = t.sample[i] * (grad_row ? (*grad_row)[first + i] : q.out_scale);
+    for (int64_t i = 0; !plain && i < count; ++i) {
+      g.scale[i] = g.sample[i] * (grad_row ? (*grad_row)[first + i] : q.out_scale);
     }
-    for (int64_t j = 0; q.normalizers && j < t.found; ++j) tile.scale[t.positives[j]] *= t.balance[t.positives[j]];
+    for (int64_t j = 0; q.normalizers && j < g.found; ++j) g.scale[g.positives[j]] *= g.balance[j];
   }
 
   // The losses of a block's rows with their weights, added up. Without normalizers those of the positives are left out
@@ -225,42 +237,45 @@ struct SoftmaxLoss {
       tiles[k].stream = stream;
     }
     SoftmaxTile *now = &tiles[0], *before = &tiles[1];
-    TileRows t;
-    double losses[kSoftmaxRows + 3], total[4] = {0, 0, 0, 0};  // four sums: one would wait for each addition
-    for (int64_t at = first; at < last; at += before->rows) {
-      SoftmaxTile& tile = *now;
-      tile.rows = std::min(tile_rows, last - at);
-      tile.x = x + at * stride;
-      tile.out = out ? out + at * stride : nullptr;
-      describe(tile, at, q, grad_row ? &*grad_row : nullptr, t);
-      kernel(&tile, before);
-      int64_t strange = 0;
-      for (int64_t i = 0; i < tile.rows; ++i) strange += tile.loss[i] - tile.loss[i] != 0;
-      for (int64_t i = 0; strange && i < tile.rows; ++i) {
-        double& plain = tile.loss[i];
-        if (plain - plain != 0) plain = not_finite(at + i, tile.target[i], tile.scale[i], q.out);
+    RowGroup g;
+    const int64_t group_rows = RowGroup::kRows / tile_rows * tile_rows;
+    double total = 0;
+    for (int64_t at = first; at < last; at += group_rows) {
+      const int64_t count = std::min(group_rows, last - at);
+      describe(g, at, count, q, grad_row ? &*grad_row : nullptr);
+      for (int64_t i = 0; i < count; i += before->rows) {
+        now->rows = std::min(tile_rows, count - i);
+        now->x = x + (at + i) * stride;
+        now->out = out ? out + (at + i) * stride : nullptr;
+        now->target = g.target + i;
+        now->scale = g.scale + i;
+        now->loss = g.loss + i;
+        kernel(now, before);
+        std::swap(now, before);
       }
-      for (int64_t i = 0; i < tile.rows; ++i) losses[i] = t.sample[i] * tile.loss[i];
-      for (int64_t j = 0; j < t.found; ++j) {
-        const int64_t i = t.positives[j];
+      const double all = sum_of(g.loss, count);
+      const bool finite = all - all == 0;
+      if (!finite) kernel(nullptr, before);  // what it writes is written over
+      for (int64_t i = 0; !finite && i < count; ++i) {
+        if (g.loss[i] - g.loss[i] != 0) g.loss[i] = not_finite(at + i, g.target[i], g.scale[i], q.out);
+      }
+      for (int64_t i = 0; i < count; ++i) g.loss[i] *= g.sample[i];
+      for (int64_t j = 0; j < g.found; ++j) {
+        double& loss = g.loss[g.positives[j]];
         if (q.normalizers) {
-          losses[i] = weighted_loss(t.balance[i], losses[i]);
+          loss = weighted_loss(g.balance[j], loss);
         } else {
-          positives->push_back({at + i, t.scope[j], t.balance[i], losses[i]});
-          sums->add(t.scope[j], Sums::kClsPlain, losses[i], t.balance[i]);
-          losses[i] = 0;
+          positives->push_back({at + g.positives[j], g.scope[j], g.balance[j], loss});
+          sums->add(g.scope[j], Sums::kClsPlain, loss, g.balance[j]);
+          loss = 0;
         }
       }
-      if (sums && t.unusable) sums->shared(Sums::kBad) += 1;
-      for (int64_t i = tile.rows; i % 4; ++i) losses[i] = 0;
-      for (int64_t i = 0; i < tile.rows; i += 4) {
-        for (int64_t j = 0; j < 4; ++j) total[j] += losses[i + j];
-      }
-      for (int64_t i = 0; q.each && i < tile.rows; ++i) each_row->set(at + i, losses[i]);
-      std::swap(now, before);
+      if (sums && g.unusable) sums->shared(Sums::kBad) += 1;
+      total += sum_of(g.loss, count);
+      for (int64_t i = 0; q.each && i < count; ++i) each_row->set(at + i, g.loss[i]);
     }
     kernel(nullptr, before);
-    return (total[0] + total[1]) + (total[2] + total[3]);
+    return total;
   }
 
   bool streams(const Tensor* out) const {
@@ -292,7 +307,7 @@ struct SoftmaxLoss {
       parts[b] = block(first, last, {&of_scopes, each, out, out_scale, grad_rows}, stream, nullptr, nullptr);
       if (stream) fence_streams();
     });
-    return sum_of(parts, sums);
+    return total_of(parts, sums);
   }
 
   // One pass for sums, loss and gradient. A positive's gradient waits for the sums and is scaled where it lies, rather
@@ -336,7 +351,7 @@ struct SoftmaxLoss {
       }
     });
     if (std::count(too_large.begin(), too_large.end(), 1)) return with_sums(sums, nullptr, out, out_scale, nullptr);
-    return sum_of(parts, sums);
+    return total_of(parts, sums);
   }
 
   IOUBAL_PREFETCHES void prefetch_row(const char* row) const {
@@ -348,7 +363,7 @@ struct SoftmaxLoss {
     for (int64_t k = 0; k < columns; ++k) row[k] *= factor;
   }
 
-  static double sum_of(const std::vector<double>& parts, const Sums& sums) {
+  static double total_of(const std::vector<double>& parts, const Sums& sums) {
     double total = 0;
     for (double part : parts) total += part;
     return sums.shared(Sums::kBad) != 0 ? NAN : total;

@@ -8,6 +8,7 @@
 
 #include "common/tensor_access.h"
 #include "cpu/dtypes.h"
+#include "cpu/sum.h"
 
 namespace ioubal {
 namespace {
@@ -43,18 +44,6 @@ double look_up(const FocalTable& table, const void* x_, void* out_, int64_t coun
   }
   until(count);
   return sum;
-}
-
-// In four parts: a single sum would wait for each addition.
-template <class C>
-double sum_of(const C* values, int64_t count) {
-  double parts[4] = {0, 0, 0, 0};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (int64_t j = 0; j < 4; ++j) parts[j] += values[i + j];
-  }
-  for (; i < count; ++i) parts[0] += values[i];
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 }  // namespace

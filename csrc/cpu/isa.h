@@ -34,8 +34,9 @@ struct SoftmaxTile {
   const int64_t* order;
   int64_t all_rows;
   bool stream;  // float32 past the caches; out is not x then, and fence_streams is the caller's
-  int64_t target[kSoftmaxRows];
-  double scale[kSoftmaxRows], loss[kSoftmaxRows];
+  const int64_t* target;
+  const double* scale;
+  double* loss;
   float* buffer;       // softmax_buffer(columns) entries
   bool waits = false;  // for a call that writes its gradient; until then it keeps its buffer and the factors
   float factor[kSoftmaxRows + 1];

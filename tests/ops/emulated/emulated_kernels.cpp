@@ -88,23 +88,28 @@ extern "C" void softmax(int isa, int dtype, const void* x, void* out, int64_t ro
                              : dtype == 0 ? avx512::softmax_rows<float>
                              : dtype == 1 ? avx512::softmax_rows<BFloat16>
                                           : avx512::softmax_rows<Half>;
-  std::vector<float> buffer(softmax_buffer(columns));
+  std::vector<float> buffers(2 * softmax_buffer(columns));
   std::vector<int64_t> padded(order, order + (order ? selected : 0));
   padded.resize(count + 2 * per_tile, 0);
-  SoftmaxTile tile;
-  tile.columns = columns;
-  tile.all_rows = rows;
-  tile.stream = stream != 0;
-  for (int64_t first = 0; first < count; first += tile.rows) {
+  SoftmaxTile tiles[2];
+  int64_t turn = 0;
+  for (int64_t first = 0; first < count; first += per_tile) {
+    SoftmaxTile& tile = tiles[turn % 2];
+    tile.columns = columns;
+    tile.all_rows = rows;
+    tile.stream = stream != 0;
+    tile.buffer = buffers.data() + turn % 2 * softmax_buffer(columns);
     tile.rows = std::min(per_tile, count - first);
     tile.order = order ? padded.data() + first : nullptr;
     tile.x = static_cast<const char*>(x) + (order ? 0 : first * columns * size);
     tile.out = out ? static_cast<char*>(out) + first * columns * size : nullptr;
-    std::copy_n(target + first, tile.rows, tile.target);
-    std::copy_n(scale + first, tile.rows, tile.scale);
-    kernel(tile, buffer.data());
-    std::copy_n(tile.loss, tile.rows, loss + first);
+    tile.target = target + first;
+    tile.scale = scale + first;
+    tile.loss = loss + first;
+    kernel(&tile, turn % 5 == 0 ? nullptr : &tiles[(turn + 1) % 2]);  // now and then what waits is written by itself
+    if (++turn % 5 == 0) kernel(nullptr, &tile);
   }
+  if (turn % 5 != 0) kernel(nullptr, &tiles[(turn + 1) % 2]);
 }
 
 // One block of regular anchors against regular boxes: the decisions, each box's largest IoU, and which anchors have it.
