@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 typedef float __m512 __attribute__((vector_size(64), aligned(4)));
+typedef float __m256 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t __m512i __attribute__((vector_size(64), aligned(4)));
 typedef int32_t __m256i __attribute__((vector_size(32), aligned(4)));
 typedef int32_t __m128i __attribute__((vector_size(16), aligned(4)));
@@ -265,6 +266,36 @@ EMULATE __m512i unpack_line(__m512i a, __m512i b, bool upper) {
 }
 EMULATE __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return unpack_line<line_bytes>(a, b, false); }
 EMULATE __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return unpack_line<line_bytes>(a, b, true); }
+typedef float line_floats __attribute__((vector_size(64)));
+typedef double __m512d __attribute__((vector_size(64)));
+EMULATE __m512d _mm512_castps_pd(__m512 a) { return (__m512d)a; }
+EMULATE __m512 _mm512_castpd_ps(__m512d a) { return (__m512)a; }
+EMULATE __m256 _mm512_castps512_ps256(__m512 a) {
+  __m256 r;
+  for (int i = 0; i < 8; ++i) r[i] = a[i];
+  return r;
+}
+EMULATE void _mm256_storeu_ps(float* p, __m256 a) { std::memcpy(p, &a, 32); }
+EMULATE __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
+  return (__m512)unpack_line<line_floats>((__m512i)a, (__m512i)b, false);
+}
+EMULATE __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
+  return (__m512)unpack_line<line_floats>((__m512i)a, (__m512i)b, true);
+}
+EMULATE __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) {
+  return (__m512d)unpack_line<__m512d>((__m512i)a, (__m512i)b, false);
+}
+EMULATE __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) {
+  return (__m512d)unpack_line<__m512d>((__m512i)a, (__m512i)b, true);
+}
+// Two lines' 128 bits, two of each, chosen by two bits of `which` each.
+EMULATE __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int which) {
+  return lanes([&](int i) { return (i < 8 ? a : b)[(which >> (i / 4 * 2) & 3) * 4 + i % 4]; });
+}
+EMULATE __mmask16 _mm512_cmplt_epi32_mask(__m512i a, __m512i b) { return _mm512_cmpgt_epi32_mask(b, a); }
+EMULATE __m512 _mm512_mask_add_ps(__m512 otherwise, __mmask16 m, __m512 a, __m512 b) {
+  return lanes([&](int i) { return m >> i & 1 ? a[i] + b[i] : otherwise[i]; });
+}
 EMULATE __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_line<line_bits>(a, b, false); }
 EMULATE __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_line<line_bits>(a, b, true); }
 // Whole lines only.
