@@ -57,6 +57,7 @@ def test_large_softmax_as_in_parts(columns, threads):
     labels[torch.rand(rows, generator=g) < 0.005] = -1
     iou = torch.full((rows,), 0.6)
     (loss, whole), *parts = whole_and_parts(ik.iou_balanced_cross_entropy, logits, labels, iou, threads)
-    assert torch.equal(whole, torch.cat([grad for _, grad in parts]))
+    # In what order a row's exponentials are added up depends on how it lies to the lines of memory.
+    torch.testing.assert_close(whole, torch.cat([grad for _, grad in parts]), rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0], rtol=1e-6, atol=0)
     assert bool((whole[labels < 0] == 0).all()) and bool((whole[labels >= 0] != 0).all())
