@@ -33,61 +33,51 @@ bool forbidden() {
   return setting.empty() || setting.find("[never]") != std::string::npos;
 }
 
-// Exchanges small pages of gradients for huge ones when they come back, once: what comes back does so at every step of
-// a training, in blocks that differ where the images' sizes do. What is freed in between and fresh the next time has
-// been asked for by MADV_HUGEPAGE; then there is nothing to exchange. 64 MB take 20 to 50 ms, and 180 where the system
-// has to look for huge pages, for less than one that is gained each time; so all exchanges together may take a fiftieth
-// of the time since the first call.
+// Exchanges the small pages of a block for huge ones when the block comes back, once: what comes back does so at every
+// step of a training. What is freed in between and fresh the next time has been asked for by MADV_HUGEPAGE; then there
+// is nothing to exchange. 64 MB take 20 to 50 ms, and 180 where the system has to look for huge pages, for less than
+// one that is gained each time; so all exchanges together may take a fiftieth of the time since the first call.
 class Exchange {
  public:
   void operator()(uintptr_t first, uintptr_t end) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    uintptr_t run = first;  // from here on all pages have come back
-    for (uintptr_t page = first; page <= end && allowed_; page += kPage) {
-      if (page < end && comes_back(page)) continue;
-      if (run < page) exchange(run, page);
-      run = page + kPage;
+    if (!allowed_) return;
+    for (Block& block : seen_) {
+      if (block.first != first || block.end != end) continue;
+      if (!block.done) block.done = exchange(first, end - first);
+      return;
     }
+    seen_[next_] = {first, end, false};
+    next_ = (next_ + 1) % kBlocks;
   }
 
  private:
   using Clock = std::chrono::steady_clock;
   using Seconds = std::chrono::duration<double>;
-  static constexpr size_t kSlots = 4096;  // no two pages of 8 GB share one
-  static constexpr uintptr_t kDone = 1;
-  static constexpr uintptr_t kPiece = 4;  // pages: each call has a price of its own
+  static constexpr size_t kBlocks = 64;
+  struct Block {
+    uintptr_t first = 0, end = 0;
+    bool done = false;
+  };
 
-  uintptr_t& slot(uintptr_t page) { return seen_[page / kPage % kSlots]; }
-
-  // Whether the page has been here before and is not exchanged yet.
-  bool comes_back(uintptr_t page) {
-    uintptr_t& seen = slot(page);
-    if (seen == page) return true;
-    if (seen != (page | kDone)) seen = page;
-    return false;
-  }
-
-  // As much of the run as there is time for.
-  void exchange(uintptr_t first, uintptr_t end) {
+  // False: not yet.
+  bool exchange(uintptr_t first, size_t bytes) {
     const Clock::time_point before = Clock::now();
-    const Seconds left = (before - start_) / 50.0 - spent_;
-    const auto affordable = static_cast<uintptr_t>(std::max(left / seconds_per_page_, 0.0));
-    const uintptr_t pages = (end - first) / kPage, now = std::min(pages, affordable);
-    if (now < std::min(pages, kPiece)) return;
-    end = first + now * kPage;
-    const bool failed = madvise(reinterpret_cast<void*>(first), end - first, MADV_COLLAPSE) != 0;
+    if (spent_ + seconds_per_byte_ * bytes > Seconds(before - start_).count() / 50) return false;
+    const bool failed = madvise(reinterpret_cast<void*>(first), bytes, MADV_COLLAPSE) != 0;
     if (failed && errno == ENOMEM) allowed_ = false;  // there are no huge pages to be had: looking for them is slow
-    const Seconds took = Clock::now() - before;
+    const double took = Seconds(Clock::now() - before).count();
     spent_ += took;
-    if (!failed) seconds_per_page_ = std::max(seconds_per_page_, took / now);
-    for (uintptr_t page = first; page < end; page += kPage) slot(page) = page | kDone;
+    if (!failed) seconds_per_byte_ = std::max(seconds_per_byte_, took / bytes);
+    return true;
   }
 
   std::mutex mutex_;
   bool allowed_ = !forbidden();
-  uintptr_t seen_[kSlots] = {};  // a page each, and whether it is exchanged
+  Block seen_[kBlocks];
+  size_t next_ = 0;
   const Clock::time_point start_ = Clock::now();
-  Seconds spent_{0}, seconds_per_page_{1e-3};  // the rate: the slowest so far, at first a guess
+  double spent_ = 0, seconds_per_byte_ = 5e-10;  // the rate: the slowest so far, at first a guess
 };
 
 }  // namespace
