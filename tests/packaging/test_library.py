@@ -132,7 +132,7 @@ RUNS_ON = [
 
 
 @pytest.mark.parametrize(("architectures", "capability", "runs"), RUNS_ON)
-def test_doctor_knows_which_code_runs_where(architectures: list[str], capability: tuple[int, int], runs: bool) -> None:
-    from ioubal_kernels import doctor
+def test_which_code_runs_where(architectures: list[str], capability: tuple[int, int], runs: bool) -> None:
+    from ioubal_kernels import backends
 
-    assert doctor.runs_on(architectures, capability) == runs
+    assert backends.runs_on(architectures, capability) == runs
