@@ -1,8 +1,9 @@
 """What the launchers share: numbers as kernels take them, scratch memory, tables of levels, the device.
 
 Level tables are tuples of integers, one per level, so that one launch serves all levels. Triton compiles a kernel anew
-for an integer argument of 1 and for one divisible by 16, in tuples always: ``pack`` hides both, and shapes that change
-from step to step compile nothing.
+for an integer argument of 1 and for one divisible by 16, in tuples always: ``pack`` hides both, so that sizes that
+change from step to step compile nothing by themselves. How wide maps are read may depend on them, and how many go
+together; each such plan is compiled once.
 """
 
 from __future__ import annotations

@@ -178,9 +178,10 @@ def eval_command(
         return
     from ..detection.tables import class_table, metrics_table, voc_table
 
-    reporter.show(metrics_table({Path(model).name: metrics}))
+    name = Path(model).resolve().name
+    reporter.show(metrics_table({name: metrics}))
     if "VOC07" in metrics:
-        reporter.show(voc_table({Path(model).name: metrics}))
+        reporter.show(voc_table({name: metrics}))
     reporter.show(class_table(metrics))
 
 

@@ -151,7 +151,7 @@ class _Trainer:
         self.workers = choose_workers(config.data.workers, self.device)
         self.total = number_of_steps(config, loader.batches_per_epoch)
         self.step, self.skipped, self.w_loc, self.rpn_w_loc = 0, 0, 1.0, 1.0
-        self.changed: set[str] = set()  # keys that differ from those of the checkpoint that the run goes on from
+        self.changes: list[str] = []  # what differs from the checkpoint that the run goes on from, "key: old -> new"
         self.seconds_before = 0.0
         self.began = time.monotonic()
         self.metrics: dict[str, Any] | None = None
@@ -182,13 +182,14 @@ class _Trainer:
             data=self.pair.training.fingerprint(),
             eval_data=self.pair.evaluation.fingerprint() if self.pair.evaluation else None,
             weights=weights_digest(self.detector),
+            changes=self.changes,
             **provenance(self.device),
         )
-        if self.processes.first and (self.changed or not saved):
+        if self.processes.first and (self.changes or not saved):
             atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
         if self.processes.first and self.step < self.total:
             (self.run / rundir.METRICS_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
-        if self.changed & CALIBRATED_KEYS or not saved:
+        if {change.split(":")[0] for change in self.changes} & CALIBRATED_KEYS or not saved:
             self._calibrate()
         self._apply_loss()
         with self.figures:
@@ -220,8 +221,8 @@ class _Trainer:
             raise UsageError(
                 f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}"
             )
-        self.changed = {line.split(":")[0] for line in changes}
-        fixed = sorted(self.changed & FIXED_KEYS)
+        self.changes = changes
+        fixed = sorted({line.split(":")[0] for line in changes} & FIXED_KEYS)
         if fixed:
             raise UsageError(
                 f"{path}: {', '.join(fixed)}: cannot change in a run (what is saved depends on it):\n  "

@@ -49,7 +49,7 @@ def report(
         study = load_results(folders[0])
         study.title = title or study.title
     else:
-        names = ", ".join(folder.name for folder in folders[:4]) + (", ..." if len(folders) > 4 else "")
+        names = ", ".join(folder.resolve().name for folder in folders[:4]) + (", ..." if len(folders) > 4 else "")
         study = study_of_runs(folders, title=title or f"Runs: {names}")
     for row in study.rows:
         if row.dataset_problem is not None:

@@ -115,6 +115,10 @@ def _note(row: RowStudy, paired: dict[str, dict[str, Difference]]) -> str:
             if row.same_start
             else "Initial weights or data of a seed differ between arms: their differences are not paired."
         )
+    for arm in row.arms:
+        for run in arm.runs:
+            for change in [change for record in run.events("resume") for change in record.get("changes", ())]:
+                parts.append(f"{arm.label}, seed {run.seed}, went on with another configuration: {change}.")
     for arm in row.arms[1:]:
         if others := _beside_the_loss(row.arms[0].runs[0], arm.runs[0]):
             parts.append(f"Not the loss alone differs: {arm.label} has {'; '.join(others)}.")

@@ -112,7 +112,7 @@ def _define() -> None:
             torch.library.register_fake(f"ioubal::{name}", _no_output, lib=_library)
     for schema in VALUE_SCHEMAS:
         _library.define(schema.replace("OVERLOAD", "cpp"))
-    # Instruction set in use: 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16; a limit >= 0 caps the choice.
+    # Instruction set in use: 0 portable, 2 AVX2, 4 AVX-512, 5 AVX-512 with BF16, 6 Zen 5; a limit >= 0 caps it.
     _library.define("cpu_isa(int limit) -> int")
     # Logits of one scale from which on 16-bit ones are looked up in a table; negative: the default. Returns the number.
     _library.define("cpu_table(int entries) -> int")

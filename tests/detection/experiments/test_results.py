@@ -165,6 +165,14 @@ def test_what_a_table_says_of_seeds_and_settings(reproduction, tmp_path):
     assert "Not the loss alone differs: " in notes and "optim.lr: 0.003 -> 0.5" in notes
 
 
+def test_a_configuration_that_changed_on_the_way_is_named(reproduction, tmp_path):
+    run = shutil.copytree(reproduction.folder / reproduction.plan.jobs()[0].folder, tmp_path / "run")
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "resume", "step": 2, "changes": ["loss.eta: 1.5 -> 0.0"]}) + "\n")
+    note = tables_of(study_of_runs([run], title="changed"))[0].note
+    assert "baseline, seed 0, went on with another configuration: loss.eta: 1.5 -> 0.0." in note
+
+
 def test_another_w_loc_makes_no_baseline(reproduction, tmp_path):
     """Named first, it would take the place of what the others are compared with."""
     baseline = reproduction.folder / reproduction.plan.jobs()[0].folder
