@@ -42,7 +42,7 @@ def train_command(
     from ..detection.architectures import MODELS
     from ..detection.config import parse_assignment
     from ..detection.errors import UsageError
-    from ..detection.presets import load_config
+    from ..detection.presets import load_config, recipe_of
     from ..detection.processes import launched_as
     from ..detection.progress import Reporter
     from ..detection.rundir import CONFIG_FILE
@@ -53,10 +53,9 @@ def train_command(
     if resume and not Path(out).is_dir():
         raise UsageError(f"--resume: {out} is not a folder")
     saved_config = Path(out, CONFIG_FILE) if resume else None
-    if config is not None or saved_config is None or not saved_config.is_file():
-        settings = load_config(config or "retinanet_tiny")
-    else:
-        settings = load_config(str(saved_config))
+    if config is None:
+        config = str(saved_config) if saved_config is not None and saved_config.is_file() else "retinanet_tiny"
+    settings, recipe = load_config(config), recipe_of(config)
     if data is not None:
         settings.set("data.path", data)
     if loss is not None:
@@ -68,7 +67,6 @@ def train_command(
     for key, value in given.items():
         if value is not None:
             settings.set(key, value)
-    recipe = MODELS[settings.model.name].family
     changes = [parse_assignment(assignment) for assignment in set_ or []]
     for key, value in changes:
         settings.set(key, value)

@@ -162,10 +162,28 @@ def preset(name: str) -> Config:
     return config
 
 
+def _names_a_file(name_or_file: str) -> bool:
+    looks_like_file = name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file or "\\" in name_or_file
+    return looks_like_file and name_or_file not in PRESETS
+
+
+def recipe_of(name_or_file: str) -> str:
+    """The family whose loss, optimiser and inference `load_config` gives: a file that leaves keys of these out has the
+    defaults', whatever model it names.
+    """
+    config = load_config(name_or_file)
+    if _names_a_file(name_or_file):
+        given, defaults = read_yaml(Path(name_or_file)), Config().to_dict()
+        if any(
+            defaults[section].keys() - (given.get(section) or {}).keys() for section in ("loss", "optim", "inference")
+        ):
+            config = Config()
+    return MODELS[config.model.name].family
+
+
 def load_config(name_or_file: str) -> Config:
     """A preset by name, or a YAML file: its keys over the defaults."""
-    looks_like_file = name_or_file.endswith((".yaml", ".yml")) or "/" in name_or_file or "\\" in name_or_file
-    if name_or_file in PRESETS or not looks_like_file:
+    if not _names_a_file(name_or_file):
         return preset(name_or_file)
     config = Config()
     config.update(read_yaml(Path(name_or_file)), name_or_file)

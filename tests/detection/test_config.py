@@ -15,7 +15,7 @@ from ioubal_kernels.detection.config import (
     parse_nan_policy,
 )
 from ioubal_kernels.detection.errors import UsageError
-from ioubal_kernels.detection.presets import PRESETS, load_config, preset
+from ioubal_kernels.detection.presets import PRESETS, load_config, preset, recipe_of
 from ioubal_kernels.detection.unused_keys import why_unused
 
 
@@ -301,3 +301,12 @@ def test_models_that_do_not_go_together(changes, message):
         for key, value in changes.items():
             config.set(key, value)
         config.validate()
+
+
+def test_whose_recipe_a_file_has(tmp_path):
+    """A file that only names a model has the defaults' recipe; one that a run wrote has its own."""
+    partial, whole = tmp_path / "partial.yaml", tmp_path / "whole.yaml"
+    partial.write_text("model: {name: ssd_tiny}\n")
+    whole.write_text(preset("ssd_tiny").to_yaml())
+    assert [recipe_of(str(path)) for path in (partial, whole)] == ["retinanet", "ssd"]
+    assert recipe_of("ssd_tiny") == "ssd"
