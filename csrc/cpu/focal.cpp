@@ -48,26 +48,11 @@ struct FlatFocal {
     sums.shared(Sums::kBad) = static_cast<double>(bad.size());
   }
 
-  // Stretches of equal weights of rows that are not ignored.
-  int64_t count_stretches() const {
-    const FloatReader& w = weight.reader();
-    int64_t found = 0;
-    double before = NAN;
-    auto next = ignored.begin();
-    for (int64_t r = 0; r < logits.size(0); ++r) {
-      if (next != ignored.end() && *next == r) {
-        ++next;
-      } else if (w[r] != before) {
-        before = w[r];
-        ++found;
-      }
-    }
-    return found;
-  }
-
   // One run, or with sample weights one per stretch of equal weights; with weights where those are short.
   DensePass dense(const Tensor* out, double loss_scale, double out_scale) const {
     const int64_t rows = logits.size(0), columns = logits.size(1), size = logits.element_size();
+    const size_t most =
+        static_cast<size_t>(rows * columns / 128);  // of runs: each takes time and memory as 128 entries
     DensePass pass;
     if (out) ask_for_large_pages(*out);
     const auto add_run = [&](int64_t first, int64_t last, double w) {
@@ -80,16 +65,11 @@ struct FlatFocal {
       pass.runs.push_back(run);
     };
     std::vector<int64_t> starts = {0};
-    constexpr int64_t kShort = 128;  // entries: a run takes as long, and as much memory, as these
-    if (weight && count_stretches() * kShort > rows * columns) {
-      add_run(0, rows, 1.0);
-      pass.runs[0].weights = &weight.reader();
-      pass.runs[0].columns = columns;
-    } else if (weight) {
+    std::vector<double> weights;
+    if (weight) {
       const FloatReader& w = weight.reader();
-      std::vector<double> weights;
       auto next = ignored.begin();
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < rows && weights.size() <= most; ++r) {
         if (next != ignored.end() && *next == r) {  // in any run: its weight, which may be NaN, does not count
           ++next;
         } else if (weights.empty() || w[r] != weights.back()) {
@@ -97,6 +77,13 @@ struct FlatFocal {
           weights.push_back(w[r]);
         }
       }
+    }
+    if (weights.size() > most) {
+      starts = {0};
+      add_run(0, rows, 1.0);
+      pass.runs[0].weights = &weight.reader();
+      pass.runs[0].columns = columns;
+    } else if (weight) {
       if (weights.empty()) weights.push_back(0.0);
       for (size_t i = 0; i < starts.size() && rows > 0; ++i) {
         add_run(starts[i], i + 1 < starts.size() ? starts[i + 1] : rows, weights[i]);

@@ -46,7 +46,7 @@ def train_command(
     from ..detection.processes import launched_as
     from ..detection.progress import Reporter
     from ..detection.rundir import CONFIG_FILE
-    from ..detection.unused_keys import why_unused
+    from ..detection.unused_keys import refuse_unused
 
     if resume and out is None:
         raise UsageError("--resume: name the run's folder with -o")
@@ -55,7 +55,8 @@ def train_command(
     saved_config = Path(out, CONFIG_FILE) if resume else None
     if config is None:
         config = str(saved_config) if saved_config is not None and saved_config.is_file() else "retinanet_tiny"
-    settings, recipe = load_config(config), recipe_of(config)
+    settings = load_config(config)
+    recipe = recipe_of(config, settings)
     if data is not None:
         settings.set("data.path", data)
     if loss is not None:
@@ -71,10 +72,7 @@ def train_command(
     for key, value in changes:
         settings.set(key, value)
     settings.validate()
-    for key, _ in changes:
-        because = why_unused(settings, key)
-        if because is not None:
-            raise UsageError(f"--set: {key} has no effect with {because}")
+    refuse_unused((key for key, _ in changes), settings)
     from ..detection.train import train
 
     rank, processes, _ = launched_as()
@@ -134,8 +132,8 @@ def _changes(
                 f"--set: {key} has no effect on a trained model; what has: inference.*, {', '.join(_READING)}"
                 " (and --device, --amp, --split)"
             )
-    changes += [("train.device", device)] if amp is None else [("train.amp", amp), ("train.device", device)]
-    return changes if workers is None else [*changes, ("data.workers", workers)]
+    given = {"train.amp": amp, "train.device": device, "data.workers": workers}
+    return changes + [(key, value) for key, value in given.items() if value is not None]
 
 
 @app.command("eval")

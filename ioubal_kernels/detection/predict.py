@@ -21,7 +21,7 @@ from .processes import Processes
 from .progress import Reporter
 from .resources import choose_workers, resolve_amp, resolve_device, transform_config
 from .results import check_results_path, save_coco_results
-from .unused_keys import why_unused
+from .unused_keys import refuse_unused
 from .weights import load_weights, new_detector
 
 
@@ -74,10 +74,7 @@ def open_trained(target: str, changes: Iterable[tuple[str, Any]] = ()) -> Traine
     for key, value in changes:
         trained.config.set(key, value)
     trained.config.validate()
-    for key, _ in changes:
-        because = why_unused(trained.config, key)
-        if because is not None:
-            raise UsageError(f"--set: {key} has no effect with {because}")
+    refuse_unused((key for key, _ in changes), trained.config)
     return trained
 
 

@@ -167,17 +167,15 @@ def _names_a_file(name_or_file: str) -> bool:
     return looks_like_file and name_or_file not in PRESETS
 
 
-def recipe_of(name_or_file: str) -> str:
-    """The family whose loss, optimiser and inference `load_config` gives: a file that leaves keys of these out has the
-    defaults', whatever model it names.
+def recipe_of(name_or_file: str, config: Config) -> str:
+    """The family whose loss, optimiser and inference `config`, loaded from there, has: a file that leaves keys of these
+    out has the defaults', whatever model it names.
     """
-    config = load_config(name_or_file)
     if _names_a_file(name_or_file):
-        given, defaults = read_yaml(Path(name_or_file)), Config().to_dict()
-        if any(
-            defaults[section].keys() - (given.get(section) or {}).keys() for section in ("loss", "optim", "inference")
-        ):
-            config = Config()
+        given, defaults = read_yaml(Path(name_or_file)), Config()
+        sections = {name: keys for name, keys in defaults.to_dict().items() if name in ("loss", "optim", "inference")}
+        if any(keys.keys() - (given.get(name) or {}).keys() for name, keys in sections.items()):
+            config = defaults
     return MODELS[config.model.name].family
 
 

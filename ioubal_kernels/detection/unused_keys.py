@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .architectures import MODELS
 from .config import Config
+from .errors import UsageError
 
 
 def why_unused(config: Config, key: str) -> str | None:
@@ -30,3 +33,15 @@ def why_unused(config: Config, key: str) -> str | None:
     }
     unused, because = idle.get(key, (False, ""))
     return because if unused else None
+
+
+def refuse_unused(keys: Iterable[str], *configs: Config) -> None:
+    """For keys set by hand.
+
+    Raises:
+        UsageError: one of them has no effect in any of the configurations.
+    """
+    for key in keys:
+        reasons = [why_unused(config, key) for config in configs]
+        if all(reasons):
+            raise UsageError(f"--set: {key} has no effect with {reasons[0]}")

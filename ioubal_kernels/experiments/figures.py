@@ -17,7 +17,7 @@ from .drawing import GREY, MARKERS, Plot, colors, label, legend, panels, smooth,
 from .gradients import BETA, figure_2
 from .localization import EDGES
 from .paper import W_LOC
-from .results import localization_means, values_of
+from .results import values_of
 from .study import ArmRuns, RowStudy, Study
 
 LAMBDA_COLORS = dict(zip(W_LOC, ("#1F2A33", "#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))
@@ -43,11 +43,15 @@ def _draw_curve(ax: Any, steps: np.ndarray, values: np.ndarray, color: str, name
         ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.12, linewidth=0)
 
 
-def _seeds(row: RowStudy) -> str:
+def _number_of_seeds(row: RowStudy) -> str:
     counts = sorted({len(arm.runs) for arm in row.arms})
-    if counts == [1]:
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _seeds(row: RowStudy) -> str:
+    runs = _number_of_seeds(row)
+    if runs == "1":
         return "One run each." if len(row.arms) > 1 else "One run."
-    runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"Means of {runs} seeds; shaded, from the lowest to the highest."
 
 
@@ -246,21 +250,19 @@ def _localization_plot(
     x_label: str,
     caption: str,
 ) -> Plot | None:
-    means = {arm.name: localization_means(row, arm) for arm in row.arms}
-    shown = [arm for arm in row.arms if means[arm.name] is not None]
+    found = {arm.name: _localization_values(row, arm, key) for arm in row.arms}
+    shown = [arm for arm in row.arms if found[arm.name]]
     if not shown or not _measured(row):
         return None
     figure, (left, *rest) = _panels_with_difference(len(shown))
     palette = colors([arm.name for arm in row.arms])
-    found = {arm.name: _localization_values(row, arm, key) for arm in shown}
     base = found[shown[0].name]
     for arm in shown:
-        values = np.array([np.nan if v is None else 100 * v for v in means[arm.name][key]])
         style = {"color": palette[arm.name], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "label": arm.label}
-        left.plot(x, values, **style)
+        left.plot(x, _mean_of_present(list(found[arm.name].values())), **style)
         paired = [own - base[seed] for seed, own in found[arm.name].items() if seed in base]
         if arm is not shown[0] and paired:
-            rest[0].plot(x, np.ma.masked_invalid(paired).mean(axis=0).filled(np.nan), **style)
+            rest[0].plot(x, _mean_of_present(paired), **style)
     left.set_ylim(bottom=0)
     label(left, titles[0], x_label, "%")
     for right in rest:
@@ -278,11 +280,15 @@ def _localization_values(row: RowStudy, arm: ArmRuns, key: str) -> dict[int, np.
     }
 
 
+def _mean_of_present(values: Sequence[np.ndarray]) -> np.ndarray:
+    """By place, over those that are no NaN; NaN where all are."""
+    return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+
+
 def _means_of(row: RowStudy) -> str:
-    counts = sorted({len(arm.runs) for arm in row.arms})
-    if counts[-1] == 1:
+    if _number_of_seeds(row) == "1":
         return _seeds(row)
-    means = f"Means over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+    means = f"Means over {_number_of_seeds(row)} seeds"
     return f"{means}; differences are paired by seed." if len(row.arms) > 1 else f"{means}."
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..detection.config import Config
 from ..detection.errors import UsageError
-from ..detection.unused_keys import why_unused
+from ..detection.unused_keys import refuse_unused
 
 
 def check_options(options: Mapping[str, Any], configs: Sequence[Config], owned: Mapping[str, str]) -> None:
@@ -30,9 +30,7 @@ def check_options(options: Mapping[str, Any], configs: Sequence[Config], owned: 
         off = key in ("loss.eta", "loss.lambda_") and value == 0
         if off or all(_value(config, key) != _value(given, key) for config in configs):
             raise UsageError(f"--set: {key}={value} has no effect: the arms of the comparison set it")
-        reasons = [why_unused(config, key) for config in configs]
-        if all(reasons):
-            raise UsageError(f"--set: {key} has no effect with {reasons[0]}")
+    refuse_unused(options, *configs)
 
 
 def _value(config: Config, key: str) -> Any:

@@ -308,5 +308,6 @@ def test_whose_recipe_a_file_has(tmp_path):
     partial, whole = tmp_path / "partial.yaml", tmp_path / "whole.yaml"
     partial.write_text("model: {name: ssd_tiny}\n")
     whole.write_text(preset("ssd_tiny").to_yaml())
-    assert [recipe_of(str(path)) for path in (partial, whole)] == ["retinanet", "ssd"]
-    assert recipe_of("ssd_tiny") == "ssd"
+    found = [recipe_of(str(path), load_config(str(path))) for path in (partial, whole)]
+    assert found == ["retinanet", "ssd"]
+    assert recipe_of("ssd_tiny", preset("ssd_tiny")) == "ssd"
