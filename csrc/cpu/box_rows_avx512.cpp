@@ -3,7 +3,7 @@
 #include "cpu/isa_body.h"
 
 #if defined(__x86_64__)
-IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define IOUBAL_HD INLINE  // the formulas, compiled for the functions below only
 #include "cpu/power.h"
 #include "math/iou.h"

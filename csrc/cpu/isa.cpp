@@ -13,6 +13,12 @@ namespace {
 std::atomic<int> isa_limit{6};
 
 #if defined(__x86_64__)
+// __builtin_cpu_supports("f16c") is an error for clang before 19.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 // Compilers of today do not all know it by name. A virtual one may lack what every real one has.
 bool is_zen5() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -26,7 +32,7 @@ bool is_zen5() {
 int detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return 0;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 2;

@@ -5,7 +5,7 @@
 namespace ioubal {
 namespace {
 
-IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #define IOUBAL_ISA 5
 #include "cpu/simd.inc"
 //

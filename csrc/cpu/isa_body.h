@@ -22,7 +22,8 @@
 #define IOUBAL_TARGET_BEGIN(isa) IOUBAL_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define IOUBAL_TARGET_END IOUBAL_PRAGMA(clang attribute pop)
 #else
-#define IOUBAL_TARGET_BEGIN(isa) IOUBAL_PRAGMA(GCC push_options) IOUBAL_PRAGMA(GCC target(isa))
+#define IOUBAL_TARGET_BEGIN(isa) \
+  IOUBAL_PRAGMA(GCC push_options) IOUBAL_PRAGMA(GCC target(isa, "prefer-vector-width=512"))
 #define IOUBAL_TARGET_END IOUBAL_PRAGMA(GCC pop_options)
 #endif
 

@@ -6,8 +6,7 @@
 namespace ioubal {
 namespace {
 
-IOUBAL_TARGET_BEGIN(
-    "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,prefer-vector-width=512")
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")
 #define IOUBAL_ISA 6
 #include "cpu/simd.inc"
 //

@@ -6,7 +6,7 @@
 namespace ioubal {
 namespace {
 
-IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+IOUBAL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define IOUBAL_ISA 4
 #include "cpu/simd.inc"
 //
