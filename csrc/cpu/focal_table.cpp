@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/shuffle.h"
 #include "cpu/table_values.h"
 
 namespace ioubal {
@@ -78,9 +79,8 @@ struct MaskCursor {
     Eight logits[2];
     std::memcpy(&m, mask, 16);
     std::memcpy(logits, x, 32);
-    const Eight keep[2] = {
-        (Eight)__builtin_shufflevector(m, m, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-        (Eight)__builtin_shufflevector(m, m, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
+    const Eight keep[2] = {(Eight)SHUFFLE(Bytes, m, m, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                           (Eight)SHUFFLE(Bytes, m, m, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
     for (int i = 0; i < 2; ++i) logits[i] = (logits[i] & keep[i]) | (~keep[i] & nothing);
     std::memcpy(to, logits, 32);
   }
@@ -124,8 +124,8 @@ __attribute__((noinline)) double look_up_lines(const double* table, const uint16
       sum2 += even1;
       sum3 += odd1;
       if (WRITES) {
-        const Quad even = __builtin_shufflevector((Quad)even0, (Quad)even1, 0, 2, 4, 6);
-        const Quad odd = __builtin_shufflevector((Quad)odd0, (Quad)odd1, 0, 2, 4, 6);
+        const Quad even = SHUFFLE(Quad, (Quad)even0, (Quad)even1, 0, 2, 4, 6);
+        const Quad odd = SHUFFLE(Quad, (Quad)odd0, (Quad)odd1, 0, 2, 4, 6);
         const Quad result = (even & 0xffff) | (odd << 16);
         std::memcpy(out + j, &result, 16);
       }

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/isa.h"
+#include "cpu/shuffle.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,8 +1,4 @@
-"""The CPU library's sources under clang, for x86-64 and for 64-bit ARM, with macOS's headers.
-
-ziglang from PyPI is clang with the headers of many platforms. Compiled and not linked, since torch's libraries are
-those of this one; without optimisation, which takes a tenth of the time and refuses the same code.
-"""
+"""The CPU library's sources under other compilers than the one at hand."""
 
 from __future__ import annotations
 
@@ -12,11 +8,21 @@ from types import ModuleType
 
 import pytest
 
-pytestmark = pytest.mark.slow
+
+def test_what_gcc_11_lacks_has_a_substitute(building: ModuleType) -> None:
+    """Ubuntu 22.04's GCC has no __builtin_shufflevector."""
+    sources = (building.ROOT / "csrc" / "cpu").iterdir()
+    assert {path.name for path in sources if "__builtin_shufflevector" in path.read_text()} == {"shuffle.h"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["x86_64-macos", "aarch64-macos"])
 def test_clang_compiles_every_source(building: ModuleType, sources: Path, tmp_path: Path, target: str) -> None:
+    """For x86-64 and for 64-bit ARM, with macOS's headers: ziglang from PyPI is clang with those of many platforms.
+
+    Compiled and not linked, since torch's libraries are those of this platform; without optimisation, which takes a
+    tenth of the time and refuses the same code.
+    """
     for built in (sources / "build").glob("cpu-*/*.o"):
         built.unlink()
     shown = building.run(
