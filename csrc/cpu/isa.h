@@ -1,6 +1,10 @@
 // Kernels that exist once per instruction set, chosen at run time.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 10
+#error "the CPU library needs GCC 10 or newer, or clang: CXX names another compiler"
+#endif
+
 #include <cstdint>
 
 #include "cpu/left_out.h"

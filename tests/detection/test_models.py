@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.models import resnet18, vgg16
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
 
 import ioubal_kernels as ik
 from ioubal_kernels.detection.architectures import MODELS
@@ -122,6 +123,28 @@ def test_anchors_are_float32_under_autocast():
     anchors = generator(images, maps)[0]
     assert isinstance(generator, AnchorGenerator) and anchors.dtype == torch.float32
     assert torch.equal(anchors, generator(images, [m.float() for m in maps])[0])
+
+
+def test_faster_rcnn_learns_the_boxes_as_they_are_under_autocast(monkeypatch):
+    """Proposals and targets in float32: in bfloat16 a box at x = 903.3 would be learnt at 904."""
+    model = tiny("faster_rcnn_tiny").train()
+    seen = []
+    sampled = RoIHeads.select_training_samples
+
+    def recording(self, proposals, targets):
+        seen.append(sampled(self, proposals, targets))
+        return seen[-1]
+
+    monkeypatch.setattr(RoIHeads, "select_training_samples", recording)
+    boxes = [torch.tensor([[903.3, 101.7, 933.9, 140.2], [611.4, 30.6, 690.1, 107.9]])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(prepared(torch.randn(1, 3, 160, 1024)), boxes, [torch.tensor([0, 1])])
+    ((proposals, matched, labels, targets),) = seen
+    positive = labels[0] > 0
+    coder = model.network.roi_heads.box_coder
+    learnt = coder.decode_single(targets[0][positive], proposals[0][positive]).reshape(-1, 4)
+    assert positive.any() and proposals[0].dtype == torch.float32
+    torch.testing.assert_close(learnt, boxes[0][matched[0][positive]], rtol=0, atol=0.01)
 
 
 def test_unknown_model():

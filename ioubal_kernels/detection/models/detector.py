@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ioubal_kernels.integrations import torchvision as integration
@@ -180,8 +181,11 @@ class Detector(nn.Module):
 def _float32_and_finite(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Of a head in evaluation: its outputs in float32 (scores in bfloat16 would tie), and not NaN: torchvision's
     post-processing would silently find nothing.
+
+    Of the RPN's in training as well: torchvision decodes proposals in its outputs' dtype and rounds the boxes that the
+    second stage learns to theirs, by up to four pixels in bfloat16.
     """
-    if module.training:
+    if module.training and not isinstance(module, RPNHead):
         return None
 
     def walk(value: Any) -> Any:
@@ -189,7 +193,7 @@ def _float32_and_finite(module: nn.Module, inputs: Any, outputs: Any) -> Any:
             return {key: walk(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(walk(each) for each in value)
-        if not torch.isfinite(value).all():
+        if not module.training and not torch.isfinite(value).all():
             raise NonFiniteError("the network's outputs are NaN or infinite, so its detections would mean nothing")
         return value.float()
 
