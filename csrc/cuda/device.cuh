@@ -10,6 +10,8 @@
 #include "math/macros.h"
 
 #if defined(IOUBAL_SIMT)
+#include <torch/headeronly/util/Half.h>
+
 #include "simt.h"
 #define IOUBAL_DEVICE inline
 #define IOUBAL_GRID_CONSTANT
@@ -45,17 +47,9 @@ inline float rcp(float t) { return t == 1.f ? 1.f : wobble(1.f / t, 1.2e-7f); }
 inline float rcbrt(float t) { return wobble(1.f / std::cbrt(t), 1.2e-7f); }
 inline float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 inline u32 float_to_bits(float value) { return __float_as_uint(value); }
-inline float half_to_float(uint16_t bits) {
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
-inline u32 float_to_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  memcpy(&bits, &half, 2);
-  return bits;
-}
+// Not by _Float16, which g++ knows on x86 from version 12 on.
+inline float half_to_float(uint16_t bits) { return c10::detail::fp16_ieee_to_fp32_value(bits); }
+inline u32 float_to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
 inline u32 float_to_bfloat(float value) {
   const u32 bits = float_to_bits(value);
   return value != value ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
