@@ -18,7 +18,7 @@ import torch
 from . import rundir
 from .architectures import MODELS
 from .checkpoint import atomic_write_text, load_newest_checkpoint, save_checkpoint
-from .config import Config, config_diff
+from .config import Config
 from .data import Batch, DatasetPair, TrainLoader, describe, load_pair
 from .errors import Interrupted, NonFiniteError, UsageError
 from .evaluate import MAIN_METRICS, ImageDetections, evaluate_detections, percent, without_unread
@@ -29,6 +29,7 @@ from .progress import Reporter
 from .provenance import provenance, weights_digest
 from .resources import check_backend, choose_cache, choose_workers, resolve_amp, resolve_device
 from .results import DETECTIONS_FILE, save_detections
+from .resuming import CALIBRATED_KEYS, changes_since, key_of, require_allowed
 from .signals import SAVED_OR_LOST, StopSignal
 from .starting import (
     Source,
@@ -45,10 +46,6 @@ from .state import pack_state, unpack_config
 from .stepping import Stepper
 from .tensorboard import FigureWriter
 from .weights import load_weights, new_detector
-
-# A checkpoint holds what follows from these; with others a run could not go on from it.
-FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name", "train.seed", "number of training images"}
-CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
 
 
 @dataclass
@@ -189,7 +186,7 @@ class _Trainer:
             atomic_write_text(self.run / rundir.CONFIG_FILE, self.config.to_yaml())
         if self.processes.first and self.step < self.total:
             (self.run / rundir.METRICS_FILE).unlink(missing_ok=True)  # of a shorter run that goes on
-        if {change.split(":")[0] for change in self.changes} & CALIBRATED_KEYS or not saved:
+        if {key_of(change) for change in self.changes} & CALIBRATED_KEYS or not saved:
             self._calibrate()
         self._apply_loss()
         with self.figures:
@@ -202,39 +199,10 @@ class _Trainer:
             self.reporter.info(f"{self.run} holds no checkpoint yet: starting from the beginning")
             return None
         path, saved = found
-        theirs = unpack_config(saved, path)
-        self.config = with_norm_kept(theirs, self.config)
-        changes = config_diff(theirs, self.config.to_dict())
-        processes = saved.get("processes", self.processes.world_size)  # not in the first versions' checkpoints
-        if processes != self.processes.world_size:
-            changes.append(
-                f"processes: {processes} -> {self.processes.world_size} (a step has another number of images, an epoch"
-                " another number of steps)"
-            )
-        fingerprint = self.pair.training.fingerprint()
-        if saved["data"] != fingerprint:
-            changes.append(f"training data (classes, images, boxes): {saved['data'][:12]}... -> {fingerprint[:12]}...")
+        self.config = with_norm_kept(unpack_config(saved, path), self.config)
         images = self.loader.state_dict()["num_samples"]
-        if saved["loader"]["num_samples"] != images:
-            changes.append(f"number of training images: {saved['loader']['num_samples']} -> {images}")
-        if list(saved["classes"]) != list(self.pair.training.classes):
-            raise UsageError(
-                f"{path}: trained on classes {list(saved['classes'])}, the data has {list(self.pair.training.classes)}"
-            )
-        self.changes = changes
-        fixed = sorted({line.split(":")[0] for line in changes} & FIXED_KEYS)
-        if fixed:
-            raise UsageError(
-                f"{path}: {', '.join(fixed)}: cannot change in a run (what is saved depends on it):\n  "
-                + "\n  ".join(line for line in changes if line.split(":")[0] in fixed)
-            )
-        if changes and not allow_config_change:
-            raise UsageError(
-                f"{path}: the run was started differently; --allow-config-change continues all the same:\n  "
-                + "\n  ".join(changes)
-            )
-        for change in changes:
-            self.reporter.warn(f"continuing with a changed configuration: {change}")
+        self.changes = changes_since(saved, path, self.config, self.pair, images, self.processes.world_size)
+        require_allowed(self.changes, path, allow_config_change, self.reporter)
         self.reporter.info(f"continuing from {path.name}")
         return saved
 
