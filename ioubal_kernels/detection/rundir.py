@@ -179,6 +179,14 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def data_on_record(records: list[dict[str, Any]]) -> dict[str, str | None]:
+    """The fingerprints "data" and "eval_data" that a run noted when it began or last went on; those alone that it did
+    note (early versions' runs have none).
+    """
+    noted = [record for record in records if record.get("event") in ("start", "resume")][-1:]
+    return {key: record[key] for record in noted for key in ("data", "eval_data") if key in record}
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

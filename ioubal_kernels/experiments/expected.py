@@ -117,7 +117,7 @@ def show_plan(plan: Plan, folder: Path, processes: int | None, threads: int | No
     """The table that `--dry-run` prints: every arm, its trainings, what is finished, and the time that is left."""
     resources = choose_resources(plan, processes, threads)
     jobs = plan.jobs()
-    check_runs(folder, jobs)
+    check_runs(folder, plan)
     done = [job for job in jobs if is_finished(folder / job.folder)]
     finished = {job.folder for job in done}
     header = ["arm", "trainings", "finished", "steps", "loss"]

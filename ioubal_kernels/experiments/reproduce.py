@@ -91,7 +91,8 @@ def reproduce(
         The path of results.json.
 
     Raises:
-        UsageError, DataError: the folder holds runs of another plan, no data, before anything is trained.
+        UsageError, DataError: the folder holds runs of another plan or on other data, no data, before anything is
+            trained.
         TrainerError: trainings failed; the others are finished, and the results written.
         Interrupted: by a signal; what ran is saved.
     """
@@ -107,7 +108,7 @@ def reproduce(
     jobs = plan.jobs()
     for job in jobs:
         job.config.require_start()
-    check_runs(folder, jobs)
+    check_runs(folder, plan)
     prepare_run_folder(folder)
     with RunLock(folder), StopSignal() as stop:
 

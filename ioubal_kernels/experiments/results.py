@@ -16,7 +16,7 @@ from ..detection.errors import UsageError
 from .compare import Difference, Summary, compare, holm, summarize
 from .grid import PRIMARY
 from .paper import figures
-from .study import ArmRuns, RowStudy, Run, Study, load_run, made_data
+from .study import ArmRuns, RowStudy, Run, Study, load_run, made_data, require_one_evaluation
 
 FORMAT = "ioubal_kernels results 1"
 RESULTS_FILE = "results.json"
@@ -162,7 +162,7 @@ def load_results(folder: Path) -> Study:
     """The study that results.json of a folder describes, with the runs beside it.
 
     Raises:
-        UsageError: it is not there, not such a file, or runs are missing.
+        UsageError: it is not there, not such a file, runs are missing, or some were evaluated on other data.
     """
     path = folder / RESULTS_FILE
     try:
@@ -188,6 +188,8 @@ def load_results(folder: Path) -> Study:
             )
             for row in found["rows"]
         ]
+        for row in rows:
+            require_one_evaluation(row)
         planned = found["trainings"]["planned"]
         place = found["table"], found["preset"], found["command"]
         return Study(found["title"], rows, found["metrics"], *place, planned)

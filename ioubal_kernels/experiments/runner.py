@@ -15,13 +15,14 @@ from pathlib import Path
 
 from ..detection.checkpoint import atomic_write_text
 from ..detection.config import config_diff
+from ..detection.data import DatasetPair, load_pair
 from ..detection.errors import UsageError
 from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
-from ..detection.rundir import CONFIG_FILE, LOG_FILE, METRICS_FILE, holds_run
+from ..detection.rundir import CONFIG_FILE, LOG_FILE, METRICS_FILE, data_on_record, holds_run, read_log
 from ..detection.signals import STOP_SIGNALS
 from ..detection.starting import with_norm_kept
-from .plans import Job
+from .plans import Block, Job, Plan, SyntheticSet
 
 POLL = 0.25  # seconds
 GRACE = 60.0  # seconds that a training has to save itself
@@ -44,23 +45,58 @@ def is_finished(run: Path) -> bool:
     return (run / METRICS_FILE).is_file()
 
 
-def check_runs(folder: Path, jobs: Sequence[Job]) -> None:
-    """Make sure that what is there was trained as the plan has it.
+def check_runs(folder: Path, plan: Plan) -> None:
+    """Make sure that what is there was trained as the plan has it, and on its data.
 
     Raises:
         UsageError: it was not; the differences are listed.
+        DataError: a data set cannot be read.
     """
-    for job in jobs:
-        file = folder / job.folder / CONFIG_FILE
+    blocks = {block.name: block for block in plan.blocks}
+    pairs: dict[str, DatasetPair | None] = {}
+    for job in plan.jobs():
+        run = folder / job.folder
+        file = run / CONFIG_FILE
         if not file.is_file():
             continue
         theirs = load_config(str(file)).to_dict()
         changes = config_diff(theirs, with_norm_kept(theirs, job.config).to_dict())
         if changes:
             raise UsageError(
-                f"{folder / job.folder} was trained differently; choose another folder with -o:\n  "
-                + "\n  ".join(changes)
+                f"{run} was trained differently; choose another folder with -o:\n  " + "\n  ".join(changes)
             )
+        noted = data_on_record(read_log(run)) if (run / LOG_FILE).is_file() else {}
+        if noted and job.block not in pairs:
+            pairs[job.block] = _pair_of(blocks[job.block], folder, job)
+        changes = _data_changes(noted, theirs["data"]["path"], pairs.get(job.block))
+        if changes:
+            raise UsageError(
+                f"{run} was trained on another data set; choose another folder with -o:\n  " + "\n  ".join(changes)
+            )
+
+
+def _pair_of(block: Block, folder: Path, job: Job) -> DatasetPair | None:
+    """The splits that the trainings of a block would see; None for a set that is not made or not named yet."""
+    made = isinstance(block.data, SyntheticSet)
+    place = folder / "data" / block.name if made else block.data
+    if place is None or (made and not place.is_dir()):
+        return None
+    data = job.config.data
+    splits = data.train_split, data.eval_split
+    return load_pair(place, *splits, data.format, check_files=False, allow_symlinks=data.allow_symlinks)
+
+
+def _data_changes(noted: dict[str, str | None], path: str | None, pair: DatasetPair | None) -> list[str]:
+    """How the data that a run has on record differ from a plan's: what they are, not where they lie."""
+    changes = []
+    for key, what in (("data", "training"), ("eval_data", "evaluation")):
+        own = None if pair is None else pair.training if key == "data" else pair.evaluation
+        if own is not None and noted.get(key) not in (None, own.fingerprint()):
+            changes.append(
+                f"{what} data (classes, images, boxes): {path} ({noted[key][:12]}...) -> {own.root}"
+                f" ({own.fingerprint()[:12]}...)"
+            )
+    return changes
 
 
 @dataclass

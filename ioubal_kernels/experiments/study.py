@@ -15,7 +15,7 @@ from ..detection.errors import UsageError
 from ..detection.evaluate import THRESHOLDS, ImageDetections
 from ..detection.presets import load_config
 from ..detection.results import DETECTIONS_FILE, load_detections
-from ..detection.rundir import CONFIG_FILE, METRICS_FILE, read_log
+from ..detection.rundir import CONFIG_FILE, METRICS_FILE, data_on_record, read_log
 from .grid import BASELINE, BOTH, CLS, LOC, LONG
 from .localization import Localization, localization
 from .plans import Job, Plan
@@ -52,6 +52,11 @@ class Run:
     def start(self) -> dict[str, Any]:
         """What the run noted when it began: device, versions, the command."""
         return next(iter(self.events("start")), {})
+
+    @property
+    def eval_data(self) -> str | None:
+        """The fingerprint of what its metrics were measured on; None if that is not on record."""
+        return data_on_record(self.log).get("eval_data")
 
     @property
     def end(self) -> dict[str, Any]:
@@ -243,7 +248,11 @@ def load_run(folder: Path, table: str | None = None) -> Run:
 
 
 def study_of_plan(plan: Plan, folder: Path, *, command: str | None = None) -> Study:
-    """The finished trainings of a plan."""
+    """The finished trainings of a plan.
+
+    Raises:
+        UsageError: some of a row were not evaluated on what the others were.
+    """
     jobs = plan.jobs()
     finished = [job for job in jobs if is_finished(folder / job.folder)]
     rows = []
@@ -259,7 +268,23 @@ def study_of_plan(plan: Plan, folder: Path, *, command: str | None = None) -> St
             if arms:
                 own_data = made_data(folder, block.name)
                 rows.append(RowStudy(row.name, row.label, block.name, block.title, arms, data_path=own_data))
+                require_one_evaluation(rows[-1])
     return Study(plan.spec.title, rows, plan.spec.metrics, plan.table, plan.preset, command, len(jobs))
+
+
+def require_one_evaluation(row: RowStudy) -> None:
+    """Means and differences are taken over metrics of the same images and boxes.
+
+    Raises:
+        UsageError: two runs' are not, as far as they have it on record.
+    """
+    runs = [run for arm in row.arms for run in arm.runs if run.eval_data is not None]
+    for run in runs:
+        if run.eval_data != runs[0].eval_data:
+            raise UsageError(
+                f"{run.folder}: evaluated on {run.config.data.path} ({run.eval_data[:12]}...), expected the images and"
+                f" boxes of {runs[0].folder}: {runs[0].config.data.path} ({runs[0].eval_data[:12]}...)"
+            )
 
 
 def made_data(folder: Path, block: str | None) -> str | None:

@@ -144,6 +144,16 @@ def test_what_was_evaluated_makes_a_row(reproduction, tmp_path):
     assert len(study_of_runs([first, changed], title="two").rows) == 2
 
 
+def test_what_was_evaluated_on_other_data_is_not_averaged(reproduction, saved, tmp_path):
+    copied = shutil.copytree(reproduction.folder, tmp_path / "copied")
+    log = copied / reproduction.plan.jobs()[3].folder / "log.jsonl"
+    start = next(record for record in read_log(log.parent) if record["event"] == "start")
+    log.write_text(log.read_text().replace(start["eval_data"], "f" * 64))
+    for read in (lambda: study_of_plan(reproduction.plan, copied), lambda: load_results(copied)):
+        with pytest.raises(UsageError, match=r"seed-1: evaluated on .* \(f{12}...\), expected the images and boxes of"):
+            read()
+
+
 def test_what_a_table_says_of_seeds_and_settings(reproduction, tmp_path):
     runs = {(job.arm, job.seed): reproduction.folder / job.folder for job in reproduction.plan.jobs()}
     study = study_of_runs([runs["baseline", 0], runs["baseline", 1], runs["both", 1]], title="uneven")

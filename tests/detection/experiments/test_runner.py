@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from ioubal_kernels.detection.data import make_synthetic
 from ioubal_kernels.detection.errors import UsageError
 from ioubal_kernels.detection.progress import Reporter
 from ioubal_kernels.experiments import runner
@@ -139,12 +143,35 @@ def test_runs_of_another_plan_are_refused(tmp_path):
     run_folder = tmp_path / job.folder
     run_folder.mkdir(parents=True)
     (run_folder / "config.yaml").write_text(job.config.to_yaml())
-    check_runs(tmp_path, plan.jobs())
+    check_runs(tmp_path, plan)
     other = make_plan("table2", seeds=1, options={"train.iterations": 7})
     with pytest.raises(UsageError, match=r"was trained differently.*\n  train.iterations: 600 -> 7"):
-        check_runs(tmp_path, other.jobs())
+        check_runs(tmp_path, other)
     # Where a data set is, or how often is logged, makes no other training.
-    check_runs(tmp_path, make_plan("table2", seeds=1, options={"train.log_every": 3}).jobs())
+    check_runs(tmp_path, make_plan("table2", seeds=1, options={"train.log_every": 3}))
+
+
+def test_runs_on_other_data_are_refused(reproduction, tiny_data, tmp_path):
+    """What the data set holds counts, not where it lies; and each split for itself."""
+
+    def on(data):
+        blocks = tuple(replace(block, data=Path(data)) for block in reproduction.plan.blocks)
+        return replace(reproduction.plan, blocks=blocks)
+
+    moved = shutil.copytree(tiny_data, tmp_path / "moved")
+    check_runs(reproduction.folder, on(moved))
+    other = make_synthetic(tmp_path / "other", train=16, val=6, size=64, classes=3, seed=2, workers=1)
+    with pytest.raises(UsageError) as error:
+        check_runs(reproduction.folder, on(other))
+    run, training, evaluation = str(error.value).splitlines()
+    assert run.endswith("was trained on another data set; choose another folder with -o:")
+    assert training.startswith("  training data (classes, images, boxes): ") and evaluation.startswith("  evaluation ")
+    assert all(f"{tiny_data} (" in line and f" -> {other} (" in line for line in (training, evaluation))
+    # Edited between two slices of time.
+    file = moved / "annotations/instances_val.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(UsageError, match=r"another data set.*\n  evaluation data [^\n]*$"):
+        check_runs(reproduction.folder, on(moved))
 
 
 def test_steps_of_a_log_cut_short(tmp_path):
