@@ -425,7 +425,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {key.strip()}: {raw!r} is not a YAML value") from error
 
 
-# What may differ between the two halves of a run without changing a single bit of the result.
+# What may differ between the two halves of a run without changing the result; inference.batch_size not always.
 NEUTRAL_KEYS = frozenset(
     "data.path data.workers data.cache data.timeout train.log_every train.watch_every train.checkpoint_every "
     "train.eval_every inference.batch_size".split()
@@ -434,7 +434,11 @@ NEUTRAL_KEYS = frozenset(
 
 def config_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
     """Lines `key: old -> new` for every key that matters to the result."""
-    keys = {f"{s}.{k}" for d in (old, new) for s, values in d.items() for k in values} - NEUTRAL_KEYS
+    neutral = NEUTRAL_KEYS
+    if any(config.get("data", {}).get("image_size") is None for config in (old, new)):
+        # Images are padded to the largest of their batch, and the padding reaches the network.
+        neutral = neutral - {"inference.batch_size"}
+    keys = {f"{s}.{k}" for d in (old, new) for s, values in d.items() for k in values} - neutral
 
     def get(config: dict, key: str) -> Any:
         section, _, name = key.partition(".")

@@ -217,6 +217,15 @@ def test_diff_names_what_matters_only():
     assert config_diff(Config().to_dict(), new.to_dict()) == ["optim.lr: 0.003 -> 0.5"]
 
 
+@pytest.mark.parametrize(("size", "found"), [(None, ["inference.batch_size: 16 -> 2"]), ([64, 96], [])])
+def test_which_images_share_a_batch_matters_where_it_pads_them(size, found):
+    old, new = Config(), Config()
+    for config in (old, new):
+        config.set("data.image_size", size)
+    new.set("inference.batch_size", 2)
+    assert config_diff(old.to_dict(), new.to_dict()) == found
+
+
 def test_nan_policy():
     assert parse_nan_policy("stop") == 0
     assert parse_nan_policy("skip:3") == 3
