@@ -42,9 +42,12 @@ def changes_since(
             f"processes: {before} -> {processes} (a step has another number of images, an epoch another number of"
             " steps)"
         )
-    fingerprint = pair.training.fingerprint()
-    if saved["data"] != fingerprint:
-        changes.append(f"training data (classes, images, boxes): {saved['data'][:12]}... -> {fingerprint[:12]}...")
+    data = pair.fingerprints()
+    for key, what in (("data", "training"), ("eval_data", "evaluation")):
+        theirs = saved.get(key, data[key])  # the first versions' checkpoints have no eval_data
+        if theirs != data[key]:
+            old, new = (f"{digest[:12]}..." if digest else "none" for digest in (theirs, data[key]))
+            changes.append(f"{what} data (classes, images, boxes): {old} -> {new}")
     if saved["loader"]["num_samples"] != images:
         changes.append(f"number of training images: {saved['loader']['num_samples']} -> {images}")
     if list(saved["classes"]) != list(pair.training.classes):

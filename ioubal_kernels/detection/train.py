@@ -140,6 +140,7 @@ class _Trainer:
         """source: the checkpoint of model.init_from."""
         self.source = source
         self.config, self.run, self.pair, self.loader, self.processes = config, run, pair, loader, processes
+        self.fingerprints = pair.fingerprints()
         self.reporter, self.stop, self.device = reporter, stop, processes.device
         self.log = rundir.RunLog(run) if processes.first else rundir.NoLog()
         self.figures = FigureWriter(run if config.train.tensorboard and processes.first else None)
@@ -176,8 +177,7 @@ class _Trainer:
             threads=torch.get_num_threads(),
             iterations=self.total,
             processes=self.processes.world_size,
-            data=self.pair.training.fingerprint(),
-            eval_data=self.pair.evaluation.fingerprint() if self.pair.evaluation else None,
+            **self.fingerprints,
             weights=weights_digest(self.detector),
             changes=self.changes,
             **provenance(self.device),
@@ -381,7 +381,7 @@ class _Trainer:
             config=self.config,
             classes=self.pair.training.classes,
             category_ids=self.pair.training.category_ids,
-            fingerprint=self.pair.training.fingerprint(),
+            fingerprints=self.fingerprints,
             anchor_scale=self.anchor_fit.scale,
             detector=self.detector,
             optimizer=self.stepper.optimizer,

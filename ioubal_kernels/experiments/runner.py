@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..detection.checkpoint import atomic_write_text
 from ..detection.config import config_diff
-from ..detection.data import DatasetPair, load_pair
+from ..detection.data import load_pair
 from ..detection.errors import UsageError
 from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
@@ -53,7 +53,7 @@ def check_runs(folder: Path, plan: Plan) -> None:
         DataError: a data set cannot be read.
     """
     blocks = {block.name: block for block in plan.blocks}
-    pairs: dict[str, DatasetPair | None] = {}
+    data: dict[str, dict[str, str | None]] = {}
     for job in plan.jobs():
         run = folder / job.folder
         file = run / CONFIG_FILE
@@ -66,37 +66,35 @@ def check_runs(folder: Path, plan: Plan) -> None:
                 f"{run} was trained differently; choose another folder with -o:\n  " + "\n  ".join(changes)
             )
         noted = data_on_record(read_log(run)) if (run / LOG_FILE).is_file() else {}
-        if noted and job.block not in pairs:
-            pairs[job.block] = _pair_of(blocks[job.block], folder, job)
-        changes = _data_changes(noted, theirs["data"]["path"], pairs.get(job.block))
+        if noted and job.block not in data:
+            data[job.block] = _data_of(blocks[job.block], folder, job)
+        changes = _data_changes({"path": theirs["data"]["path"], **noted}, data.get(job.block, {}))
         if changes:
             raise UsageError(
                 f"{run} was trained on another data set; choose another folder with -o:\n  " + "\n  ".join(changes)
             )
 
 
-def _pair_of(block: Block, folder: Path, job: Job) -> DatasetPair | None:
-    """The splits that the trainings of a block would see; None for a set that is not made or not named yet."""
+def _data_of(block: Block, folder: Path, job: Job) -> dict[str, str | None]:
+    """Path and fingerprints of what the trainings of a block would see; {} for a set that is not made or named yet."""
     made = isinstance(block.data, SyntheticSet)
     place = folder / "data" / block.name if made else block.data
     if place is None or (made and not place.is_dir()):
-        return None
+        return {}
     data = job.config.data
     splits = data.train_split, data.eval_split
-    return load_pair(place, *splits, data.format, check_files=False, allow_symlinks=data.allow_symlinks)
+    pair = load_pair(place, *splits, data.format, check_files=False, allow_symlinks=data.allow_symlinks)
+    return {"path": pair.training.root, **pair.fingerprints()}
 
 
-def _data_changes(noted: dict[str, str | None], path: str | None, pair: DatasetPair | None) -> list[str]:
-    """How the data that a run has on record differ from a plan's: what they are, not where they lie."""
-    changes = []
-    for key, what in (("data", "training"), ("eval_data", "evaluation")):
-        own = None if pair is None else pair.training if key == "data" else pair.evaluation
-        if own is not None and noted.get(key) not in (None, own.fingerprint()):
-            changes.append(
-                f"{what} data (classes, images, boxes): {path} ({noted[key][:12]}...) -> {own.root}"
-                f" ({own.fingerprint()[:12]}...)"
-            )
-    return changes
+def _data_changes(old: dict[str, str | None], new: dict[str, str | None]) -> list[str]:
+    """How two data sets differ, as far as both are known: in what they hold, not in where they lie."""
+    return [
+        f"{what} data (classes, images, boxes): "
+        + " -> ".join(f"{side['path']} ({side[key][:12]}...)" for side in (old, new))
+        for key, what in (("data", "training"), ("eval_data", "evaluation"))
+        if None not in (old.get(key), new.get(key)) and old[key] != new[key]
+    ]
 
 
 @dataclass

@@ -155,6 +155,8 @@ class RowStudy:
             pair = self.load_data()
             if self.first.start.get("data", pair.training.fingerprint()) != pair.training.fingerprint():
                 return f"{pair.training.root} is not the data set that {self.first.folder} was trained on"
+            if self.first.eval_data not in (None, pair.fingerprints()["eval_data"]):
+                return f"{pair.training.root} is not the data set that {self.first.folder} was evaluated on"
             return pair.evaluation or f"{pair.training.root} has no evaluation split"
         except (DataError, OSError) as error:
             return str(error).splitlines()[0]
@@ -340,7 +342,7 @@ def _comparable(one: Run, other: Run) -> bool:
     """Whether two runs are of one detector and were evaluated on the same images and boxes."""
     if one.config.model.name != other.config.model.name:
         return False
-    seen = [run.start.get("eval_data") for run in (one, other)]
+    seen = [run.eval_data for run in (one, other)]
     if None not in seen:
         return seen[0] == seen[1]
     # Of runs that do not have it on record the place tells.

@@ -17,7 +17,7 @@ from ioubal_kernels.detection.errors import Interrupted, NonFiniteError, UsageEr
 from ioubal_kernels.detection.evaluate import MAIN_METRICS
 from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.detection.progress import Reporter
-from ioubal_kernels.detection.rundir import read_log
+from ioubal_kernels.detection.rundir import data_on_record, read_log
 from ioubal_kernels.detection.train import train
 
 QUIET = Reporter(quiet=True)
@@ -286,6 +286,27 @@ def test_other_data_are_refused_on_resume(finished, tmp_path):
     other.set("data.path", make_synthetic(tmp_path / "few", train=12, val=6, size=64, classes=3, workers=1))
     with pytest.raises(UsageError, match="number of training images: cannot change in a run(.|\n)*16 -> 12"):
         run(other, tmp_path / "run", resume=True, allow_config_change=True)
+
+
+def test_other_data_to_evaluate_on_are_a_change(finished, tmp_path):
+    import shutil
+
+    config, folder, result = finished
+    data = Path(shutil.copytree(config.data.path, tmp_path / "data"))
+    shutil.copytree(folder, tmp_path / "run")
+    config = config.copy()
+    config.set("data.path", str(data))
+    assert run(config, tmp_path / "run", resume=True).metrics == result.metrics
+    file = data / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "annotations": content["annotations"][1:]}))
+    with pytest.raises(
+        UsageError, match=r"--allow-config-change(.|\n)*evaluation data .*: \w{12}\.\.\. -> \w{12}\.\.\.$"
+    ):
+        run(config, tmp_path / "run", resume=True)
+    again = run(config, tmp_path / "run", resume=True, allow_config_change=True)
+    assert again.metrics["boxes"] == result.metrics["boxes"] - 1
+    assert read_log(tmp_path / "run")[0]["eval_data"] != data_on_record(read_log(tmp_path / "run"))["eval_data"]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished):

@@ -25,6 +25,13 @@ class DatasetPair:
     training: Dataset
     evaluation: Dataset | None
 
+    def fingerprints(self) -> dict[str, str | None]:
+        """`Dataset.fingerprint` of both, as logs and checkpoints call them: "data", "eval_data"."""
+        return {
+            "data": self.training.fingerprint(),
+            "eval_data": None if self.evaluation is None else self.evaluation.fingerprint(),
+        }
+
 
 @dataclass
 class Layout:

@@ -142,6 +142,10 @@ def test_what_was_evaluated_makes_a_row(reproduction, tmp_path):
     log = (changed / "log.jsonl").read_text().replace(start["eval_data"], "f" * 64)
     (changed / "log.jsonl").write_text(log)
     assert len(study_of_runs([first, changed], title="two").rows) == 2
+    # What it was evaluated on last, where it went on with something else.
+    with (changed / "log.jsonl").open("a") as file:
+        file.write(json.dumps({**start, "event": "resume", "step": 4}) + "\n")
+    assert len(study_of_runs([first, changed], title="two").rows) == 1
 
 
 def test_what_was_evaluated_on_other_data_is_not_averaged(reproduction, saved, tmp_path):
