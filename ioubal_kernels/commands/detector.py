@@ -69,8 +69,7 @@ def train_command(
         if value is not None:
             settings.set(key, value)
     changes = [parse_assignment(assignment) for assignment in set_ or []]
-    for key, value in changes:
-        settings.set(key, value)
+    settings.set_by_hand(changes)
     settings.validate()
     refuse_unused((key for key, _ in changes), settings)
     from ..detection.train import train

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,19 @@ class Config(Checked):
         if name not in known:
             raise UsageError(unknown_key(key))
         setattr(section, name, check_value(key, value, known[name]))
+
+    def set_by_hand(self, changes: Iterable[tuple[str, Any]]) -> None:
+        """Values by dotted key, as --set has them. Eq. 7 has no w_loc: where it is switched on, the factor that the
+        configuration had for Eq. 6 becomes 1, unless another is given as well.
+        """
+        changes, before = list(changes), self.loss.normalize_loc
+        for key, value in changes:
+            self.set(key, value)
+        if self.loss.normalize_loc and not before:
+            given = {key for key, _ in changes}
+            for name in ("w_loc", "rpn_w_loc"):
+                if f"loss.{name}" not in given and getattr(self.loss, name) != "auto":
+                    setattr(self.loss, name, 1.0)
 
     def set_loss(self, name: str) -> None:
         """Switch the IoU weights: "baseline", "cls", "loc" or "both"."""

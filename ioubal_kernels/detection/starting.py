@@ -39,6 +39,19 @@ def require_boxes(pair: DatasetPair, reporter: Reporter) -> None:
         reporter.warn(f"split {pair.evaluation.split!r} has no boxes: there will be no AP")
 
 
+def point_out(config: Config, reporter: Reporter) -> None:
+    """Warns of what is allowed and rarely meant."""
+    loss = config.loss
+    if loss.lambda_ and loss.normalize_loc:
+        for name in ("w_loc", "rpn_w_loc") if loss.rpn else ("w_loc",):
+            factor = getattr(loss, name)
+            if factor not in ("auto", 1.0):
+                reporter.warn(
+                    f"loss.{name}={factor:g} with loss.normalize_loc: Eq. 7 keeps the localisation loss what it is"
+                    f" without weights by itself, so that it is trained {factor:g} times as large"
+                )
+
+
 def number_of_steps(config: Config, batches_per_epoch: int) -> int:
     """The run's length: train.epochs passes over the data where they are given, else train.iterations."""
     if config.train.epochs is None:

@@ -36,6 +36,7 @@ from .starting import (
     fit_anchors,
     make_train_loader,
     number_of_steps,
+    point_out,
     require_boxes,
     source_of,
     start_from,
@@ -113,6 +114,7 @@ def train(
         )
         reporter.info(describe(pair.training, pair.evaluation))
         require_boxes(pair, reporter)
+        point_out(config, reporter)
         loader = make_train_loader(config, pair.training, processes)
         if processes.first:
             rundir.prepare_run_folder(run)

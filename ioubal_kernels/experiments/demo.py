@@ -46,8 +46,7 @@ def run_demo(
     began = time.monotonic()
     config = preset("demo")
     config.set("train.seed", seed)
-    for key, value in changes or []:
-        config.set(key, value)
+    config.set_by_hand(changes or [])
     config.validate()
     arms = {loss: config.copy() for loss in ARMS}
     for loss, arm in arms.items():

@@ -107,8 +107,7 @@ class Plan:
 
 def _job_config(config: Config, arm: Arm, seed: int, options: Mapping[str, Any]) -> Config:
     result = config.copy()
-    for key, value in options.items():
-        result.set(key, value)
+    result.set_by_hand(options.items())
     arm.apply(result)  # last: the baseline stays one whatever exponents are given
     result.set("train.seed", seed)
     result.validate()

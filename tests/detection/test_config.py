@@ -226,6 +226,25 @@ def test_which_images_share_a_batch_matters_where_it_pads_them(size, found):
     assert config_diff(old.to_dict(), new.to_dict()) == found
 
 
+@pytest.mark.parametrize(
+    ("changes", "factors"),
+    [
+        ({"loss.normalize_loc": True}, (1.0, 1.0)),
+        ({"loss.w_loc": 2.0, "loss.normalize_loc": True}, (2.0, 1.0)),
+        ({"loss.normalize_loc": True, "loss.rpn_w_loc": "auto"}, (1.0, "auto")),
+        ({"loss.normalize_loc": False}, (3.049, 2.848)),
+    ],
+)
+def test_eq_7_switched_on_takes_no_factor_that_was_meant_for_eq_6(changes, factors):
+    config = preset("table1_retinanet_r50")
+    config.set("loss.rpn_w_loc", 2.848)
+    config.set_by_hand(changes.items())
+    assert (config.loss.w_loc, config.loss.rpn_w_loc) == factors
+    config.set_by_hand([("loss.w_loc", 3.0)])  # in a run that goes on
+    config.set_by_hand([("loss.normalize_loc", config.loss.normalize_loc)])
+    assert config.loss.w_loc == 3.0
+
+
 def test_nan_policy():
     assert parse_nan_policy("stop") == 0
     assert parse_nan_policy("skip:3") == 3

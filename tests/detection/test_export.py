@@ -99,8 +99,9 @@ def write_run(folder: Path, name: str, **changes: object) -> Detector:
     ema = ModelEma(detector, 0.0)
     state = pack_state(
         config=config, classes=["ant", "bee", "cat"], category_ids=[1, 2, 3], fingerprints={},
-        anchor_scale=SCALES[name], detector=ema.module, optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), ema=ema,
-        loader=NoLoader(), step=0, skipped=0, w_loc=1.0, rpn_w_loc=1.0, processes=1, seconds=0.0,
+        anchor_scale=SCALES[name], detector=ema.module, ema=ema,
+        optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), loader=NoLoader(),
+        step=0, skipped=0, w_loc=1.0, rpn_w_loc=1.0, processes=1, seconds=0.0,
     )  # fmt: skip
     save_checkpoint(folder / "checkpoints", 0, state)
     detector = ema.module

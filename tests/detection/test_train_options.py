@@ -269,6 +269,15 @@ def test_without_torchrun_the_process_is_left_alone(tiny_config, tmp_path, monke
     assert log[0]["processes"] == 1 and not (tmp_path / "run/tensorboard").exists()
 
 
+@pytest.mark.parametrize(("factor", "lambda_", "warned"), [(2.0, 1.5, True), (1.0, 1.5, False), (2.0, 0.0, False)])
+def test_a_factor_beside_eq_7_is_pointed_out(build, tiny_config, monkeypatch, factor, lambda_, warned):
+    lines: list[str] = []
+    monkeypatch.setattr(Messages, "warn", lambda self, text: lines.append(text))
+    build(tiny_config(**{"loss.normalize_loc": True, "loss.w_loc": factor, "loss.lambda_": lambda_}))
+    found = [line for line in lines if line.startswith("loss.w_loc=2 with loss.normalize_loc: Eq. 7 keeps")]
+    assert len(found) == warned
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))

@@ -51,6 +51,13 @@ def test_options_are_the_rows_and_the_arms_go_first():
     assert {job.config.optim.lr for job in plan.jobs()} == {0.5}
 
 
+def test_eq_7_for_all_takes_no_published_factor():
+    options = {"loss.normalize_loc": True}
+    plan = make_plan("table2", "paper", data=None, seeds=1, options=options)
+    found = {job.arm: job.config.loss.w_loc for job in plan.jobs()}
+    assert (found["loc"], found["both"], found["control"]) == (1.0, 1.0, 2.0)
+
+
 def test_arms_are_the_papers_losses():
     losses = {job.arm: job.config.loss for job in make_plan("table2", seeds=1).jobs()}
     settings = {name: (loss.eta, loss.lambda_, loss.w_loc) for name, loss in losses.items()}
