@@ -113,7 +113,7 @@ def calibrate(
     rpn: bool = False,
     processes: Processes | None = None,
 ) -> float:
-    """The w_loc that keeps the untrained model's localisation loss over `batches` unchanged by the IoU weights.
+    """The w_loc that keeps the model's localisation loss over `batches` unchanged by the IoU weights.
 
     The model is left as it was: BatchNorm sees the batches as in training, its running statistics are put back.
 

@@ -14,7 +14,9 @@ from .state import unpack_config
 
 # A checkpoint holds what follows from these; with others a run could not go on from it.
 FIXED_KEYS = {"model.name", "model.anchor_scale", "optim.name", "train.seed", "number of training images"}
-CALIBRATED_KEYS = {"loss.w_loc", "loss.rpn_w_loc", "loss.lambda_", "loss.normalize_loc", "loss.rpn"}
+CALIBRATED_KEYS = {
+    f"loss.{key}" for key in ("w_loc", "rpn_w_loc", "lambda_", "normalize_loc", "rpn", "beta", "calibration_batches")
+}
 
 
 def key_of(change: str) -> str:

@@ -265,7 +265,7 @@ class _Trainer:
         self.rpn_w_loc = self._factor("rpn_w_loc", loss.rpn_w_loc, rpn=True) if proposals else 1.0
 
     def _factor(self, name: str, setting: float | str, *, rpn: bool) -> float:
-        """The configured value of w_loc, or what the first batches say: those of all processes."""
+        """The configured value of w_loc, or what the next batches say: those of all processes."""
         if setting != "auto":
             return float(setting)
         count = self.config.loss.calibration_batches
@@ -275,10 +275,12 @@ class _Trainer:
         value = calibrate(self.detector, batches, self.config.loss, *options, rpn=rpn, processes=self.processes)
         # The batches that were looked at are trained on as well.
         self.loader.load_state_dict(state)
-        self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches")
+        # What a run started from is not kept: one that goes on with another loss has its trained weights alone.
+        trained = f", with the weights after step {self.step}" if self.step else ""
+        self.reporter.info(f"{name} {value:.3f}, calibrated on {count} batches{trained}")
         if doubt := large_factor(name, value):
             self.reporter.warn(doubt)
-        self.log.write(name, step=0, value=value)
+        self.log.write(name, step=self.step, value=value)
         return value
 
     # The loop

@@ -231,6 +231,23 @@ def test_a_changed_w_loc_counts(finished, tmp_path):
         assert got.w_loc == 2.5 if setting == 2.5 else 1 < got.w_loc < result.w_loc
 
 
+@pytest.mark.parametrize(("key", "value"), [("loss.beta", 0.5), ("loss.calibration_batches", 1)])
+def test_what_w_loc_was_measured_with_changes_it(finished, tmp_path, monkeypatch, capsys, key, value):
+    import shutil
+
+    _, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    changed = load_config(str(folder / "config.yaml"))
+    changed.set("train.iterations", 11)
+    changed.set(key, value)
+    monkeypatch.setattr(train_module, "calibrate", lambda *a, **k: 7.0)
+    result = train(changed, tmp_path / "run", resume=True, allow_config_change=True)
+    assert result.w_loc == 7.0
+    assert [r["step"] for r in read_log(tmp_path / "run") if r["event"] == "w_loc"] == [0, 10]
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert f"calibrated on {changed.loss.calibration_batches} batches, with the weights after step 10" in shown
+
+
 def test_another_number_of_processes_is_a_change(finished, tmp_path, monkeypatch):
     import shutil
 
