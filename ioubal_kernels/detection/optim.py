@@ -22,19 +22,24 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
+def warmup_steps(iterations: int, config: OptimConfig) -> int:
+    """How many of a run's first steps warm up: `warmup_steps` or a share `warmup` of the run."""
+    return round(config.warmup * iterations) if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(step: int, iterations: int, config: OptimConfig) -> float:
     """The rate of optimisation step `step` (0-based) out of `iterations`.
 
     A function of the step alone, so that resuming needs no scheduler state. Linear warm-up from `warmup_start` of the
-    rate over `warmup` of the run or `warmup_steps`, then a cosine to 0, or a factor `gamma` at each milestone (both
+    rate over `warmup_steps`, then a cosine to 0, or a factor `gamma` at each milestone (both
     given as shares of the run), or constant.
     """
-    warmup_steps = round(config.warmup * iterations) if config.warmup_steps is None else config.warmup_steps
-    if step < warmup_steps:
+    warming = warmup_steps(iterations, config)
+    if step < warming:
         start = config.warmup_start
-        return config.lr * (start + (1 - start) * (step + 1) / (warmup_steps + 1))
+        return config.lr * (start + (1 - start) * (step + 1) / (warming + 1))
     if config.schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, iterations - warmup_steps)
+        progress = (step - warming) / max(1, iterations - warming)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "multistep":
         return config.lr * config.gamma ** sum(step >= milestone * iterations for milestone in config.milestones)

@@ -14,6 +14,7 @@ from .config import Config
 from .data import Dataset, DatasetPair, TrainLoader
 from .errors import UsageError
 from .models import Detector
+from .optim import learning_rate, warmup_steps
 from .processes import Processes
 from .progress import Reporter
 from .resources import choose_cache, choose_workers, transform_config
@@ -39,9 +40,17 @@ def require_boxes(pair: DatasetPair, reporter: Reporter) -> None:
         reporter.warn(f"split {pair.evaluation.split!r} has no boxes: there will be no AP")
 
 
-def point_out(config: Config, reporter: Reporter) -> None:
-    """Warns of what is allowed and rarely meant."""
-    loss = config.loss
+def point_out(config: Config, steps: int, reporter: Reporter) -> None:
+    """Warns of what is allowed and rarely meant in a run of so many steps."""
+    loss, optim = config.loss, config.optim
+    warming = warmup_steps(steps, optim)
+    if warming >= steps:
+        share = learning_rate(steps - 1, steps, optim) / optim.lr
+        key = f"optim.warmup={optim.warmup:g}" if optim.warmup_steps is None else f"optim.warmup_steps={warming}"
+        reporter.warn(
+            f"{key}: the warm-up is not over when the run of {steps} steps ends: the learning rate comes to"
+            f" {100 * share:.0f} % of optim.lr, and optim.schedule has no effect"
+        )
     if loss.lambda_ and loss.normalize_loc:
         for name in ("w_loc", "rpn_w_loc") if loss.rpn else ("w_loc",):
             factor = getattr(loss, name)

@@ -114,8 +114,8 @@ def train(
         )
         reporter.info(describe(pair.training, pair.evaluation))
         require_boxes(pair, reporter)
-        point_out(config, reporter)
         loader = make_train_loader(config, pair.training, processes)
+        point_out(config, number_of_steps(config, loader.batches_per_epoch), reporter)
         if processes.first:
             rundir.prepare_run_folder(run)
             stack.enter_context(rundir.RunLock(run))

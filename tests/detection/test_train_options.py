@@ -278,6 +278,26 @@ def test_a_factor_beside_eq_7_is_pointed_out(build, tiny_config, monkeypatch, fa
     assert len(found) == warned
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "epochs", "shown"),
+    [
+        ("warmup_steps", 12, 3, "optim.warmup_steps=12: the warm-up is not over when the run of 12 steps ends: the "
+         "learning rate comes to 94 % of optim.lr, and optim.schedule has no effect"),
+        ("warmup_steps", 11, 3, None),
+        ("warmup", 1.0, 1, "optim.warmup=1: the warm-up is not over when the run of 4 steps ends"),
+        ("warmup", 0.8, 1, None),
+    ],
+)  # fmt: skip
+def test_a_warm_up_as_long_as_the_run_is_pointed_out(build, tiny_config, monkeypatch, key, value, epochs, shown):
+    """From a quarter of the rate, step 12 of 12: 1/4 + 3/4 * 12/13 of it."""
+    lines: list[str] = []
+    monkeypatch.setattr(Messages, "warn", lambda self, text: lines.append(text))
+    changes = {f"optim.{key}": value, "optim.warmup_start": 0.25, "train.epochs": epochs, "loss.w_loc": 2.0}
+    build(tiny_config(**changes))
+    found = [line for line in lines if "warm-up" in line]
+    assert (found == []) if shown is None else (len(found) == 1 and found[0].startswith(shown))
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
