@@ -326,6 +326,17 @@ def test_bccd_full_check():
     assert "empty boxes dropped: 2 (BloodImage_00338, BloodImage_00343)" in report.text
 
 
+def test_a_single_row_or_column_is_a_box(tmp_path):
+    """Coordinates are inclusive: xmin = xmax is one pixel column."""
+    write(
+        tmp_path, {"a": xml(item(bndbox=box(5, 2, 5, 9)), item(bndbox=box(3, 7, 8, 7)), item(bndbox=box(4, 4, 4, 4)))}
+    )
+    dataset = load_dataset(tmp_path)
+    assert dataset.records[0].boxes.tolist() == [[4, 1, 5, 9], [2, 6, 8, 7]]
+    assert dataset.records[0].areas.tolist() == [8, 6] and dataset.notes.counts() == {"empty boxes dropped": 1}
+    assert [a["bbox"] for a in to_coco_dict(dataset)["annotations"]] == [[4, 1, 1, 8], [2, 6, 6, 1]]
+
+
 def test_mutated_files_give_only_the_documented_error(tmp_path):
     write(tmp_path, {"a": xml(item(), item("dog", box("1.5", 2, 16, 12)))})
     path = tmp_path / "Annotations/a.xml"

@@ -237,8 +237,8 @@ def load_voc(
 
     The classes are those found in all annotation files, whatever split they belong to. A test split of which no year
     has annotations is unlabelled: its images' sizes are read from their headers. x1 = xmin - 1 and y1 = ymin -
-    1, so that areas equal the devkit's; a box without extent as written is dropped and noted. Difficult objects stay,
-    flagged. The image belongs to the id of the split file; `<filename>` is not used.
+    1, so that areas equal the devkit's; a box of a single point as written is dropped and noted. Difficult objects
+    stay, flagged. The image belongs to the id of the split file; `<filename>` is not used.
 
     Raises:
         DataError: all problems, the first 20 shown.
@@ -367,8 +367,8 @@ def _record(
                 problems.append(f"image {name}: {unknown}")
             continue
         xmin, ymin, xmax, ymax = item.box
-        empty = xmax == xmin or ymax == ymin
-        # Shifted by one, an extent of zero as written would become one pixel: keep it empty.
+        # A single row or column is a box, one pixel wide. A single point is a click that was to become one.
+        empty = xmax == xmin and ymax == ymin
         box = (xmin, ymin, xmin, ymin) if empty else (xmin - 1, ymin - 1, xmax, ymax)
         clipped = clip_box(box, width, height, notes, name)
         if clipped is not None:
