@@ -8,6 +8,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from ioubal_kernels.detection.data import (
     BadImageError,
@@ -15,10 +18,12 @@ from ioubal_kernels.detection.data import (
     TrainLoader,
     TransformConfig,
     check_dataset,
+    describe,
     load_dataset,
     make_record,
 )
-from ioubal_kernels.detection.data.files import decode_rgb, image_size
+from ioubal_kernels.detection.data.files import decode_rgb, file_problems, image_size
+from ioubal_kernels.detection.data.records import TURNED, Notes
 
 GREY = np.linspace(0, 255, 16 * 12).reshape(12, 16).astype(np.uint8)
 RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)
@@ -267,7 +272,20 @@ def test_full_check_warns(tmp_path):
     assert "split val: classes without boxes: other" in text
     # Upside down, so its size tells nothing.
     assert "images with an EXIF orientation tag, which is not applied: 1 (2.png)" in text
+    assert f"{TURNED}: 1 (2.png)" in describe(load_dataset(tmp_path, "train"))
     assert report.stats["train"]["train_boxes"] == 5 and report.stats["val"]["images"] == 3
     # Square roots of the areas 48 (six-pixel-high boxes) and 52.
     assert report.stats["train"]["box_side"]["0.5"] == pytest.approx(48**0.5, abs=0.01)
     json.dumps(report.stats, allow_nan=False)
+
+
+@pytest.mark.parametrize(("suffix", "plugin"), [("jpg", JpegImageFile), ("png", PngImageFile), ("webp", WebPImageFile)])
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_orientation_tags_are_noted_without_decoding(tmp_path, monkeypatch, suffix, plugin, orientation):
+    path, exif, notes = tmp_path / f"a.{suffix}", Image.Exif(), Notes()
+    exif[0x0112] = orientation
+    Image.new("RGB", (12, 16)).save(path, exif=exif)
+    monkeypatch.setattr(plugin, "load", lambda image: pytest.fail("it was decoded"))
+    record = make_record(id=1, name="a", path=str(path), width=12, height=16, boxes=[], labels=[])
+    assert file_problems([record], str(tmp_path), notes=notes) == []
+    assert notes.items == ({} if orientation == 1 else {TURNED: ["a"]})

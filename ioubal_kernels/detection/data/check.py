@@ -13,7 +13,7 @@ import numpy as np
 
 from .detect import Layout, default_split, describe, find_layout, load_dataset
 from .files import MAX_PIXELS, FileGuard, decode_rgb, exif_orientation, file_problems
-from .records import BadImageError, DataError, Dataset, ImageRecord, format_problems
+from .records import TURNED, BadImageError, DataError, Dataset, ImageRecord, format_problems
 
 NEAR_DUPLICATE_IOU = 0.8
 EXTREME_RATIO = 20.0
@@ -157,7 +157,7 @@ def _check_images(
             if orientation != 1:
                 turned.append(records[path].name)
     if turned:
-        warnings.append(f"images with an EXIF orientation tag, which is not applied: {len(turned)} ({_some(turned)})")
+        warnings.append(f"{TURNED}: {len(turned)} ({_some(turned)})")
     return digests
 
 

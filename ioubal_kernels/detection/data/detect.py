@@ -152,7 +152,8 @@ def load_dataset(
             else `train`. Evaluation: `test` if annotated, else `val`.
         classes: fix the class order (a checkpoint's); the dataset may not have a class that is missing here.
         category_ids: of `classes`, where a COCO file of unlabelled images names no categories.
-        check_files: check every image file's existence, type and header size now (`quick_check`).
+        check_files: check every image file's existence, type and header size now (`quick_check`), and note orientation
+            tags.
         allow_symlinks: accept image files that are links to outside `root`.
 
     A test split without annotations can be loaded by its name; the result's `labelled` is False.
@@ -237,7 +238,7 @@ def _load(
         dataset = dataset if order is None else reorder_classes(dataset, order)
     dataset.splits = layout.splits
     if check_files:
-        problems = file_problems(dataset.records, layout.root, allow_symlinks=allow_symlinks)
+        problems = file_problems(dataset.records, layout.root, allow_symlinks=allow_symlinks, notes=dataset.notes)
         if problems:
             raise DataError(f"dataset {layout.root}, split {split!r}: image files", problems)
     return dataset

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .records import BadImageError, ImageRecord
+from .records import TURNED, BadImageError, ImageRecord, Notes
 
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused before they are decoded."""
@@ -129,10 +130,14 @@ def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 def exif_orientation(path: str, max_pixels: int = MAX_PIXELS) -> int:
     """The EXIF orientation tag, 1 (upright) when there is none."""
     with _open(path, max_pixels) as image:
-        try:
-            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-        except Exception:
-            return 1
+        return _orientation(image, image.getexif)
+
+
+def _orientation(image: Image.Image, getexif: Callable[[], Image.Exif]) -> int:
+    try:
+        return int(getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:
+        return 1
 
 
 def size_problem(record: ImageRecord, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> str | None:
@@ -189,19 +194,33 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def file_problems(
-    records: Iterable[ImageRecord], root: str, *, max_pixels: int = MAX_PIXELS, allow_symlinks: bool = False
+    records: Sequence[ImageRecord],
+    root: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    allow_symlinks: bool = False,
+    notes: Notes | None = None,
 ) -> list[str]:
-    """Everything wrong with the records' files that shows without decoding: existence, type, place, header, size."""
+    """Everything wrong with the records' files that shows without decoding: existence, type, place, header, size.
+    Images with an orientation tag in their header are added to `notes`.
+    """
     guard = FileGuard(root, allow_symlinks)
 
-    def one(record: ImageRecord) -> str | None:
+    def one(record: ImageRecord) -> tuple[str | None, int]:
         problem = guard.problem(record.path)
         if problem:
-            return f"image {record.path}: {problem}"
+            return f"image {record.path}: {problem}", 1
         try:
-            return size_problem(record, image_size(record.path, max_pixels), max_pixels)
+            with _open(record.path, max_pixels) as image:
+                # Not PNG's own getexif: it decodes the picture, to find what stands behind the pixels.
+                turned = _orientation(image, partial(Image.Image.getexif, image))
+                return size_problem(record, image.size, max_pixels), turned
         except BadImageError as error:
-            return str(error)
+            return str(error), 1
 
     with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:
-        return [problem for problem in pool.map(one, records) if problem]
+        found = list(pool.map(one, records))
+    for record, (_, orientation) in zip(records, found, strict=True):
+        if orientation != 1 and notes is not None:
+            notes.add(TURNED, record.name)
+    return [problem for problem, _ in found if problem]

@@ -135,7 +135,7 @@ def make_record(
 
 @dataclass
 class Notes:
-    """What a reader changed or left out, by reason, with the image each item belongs to."""
+    """What a reader changed, left out or did not follow, by reason, with the image each item belongs to."""
 
     items: dict[str, list[str]] = field(default_factory=dict)
 
@@ -162,6 +162,7 @@ class Notes:
 EMPTY_BOX = "empty boxes dropped"
 OUTSIDE_BOX = "boxes outside the image dropped"
 CLIPPED_BOX = "boxes clipped to the image"
+TURNED = "images with an EXIF orientation tag, which is not applied"
 
 
 def clip_box(
@@ -193,7 +194,7 @@ class Dataset:
         classes: class names; label k is `classes[k]`.
         category_ids: the ids the files use for them (COCO, Cityscapes: numbers; VOC: the names). Goes into checkpoints.
         records: the images, in a stable order.
-        notes: dropped and clipped boxes, with image names.
+        notes: dropped and clipped boxes, orientation tags, with image names.
         splits: names of every split found in the dataset.
         labelled: False where the annotations are not public (test splits): there are images but no boxes, nothing to
             train on or to measure AP with.
