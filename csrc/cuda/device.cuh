@@ -10,8 +10,6 @@
 #include "math/macros.h"
 
 #if defined(IOUBAL_SIMT)
-#include <torch/headeronly/util/Half.h>
-
 #include "simt.h"
 #define IOUBAL_DEVICE inline
 #define IOUBAL_GRID_CONSTANT
@@ -48,8 +46,18 @@ inline float rcbrt(float t) { return wobble(1.f / std::cbrt(t), 1.2e-7f); }
 inline float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 inline u32 float_to_bits(float value) { return __float_as_uint(value); }
 // Not by _Float16, which g++ knows on x86 from version 12 on.
-inline float half_to_float(uint16_t bits) { return c10::detail::fp16_ieee_to_fp32_value(bits); }
-inline u32 float_to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
+inline float half_to_float(uint16_t bits) {
+  const u32 sign = (bits & 0x8000u) << 16, size = (bits & 0x7fffu) << 13;
+  const u32 exact = float_to_bits(bits_to_float(size) * 0x1p112f);  // the exponents' bias; right for denormals, too
+  return bits_to_float(sign | (size >= 0x0f800000 ? size + 0x70000000 : exact));
+}
+inline u32 float_to_half(float value) {
+  const u32 bits = float_to_bits(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (value != value) return 0x7fffu;
+  if (size >= 0x477ff000) return sign | 0x7c00;                                                  // 65520 and more
+  if (size < 0x38800000) return sign | (float_to_bits(bits_to_float(size) + .5f) - 0x3f000000);  // multiples of 2^-24
+  return sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+}
 inline u32 float_to_bfloat(float value) {
   const u32 bits = float_to_bits(value);
   return value != value ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
