@@ -169,6 +169,13 @@ def test_splits_and_the_unlabelled_test_set(tmp_path):
     assert check_dataset(tmp_path, splits=("test",)).ok
 
 
+def test_leavings_of_macos_archives_are_no_images(tmp_path):
+    write(tmp_path, ids=mask((26000, 4, 6, 20, 14)))
+    for path in (image(tmp_path), labels(tmp_path)):
+        path.with_name("._" + path.name).write_bytes(b"x")
+    assert len(load_dataset(tmp_path)) == 1
+
+
 def test_only_a_test_split_is_no_default(tmp_path):
     write(tmp_path, "berlin_000000_000019", "test")
     for role in ("train", "eval"):

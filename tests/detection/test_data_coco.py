@@ -109,6 +109,8 @@ FAULTS = {
     "image id twice": (with_image(id=1), "image 1: the id is used twice"),
     "image without an id": (with_image(drop="id"), r"images\[1\]: id: expected an integer or a string, got None"),
     "image id a bool": (with_image(id=True), r"images\[1\]: id: expected an integer or a string, got True"),
+    "image id beyond 64 bits": (with_image(id=2**63), r"images\[1\]: id: expected an integer or a string, got 9223"),
+    "and below": (with_image(id=-(2**63) - 1), r"images\[1\]: id: expected an integer or a string, got -9223"),
     "image without a name": (with_image(drop="file_name"), "image 2: file_name None is refused: expected a string"),
     "image without a width": (with_image(drop="width"), "image 2: width: expected a positive integer, got None"),
     "image height 0": (with_image(height=0), "image 2: height: expected a positive integer, got 0"),
@@ -244,6 +246,19 @@ def test_boxes_are_clipped_and_empty_ones_dropped(tmp_path):
     assert "empty boxes dropped: 1 (a.png)" in describe(dataset)
 
 
+@pytest.mark.parametrize(
+    ("bbox", "areas", "notes"),
+    [
+        ([-10, 2, 15, 4], [5 * 4], {"boxes clipped to the image": 1}),
+        ([10, 3, 1e-9, 4], [], {"boxes outside the image dropped": 1}),  # no width in float32
+    ],
+)
+def test_what_is_left_of_a_box_counts(tmp_path, bbox, areas, notes):
+    """A file without areas: the size class of a box (APs, APm, APl) is that of the part inside the image."""
+    dataset = load_dataset(write(tmp_path, with_annotation(drop="area", bbox=bbox)), "train")
+    assert dataset.records[0].areas.tolist() == areas and dataset.notes.counts() == notes
+
+
 def test_string_ids_large_ids_and_order_do_not_matter(tmp_path):
     data = base()
     data["images"] = [{**data["images"][1], "id": "b"}, {**data["images"][0], "id": "a"}]
@@ -282,6 +297,14 @@ def test_image_folders(tmp_path, folder):
     assert Path(dataset.records[0].path) == (tmp_path / folder / "a.png").resolve()
 
 
+def test_files_of_other_tasks_are_no_splits(tmp_path):
+    write(tmp_path, base())
+    (tmp_path / "annotations/instances_train.json").rename(tmp_path / "annotations/train.json")
+    for task in ("captions", "person_keypoints", "stuff", "panoptic"):
+        (tmp_path / f"annotations/{task}_train.json").write_text("not read")
+    assert load_dataset(tmp_path).splits == ("train",)
+
+
 def test_annotations_beside_the_images(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / split).mkdir()
@@ -295,6 +318,10 @@ def test_annotations_beside_the_images(tmp_path):
 def test_no_image_found_names_the_places(tmp_path):
     write(tmp_path, base(), names=())
     with pytest.raises(DataError, match="expected 'a.png' in one of train/, images/train/, images/, ./"):
+        load_dataset(tmp_path, "train")
+    # One missing image does not hide the folder of the others.
+    write(tmp_path, base(), names=("b.png",))
+    with pytest.raises(DataError, match="train/a.png: the file does not exist"):
         load_dataset(tmp_path, "train")
 
 
@@ -313,6 +340,16 @@ def test_default_splits_and_same_classes(tmp_path):
         load_dataset(tmp_path, "test")
     with pytest.raises(DataError, match="training and evaluation split are the same: 'val2017'"):
         load_pair(tmp_path, "val2017", "val2017")
+
+
+def test_splits_of_which_none_is_taken_by_itself(tmp_path):
+    """The only split is not measured on as well; of two years one has to be named."""
+    pair = load_pair(write(tmp_path / "one", base(), "val"))
+    assert pair.training.split == "val" and pair.evaluation is None
+    for year in (2014, 2017):
+        write(tmp_path / "two", base(), f"train{year}")
+    with pytest.raises(DataError, match="no default split for train: name one of train2014, train2017"):
+        load_dataset(tmp_path / "two")
 
 
 def test_a_test_split_without_annotations_is_not_evaluated_on(tmp_path):
@@ -400,19 +437,7 @@ def test_quick_check_lists_every_file(tmp_path):
 def mutate(rng, text):
     """One to four random edits of the text: bytes replaced, removed, repeated, or a token put in."""
     data = bytearray(text)
-    tokens = [
-        b"null",
-        b"-1",
-        b"1e400",
-        b"NaN",
-        b"[]",
-        b"{}",
-        b'""',
-        b"true",
-        b"\xff",
-        b"\\ud800",
-        b"99999999999999999999",
-    ]
+    tokens = b'null -1 1e400 NaN [] {} "" true \xff \\ud800 99999999999999999999'.split()
     for _ in range(rng.randrange(1, 5)):
         start = rng.randrange(len(data))
         stop = min(len(data), start + rng.choice((1, 1, 2, 5, 30)))

@@ -204,6 +204,16 @@ def test_where_hard_links_fail_images_are_copied(voc, tmp_path, monkeypatch):
     same(load_dataset(voc, "trainval"), load_dataset(tmp_path / "out", "trainval"))
 
 
+def test_a_linked_image_arrives_as_its_file(voc, tmp_path):
+    """A hard link to the symbolic one would point to nothing from its new place."""
+    image = voc / "VOCdevkit/VOC2007/JPEGImages/a.jpg"
+    file = image.rename(image.parents[1] / "a-file.jpg")
+    image.symlink_to("../a-file.jpg")
+    convert_dataset(voc, tmp_path / "out", "voc", images="link")
+    made = tmp_path / "out/images/VOC2007/a.jpg"
+    assert not made.is_symlink() and made.samefile(file)
+
+
 def test_the_command(ioubal, cityscapes, tmp_path):
     command = ("data", "convert", "cityscapes", cityscapes, "-o")
     code, out, err = ioubal(*command, tmp_path / "out", "--images", "copy")

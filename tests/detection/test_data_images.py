@@ -45,6 +45,9 @@ def test_modes_become_rgb(tmp_path):
     # 16 bits: 65535 is white, and 257 steps of 16 bits are one of 8.
     sixteen = Image.fromarray(GREY.astype(np.uint16) * 257)
     np.testing.assert_array_equal(decode(tmp_path / "sixteen.png", sixteen), grey_rgb)
+    between = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 340
+    decoded = decode(tmp_path / "between.png", Image.fromarray(between))
+    np.testing.assert_array_equal(decoded[:, :, 0], np.rint(between / 257))
     alpha = Image.fromarray(np.dstack([RGB, 255 - GREY]))
     np.testing.assert_array_equal(decode(tmp_path / "alpha.png", alpha), RGB)
     np.testing.assert_array_equal(
@@ -223,6 +226,12 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
             next(stream)
     stream = iter(loader(tmp_path, on_bad_image="skip", bad_image_limit=0.4))
     assert len([next(stream) for _ in range(6)]) == 6
+
+
+def test_the_share_of_bad_images_is_not_rounded_up(tmp_path):
+    """39 % of five images is one image; one may always be missing."""
+    dataset = load_dataset(coco(tmp_path, 5), "train")
+    assert [dataset.most_bad_images(share) for share in (0, 0.39, 0.4)] == [1, 1, 2]
 
 
 def test_no_image_left_is_an_error(tmp_path):

@@ -113,6 +113,11 @@ def test_resume_goes_on_with_the_next_batch(data, workers, stop):
     same(begun + take(first, 8 - stop), expected)
 
 
+def test_seeds_do_not_share_orders():
+    """Runs of two seeds would not be independent if one's second epoch were the other's first."""
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
 def test_resume_refuses_another_dataset_or_seed(data):
     state = TrainLoader(data, ALL, 3, seed=5).state_dict()
     with pytest.raises(DataError, match="state: seed: expected 6, got 5"):
@@ -241,6 +246,13 @@ def test_resized_shape(config, width, height, expected):
     if height <= 1000:
         pixels = np.zeros((height, width, 3), np.uint8)
         assert tuple(resize(pixels, config).shape[1:]) == expected
+
+
+@pytest.mark.parametrize("size", [(31, 53), (300, 300), (127, 255)])
+def test_a_resized_image_is_never_larger_than_the_input(size):
+    config = TransformConfig(size=size, keep_ratio=True)
+    shapes = [resized_shape(w, h, config) for w in range(1, 400, 3) for h in (7, 13, 33, 100, 331)]
+    assert all(height <= size[0] and width <= size[1] for height, width in shapes)
 
 
 def test_evaluation_batches_in_order_and_back_to_the_file(tmp_path):

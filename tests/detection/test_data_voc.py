@@ -168,6 +168,22 @@ def test_a_missing_size_is_read_from_the_image(tmp_path, size):
     assert (record.width, record.height) == (16, 12)
 
 
+def test_a_changed_difficult_flag_is_other_data(tmp_path):
+    """A run that goes on, or a comparison, would otherwise take two different evaluations for one."""
+    before = load_dataset(write(tmp_path, {"a": xml(item())})).fingerprint()
+    write(tmp_path, {"a": xml(item(extra="<difficult>1</difficult>"))})
+    assert load_dataset(tmp_path).fingerprint() != before
+
+
+def test_a_split_that_holds_others_shares_their_pictures(tmp_path):
+    """The check does not warn of trainval; it does of one picture in train and in val."""
+    splits = {"train": ["a"], "val": ["b"], "trainval": ["a", "b"]}
+    write(tmp_path, {"a": xml(item()), "b": xml(item())}, splits)
+    for shade, shared in ((90, False), (0, True)):
+        Image.new("RGB", (16, 12), (shade, 0, 0)).save(tmp_path / "JPEGImages/b.jpg")
+        assert any("pictures in two splits" in line for line in check_dataset(tmp_path).warnings) == shared
+
+
 def test_image_suffixes(tmp_path):
     write(tmp_path, {"a": xml(item()), "b": xml(item())})
     (tmp_path / "JPEGImages/a.jpg").rename(tmp_path / "JPEGImages/a.JPG")
@@ -253,6 +269,8 @@ def test_07_12(tmp_path):
         "VOC2007/000001", "VOC2007/000002", "VOC2012/2008_000001", "VOC2012/2008_000002",
     ]  # fmt: skip
     assert [r.name for r in pair.evaluation.records] == ["VOC2007/000003", "VOC2007/000004"]
+    # The devkit's result files name images without the year.
+    assert [r.source_id for r in pair.training.records] == ["000001", "000002", "2008_000001", "2008_000002"]
     assert pair.training.classes == pair.evaluation.classes == ("cat", "dog", "person")
     assert pair.training.labelled and pair.evaluation.labelled
     # Downloads without VOC2007's test annotations evaluate on val.

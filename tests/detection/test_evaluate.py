@@ -46,7 +46,9 @@ def test_ap_by_threshold_of_one_box_of_known_iou(height):
     metrics = evaluate_detections(dataset([ONE_BOX]), [found(1, [[10, 10, 110, 10 + height]], [0.5], [0])])
     expected = {f"{t / 100:.2f}": float(height >= t) for t in range(50, 100, 5)}
     assert metrics["thresholds"] == pytest.approx(expected)
-    assert metrics["AP"] == pytest.approx(sum(expected.values()) / 10)
+    assert [metrics["AP"], metrics["AR"]] == pytest.approx([sum(expected.values()) / 10] * 2)
+    of_class = metrics["per_class"]["a"]
+    assert [of_class["AP50"], of_class["AP75"]] == pytest.approx([expected["0.50"], expected["0.75"]])
     for name in ("AP50", "AP60", "AP70", "AP75", "AP80", "AP90"):
         assert metrics[name] == pytest.approx(float(height >= int(name[2:]))), name
 
