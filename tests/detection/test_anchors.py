@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from ioubal_kernels.detection.anchors import anchor_fit, choose_anchor_scale, network_boxes
+from ioubal_kernels.detection.anchors import SCALE_CANDIDATES, anchor_fit, choose_anchor_scale, network_boxes
 from ioubal_kernels.detection.architectures import OCTAVES
 from ioubal_kernels.detection.data import Dataset, TransformConfig, make_record
 from ioubal_kernels.detection.models import build_model
@@ -50,6 +50,16 @@ def test_auto_scale_finds_the_scale_boxes_were_made_with(scale):
     assert fit.covered == 1.0
     assert abs(math.log2(fit.scale / scale)) <= 1 / 3 + 0.01
     assert fit.mean_best_iou > 0.8
+
+
+def test_of_scales_that_cover_alike_the_one_that_fits_best():
+    edge = 32 * SCALE_CANDIDATES[1]
+    boxes = torch.tensor([[64 - edge / 2, 64 - edge / 2, 64 + edge / 2, 64 + edge / 2]])
+    sizes = torch.tensor([[128.0, 128.0]])
+    fits = [anchor_fit(boxes, sizes, STRIDES, OCTAVES, scale) for scale in SCALE_CANDIDATES]
+    covering = [fit.mean_best_iou for fit in fits if fit.covered == 1]
+    assert len(covering) > 2 and covering[0] < max(covering) - 0.01
+    assert choose_anchor_scale(boxes, sizes, STRIDES, OCTAVES).mean_best_iou == max(covering)
 
 
 def test_coverage_by_hand():

@@ -7,6 +7,7 @@ import hashlib
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torchvision.models import resnet18, vgg16
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -47,6 +48,18 @@ def test_tiny_has_about_a_million_parameters_and_trains(name):
     assert all(p.grad is not None for p in model.parameters())
     found = model.statistics()
     assert int(found["positives"]) > 0 and 0 < float(found["mean_iou"]) < 1
+
+
+def test_the_tiny_ones_are_as_deep_as_documented():
+    """Two hidden layers a tower, 64 sampled RoIs of 100 proposals: a checkpoint or a comparison depends on it."""
+    for name, towers in (("retinanet_tiny", ("classification_head.conv", "regression_head.conv")),
+                         ("foveabox_tiny", ("cls_tower.layers", "box_tower.layers"))):  # fmt: skip
+        weights = [key for key, value in tiny(name).state_dict().items() if value.ndim == 4]
+        output = int(name.startswith("fovea"))  # its last layer is in the list of the hidden ones
+        assert [sum(tower in key for key in weights) for tower in towers] == [2 + output] * 2
+    network = tiny("faster_rcnn_tiny").network
+    assert network.roi_heads.fg_bg_sampler.batch_size_per_image == 64
+    assert network.rpn._pre_nms_top_n == {"training": 100, "testing": 100}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -213,6 +226,18 @@ def test_fovea_finds_the_cell_that_was_lit():
     ].shape == (0, 4)
 
 
+def test_fovea_suppresses_within_a_class_above_the_threshold():
+    network = tiny("foveabox_tiny", 2).eval().network
+    logits = [torch.full((1, 2, s, s), -20.0) for s in (8, 4, 2)]
+    deltas = [torch.zeros(1, 4, s, s) for s in (8, 4, 2)]
+    deltas[1] += torch.tensor(16 / network.base_edges[1]).log()  # boxes of 32 px
+    logits[1][0, :, 2, 1] = torch.tensor([2.0, 3.0])  # two classes at one place: IoU 1
+    logits[1][0, 1, 2, 2] = 2.5  # the second one at the next place, 16 px on: IoU 1/3
+    for threshold, kept in ((0.3, [1, 0]), (0.4, [1, 1, 0])):
+        network.nms_thresh = threshold
+        assert network.postprocess_detections(logits, deltas, [(64, 64)])[0]["labels"].tolist() == kept
+
+
 # ---------------------------------------------------------------------------------------------- inference
 
 
@@ -226,6 +251,32 @@ def test_limits_of_inference(name):
         model.set_inference(score_threshold=0.999, max_detections=7, **options)
         found = model(images)[0]
     assert found["boxes"].shape == (0, 4) and found["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_limit_reaches_the_network(name):
+    model = tiny(name)
+    model.set_inference(score_threshold=0.12, nms_threshold=0.34, candidates=56, max_detections=7)
+    network = model.network
+    if name == "faster_rcnn_tiny":
+        candidates = {network.rpn._pre_nms_top_n["testing"], network.rpn._post_nms_top_n["testing"]}
+        assert candidates == {56}
+    else:
+        assert network.topk_candidates == 56
+    last = network.roi_heads if name == "faster_rcnn_tiny" else network
+    assert (last.score_thresh, last.nms_thresh, last.detections_per_img) == (0.12, 0.34, 7)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_are_float32_under_autocast(name):
+    """Eight bits of a score would leave hundreds of detections tied, those of a delta cost IoU."""
+    model, dtypes = tiny(name).eval(), set()
+    model.set_inference(score_threshold=0.0, nms_threshold=1.0, candidates=200, max_detections=100)
+    for head in model._heads():
+        head.register_forward_hook(lambda module, inputs, output: dtypes.update(t.dtype for t in tree_leaves(output)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(prepared(torch.randn(1, 3, 64, 64)))
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("name", TINY)

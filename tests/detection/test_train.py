@@ -264,6 +264,30 @@ def test_another_number_of_processes_is_a_change(finished, tmp_path, monkeypatch
         run(config, tmp_path / "run", resume=True)
 
 
+def test_what_a_checkpoint_says_goes_on(finished, tmp_path, monkeypatch, poison):
+    """Its anchors, whatever would be chosen today, its time, and how many batches may still be skipped."""
+    import shutil
+
+    shutil.copytree(finished[1], tmp_path / "run")
+    load = train_module.load_newest_checkpoint
+
+    def edited(folder):
+        path, saved = load(folder)
+        return path, {**saved, "anchor_scale": 7.0, "seconds": 1000.0, "skipped": 2}
+
+    monkeypatch.setattr(train_module, "load_newest_checkpoint", edited)
+    config = load_config(str(tmp_path / "run" / "config.yaml"))
+    config.set("train.nan_policy", "skip:2")
+    config.set("train.iterations", 11)
+    assert run(config, tmp_path / "run", resume=True, allow_config_change=True).seconds > 1000
+    log = read_log(tmp_path / "run")
+    assert log[-1]["seconds"] > 1000 and [r["anchor_scale"] for r in log if r["event"] == "resume"] == [7.0]
+    config.set("train.iterations", 12)
+    poison(12)
+    with pytest.raises(NonFiniteError, match="allows 2 skipped batches"):
+        run(config, tmp_path / "run", resume=True, allow_config_change=True)
+
+
 def test_starting_weights_outlive_a_crash_before_the_first_checkpoint(finished, tmp_path, monkeypatch):
     config, folder, _ = finished
     config = config.copy()

@@ -127,6 +127,16 @@ def test_a_run_that_started_from_another_resumes_without_it(tiny_config, source,
     assert not (tmp_path / "again").exists()
 
 
+def test_the_line_that_began_a_run_resumes_it(tiny_config, tmp_path):
+    """With norm: auto, which then meant the source's: no other configuration."""
+    once = {"train.iterations": 1, "loss.w_loc": 2.0}
+    run(tiny_config(**{**once, "model.norm": "group"}), tmp_path / "source")
+    began = tiny_config(**{**once, "model.init_from": str(tmp_path / "source")})
+    run(began, tmp_path / "run")
+    assert load_config(str(tmp_path / "run/config.yaml")).model.norm == "group"
+    assert run(began, tmp_path / "run", resume=True).steps == 1
+
+
 def test_init_from_another_architecture_is_refused_before_anything_is_written(tiny_config, source, tmp_path):
     config = tiny_config(**{"model.init_from": str(source)})
     config.set("model.name", "foveabox_tiny")
