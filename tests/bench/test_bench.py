@@ -214,6 +214,28 @@ def test_slow_paths_drop_out_of_the_race():
     assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {
         "min_ms": 1e3, "q20_ms": 2e3, "median_ms": 3e3, "q80_ms": 5e3,
     }  # fmt: skip
+    assert timing.quantiles([k / 1e3 for k in range(10, 0, -1)]) == pytest.approx(
+        {"min_ms": 1, "q20_ms": 3, "median_ms": 5.5, "q80_ms": 9}
+    )
+
+
+def test_the_figures_of_a_row_by_hand(monkeypatch):
+    """1000 float32 logits, 8000 bytes copied in 1 ms. Forward and backward read them and write gradients in 2 ms, half
+    of the copy's rate; inference, as long, only reads them, a quarter of it.
+    """
+    problem = work.Problem({}, [], 1000, torch.float32, 1, {work.BOTH: 12_000, work.INFERENCE: 4_000_000})
+    extra = {work.BOTH: 4200, work.INFERENCE: 0}
+    timed = {
+        phase: timing.TimedPath(lambda n: None, {"phase": phase, "peak_extra_bytes": size})
+        for phase, size in extra.items()
+    }
+    times = {work.COPY: [1e-3] * 3, work.BOTH: [2e-3] * 3, work.INFERENCE: [2e-3] * 3}
+    monkeypatch.setattr(timing, "race", lambda *arguments: times)
+    copy, fused, inference = measure.race(timed, problem, work.Bench("cpu", ("cpu",)), "x")
+    assert (copy["bytes"], fused["bytes"], inference["gb_per_s"]) == (8000, 12_000, 2.0)
+    assert (fused["x_copy"], fused["ns_per_logit"], fused["extra_memory_x_logits"]) == (2.0, 2000.0, 1.05)
+    shares = [row["share_of_copy_rate"] for row in (copy, fused, inference)]
+    assert shares == [1, 0.5, 0.25]
 
 
 class Shared(neighbour.Neighbour):
@@ -398,3 +420,11 @@ def test_the_newest_row_of_a_device_is_found():
     assert machine.slug("A CPU") == "a-cpu"
     few = [{**stored("fused", 2.0, "aaa1"), "device": "Another", "run": "2099-01-01T00:00:00Z"}]
     assert results.devices(few + rows, gpu=False) == ["A CPU", "Another"]
+
+
+def test_ours_on_a_gpu_are_the_cuda_kernels():
+    """Triton's rows are there too, and newer."""
+    row = {**stored("fused", 1.0, "aaa1", backend="cuda"), "capability": "9.0"}
+    found = results.Stored([row, {**row, "backend": "triton", "run": "2099-01-01T00:00:00Z"}], "A CPU")
+    assert found.find(row["name"], "fused")["backend"] == "cuda"
+    assert found.find(row["name"], "fused", backend="triton")["run"].startswith("2099")

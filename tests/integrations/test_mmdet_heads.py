@@ -332,6 +332,17 @@ def test_defaults_are_the_balanced_losses():
     assert MODELS.build(ConfigDict(cfg)).bbox_head.loss_bbox.box_coder == "boxes"
     box = MODELS.build(ConfigDict(config("faster_rcnn", True))).roi_head.bbox_head
     assert box.loss_bbox.target_stds == STDS and box.loss_cls.eta == 1.5
+    cfg = config("ssd", True)
+    del cfg["bbox_head"]["loss_bbox"]
+    cfg["train_cfg"]["smoothl1_beta"] = 0.7  # SSDHead's own place for it
+    assert MODELS.build(ConfigDict(cfg)).bbox_head.loss_bbox.beta == 0.7
+
+
+def test_means_of_the_centre_do_not_matter():
+    """They shift both boxes alike: the IoU is that of the deltas still."""
+    shifted = {**coder(), "target_means": (0.1, -0.2, 0.0, 0.0)}
+    head = MODELS.build(ConfigDict(config("retinanet", True, bbox_coder=shifted))).bbox_head
+    assert head.loss_bbox.box_coder == "delta"
 
 
 STOCK_FOCAL = {"type": "FocalLoss", **FOCAL}

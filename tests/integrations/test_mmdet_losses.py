@@ -118,6 +118,16 @@ def test_classification_is_the_reference(case):
     assert (grad[weight == 0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("case", CASES)
+def test_weights_may_be_a_mask(case, dtype):
+    balanced, _, options, columns = CASES[case]
+    logits, labels, iou, weight = sample(columns=columns)
+    loss, mask = build(balanced, **options), (weight > 0).to(dtype)
+    got, want = (loss(logits, (labels, iou), w, avg_factor=7.0) for w in (mask, mask.float()))
+    same(got, want)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_no_positives_and_no_rows(case):
     balanced, stock, options, columns = CASES[case]

@@ -236,6 +236,15 @@ def test_mining_never_takes_a_positive():
     assert hard_negatives(logits, one, 1.0).tolist() == [[False, False, True, False]]
 
 
+def test_mining_ranks_in_float32():
+    """Under autocast thousands of losses would be equal, and which of them are mined chance."""
+    from ioubal_kernels.integrations.torchvision.ssd import hard_negatives
+
+    logits = torch.randn(1, 2000, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positive = torch.arange(2000)[None] < 100
+    assert torch.equal(hard_negatives(logits, positive, 3.0), hard_negatives(logits.float(), positive, 3.0))
+
+
 # ---------------------------------------------------------------------------------------------- one loss alone
 
 
@@ -247,7 +256,7 @@ def test_one_loss_alone_keeps_the_other_stock(family):
     convert(model, classification=False)
     assert step(model, *inputs, weights={loc: 0.0})[1].keys()
     only_loc = step(model, *inputs)[0]
-    convert(model, localization=False)
+    convert(model, localization=False, normalize_loc=True, eps=1.0, w_loc=3.0)  # what else the loss would use
     only_cls = step(model, *inputs)
     torch.testing.assert_close(only_loc[cls], stock[cls], rtol=1e-5, atol=0.0)
     torch.testing.assert_close(only_cls[0][loc], stock[loc], rtol=1e-5, atol=0.0)
@@ -287,6 +296,30 @@ def test_scopes_of_retinanet_reach_the_loss(scope):
     assert not torch.allclose(got[1][name], whole[1][name], rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["retinanet", "ssd", "faster_rcnn"])
+def test_factor_and_eps_reach_the_losses(family):
+    model, inputs, (cls, loc) = make(family), batch(family), LOSSES[family]
+    plain, more, damped = (
+        step(convert(model, normalize_loc=True, **options), *inputs)[0]
+        for options in ({}, {"cls_weight": 2.5}, {"eps": 1e9})
+    )
+    assert [float(more[cls]), float(more[loc])] == pytest.approx([2.5 * float(plain[cls]), float(plain[loc])])
+    # So large an eps leaves the positives no weight; the negatives have one of their own.
+    assert damped[cls] < 0.999 * plain[cls] and damped[loc] < 1e-3 * plain[loc]
+
+
+def test_the_backend_reaches_the_matching(monkeypatch):
+    seen, real = [], ik.match_anchors
+
+    def match(*arguments, **options):
+        seen.append(options["backend"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ik, "match_anchors", match)
+    step(convert(make("retinanet"), backend="reference"), *batch("retinanet"))
+    assert seen == ["reference"]
+
+
 def test_converting_again_replaces_the_settings():
     model, inputs = make("ssd"), batch("ssd")
     once = step(convert(model, w_loc=1.0), *inputs)[0]["bbox_regression"]
@@ -312,6 +345,13 @@ def test_rpn_switch_changes_its_gradients_only():
     assert float(step(model, *inputs)[0]["loss_rpn_box_reg"]) == pytest.approx(
         2 * float(got[0]["loss_rpn_box_reg"]), rel=1e-5
     )
+
+
+def test_beta_is_the_boxes_not_the_proposals():
+    model, inputs = make("faster_rcnn"), batch("faster_rcnn")
+    want, got = (step(convert(model, rpn=True, **options), *inputs)[0] for options in ({}, {"beta": 2.0}))
+    assert float(got["loss_rpn_box_reg"]) == pytest.approx(float(want["loss_rpn_box_reg"]))
+    assert got["loss_box_reg"] < 0.9 * want["loss_box_reg"]
 
 
 @pytest.mark.parametrize("family", ["retinanet", "ssd", "faster_rcnn"])

@@ -227,6 +227,17 @@ def test_anchors_that_differ_between_images():
     model.anchor_generator.__class__ = Growing
     want = step(model, *inputs)
     assert_same(step(convert(model, eta=0.0, lambda_=0.0), *inputs), want)
+    # w_loc is calibrated on each image's own.
+    got = ik.integrations.torchvision.collect_deltas(model, [inputs])[0][1]
+    with torch.no_grad():
+        images, targets = model.transform(*inputs)
+        anchors = model.anchor_generator(images, list(model.backbone(images.tensors).values()))
+    encoded = []
+    for own, boxes in zip(anchors, (target["boxes"] for target in targets), strict=True):
+        matched = ik.match_anchors(own, [boxes])[0]
+        rows = (matched >= 0).nonzero()[:, 0]
+        encoded.append(ik.encode_boxes(boxes[matched[rows]], own[rows]))
+    torch.testing.assert_close(got, torch.cat(encoded))
 
 
 @pytest.mark.parametrize("family", ("retinanet", "ssd"))

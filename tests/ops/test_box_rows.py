@@ -63,6 +63,12 @@ def test_every_number_of_rows(dtype, coder):
         both(ik.paired_box_iou, wide, boxes, anchors, what=f"paired, {rows} rows")
 
 
+@pytest.mark.parametrize("deltas, anchors", ((torch.bfloat16, torch.float64), (torch.float64, torch.float32)), ids=str)
+def test_decoded_boxes_are_float64_where_one_input_is(deltas, anchors):
+    a, _, d = boxes_and_deltas(7)
+    both(ik.decode_boxes, torch.float64, d.to(deltas), a.to(anchors), what=f"{deltas}, {anchors}")
+
+
 @pytest.mark.parametrize("coder", ("delta", "fovea"))
 def test_values_no_detector_sends(coder):
     anchors = torch.tensor([2.0, 3.0, 12.0, 9.0], dtype=torch.float64)

@@ -357,6 +357,14 @@ class TestCalibration:
         balanced = ik.iou_balanced_smooth_l1_loss(pred, target, w_loc=w_loc, backend="reference")
         torch.testing.assert_close(balanced, plain, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_a_diverged_model_gives_no_factor(self, value: float) -> None:
+        pred = torch.full((2, 4), 0.1)
+        pred[0, 0] = value
+        zero = torch.zeros(2, 4)
+        with pytest.raises(ValueError, match="calibrate_w_loc: .*positive, finite balanced loss"):
+            ik.calibrate_w_loc([(pred, zero), (torch.full((2, 4), 0.1), zero)])
+
 
 class TestAnalysis:
     def test_bounded_iou_eq11(self) -> None:
@@ -383,6 +391,8 @@ class TestAnalysis:
         close(ik.analysis.gradient_norm(d, "size", 2.0, 3.0, 0.1), [3 * math.exp(-0.1) * 0.5, 3 * math.exp(-1.0)])
         close(ik.analysis.gradient_norm(d, "center", 0.0, 1.0, 0.1), [0.5, 1.0])  # plain smooth L1
         close(ik.analysis.gradient_norm(torch.tensor([2.0], dtype=F64), "center", 0.0), [1.0])  # 0^0 = 1
+        for kind in ik.analysis.KINDS:  # L1 has no gradient at its minimum, and all of it beside that
+            assert ik.analysis.gradient_norm([0.0, 1e-6], kind, beta=0.0).tolist() == [0, pytest.approx(1, abs=1e-4)]
 
 
 SMALL = [([24.3, 0.0, -3.0], 0), ([45.0, 0.0, 0.0], 0), ([-5.0, 3.0, 3.0], 0), ([7.0], 0)]
