@@ -186,7 +186,7 @@ def plot_speed(study: Study) -> Plot | None:
 def plot_gradient_norms(targets: Tensor | None) -> Plot:
     """Figure 2: Eq. 13 and 14 as lines; where targets are given, the same measured through the kernels as points."""
     figure, axes = panels(2, height=3.8)
-    measured = figure_2(targets) if targets is not None else {}
+    measured = figure_2(targets) if targets is not None and len(targets) else {}
     d = torch.linspace(0, 1, 401, dtype=torch.float64)
     for ax, kind in zip(axes, ik.analysis.KINDS, strict=True):
         for lambda_, w_loc in W_LOC.items():
@@ -203,7 +203,9 @@ def plot_gradient_norms(targets: Tensor | None) -> Plot:
         ax.set_ylim(bottom=0)
     legend(axes[1], fontsize=8)
     caption = f"Lines: Eq. 13 and 14, an anchor as large as its box, smooth L1 threshold {BETA}, Table 3's w_loc."
-    if targets is not None:
+    if targets is not None and not measured:
+        caption += " No points: the first batches of the training images have no positives."
+    if measured:
         caption += (
             f" Points: median over {len(targets)} positives of the training images, as autograd gives the gradient of "
             "the fused loss; shaded, their 10 to 90 % range: boxes are wider or narrower than their anchors."

@@ -41,7 +41,8 @@ class GradientNorms:
 def real_targets(row: RowStudy, limit: int = POSITIVES) -> Tensor:
     """Target deltas (P, 4) of the positives that a row's detector has in its training images, float32, weights 1.
 
-    They hold all that Figure 2 depends on: a box relative to its anchor.
+    They hold all that Figure 2 depends on: a box relative to its anchor. None, (0, 4), where the first batches have no
+    positives.
     """
     config = row.first.config
     trained = open_trained(str(row.first.folder))

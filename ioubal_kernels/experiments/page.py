@@ -106,9 +106,10 @@ def _gradient_norms(study: Study) -> Plot:
         if not row.first.config.model.name.startswith("foveabox"):
             try:
                 targets = real_targets(row)
-                break
             except (TrainerError, DataError, OSError):  # the data or the checkpoint is gone: Eq. 13 and 14 alone
                 continue
+            if len(targets):
+                break
     return figures.plot_gradient_norms(targets)
 
 

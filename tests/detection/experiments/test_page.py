@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 from ioubal_kernels.detection.data import load_pair, make_synthetic
 from ioubal_kernels.detection.errors import OutputError, UsageError
@@ -16,7 +17,7 @@ from ioubal_kernels.detection.presets import load_config
 from ioubal_kernels.experiments import figures
 from ioubal_kernels.experiments.cost import BACKENDS, inference_times, training_cost
 from ioubal_kernels.experiments.drawing import colors, smooth
-from ioubal_kernels.experiments.page import write_page
+from ioubal_kernels.experiments.page import _gradient_norms, write_page
 from ioubal_kernels.experiments.pictures import choose_images, detections_svg
 from ioubal_kernels.experiments.report import report
 from ioubal_kernels.experiments.results import save_results
@@ -108,6 +109,15 @@ def test_one_run_alone(study, tmp_path):
     other = make_synthetic(tmp_path / "other", train=4, val=2, size=64, classes=3, seed=9, workers=1)
     move_data(run, Path(other))
     assert "is not the data set that" in report([run]).read_text(encoding="utf-8")
+
+
+def test_figure_2_without_positives_says_so(study, monkeypatch):
+    """The first batches of real data may be without boxes; the page comes all the same."""
+    none = [(torch.zeros(0, 4), torch.zeros(0, 4))] * 4
+    monkeypatch.setattr("ioubal_kernels.detection.models.Detector.collect_deltas", lambda *a, **k: none)
+    plot = _gradient_norms(study)
+    assert "No points: the first batches of the training images have no positives." in plot.caption
+    assert "Points: " not in plot.caption and ElementTree.fromstring(plot.svg).tag == f"{SVG}svg"
 
 
 def test_detections_beside_the_ground_truth(tiny_data, study):
