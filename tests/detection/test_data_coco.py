@@ -366,6 +366,10 @@ def test_classes_of_a_checkpoint(tmp_path):
     write(tmp_path, base())
     dataset = load_dataset(tmp_path, "train", classes=("bird", "cat", "dog"))
     assert dataset.records[0].labels.tolist() == [2] and dataset.num_classes == 3
+    # Result files take the checkpoint's id for a class that the file lacks, never that of another class.
+    for bird, expected in ((5, 5), (3, "bird")):
+        ids = load_dataset(tmp_path, "train", classes=("bird", "cat", "dog"), category_ids=(bird, 1, 2)).category_ids
+        assert ids == (expected, 7, 3)
     with pytest.raises(DataError, match="classes: expected only bird, dog; got also cat"):
         load_dataset(tmp_path, "train", classes=("bird", "dog"))
 

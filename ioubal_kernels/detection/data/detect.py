@@ -151,7 +151,7 @@ def load_dataset(
         role: "train" or "eval": which default split to take. Training: `trainval` if there is an annotated `test`,
             else `train`. Evaluation: `test` if annotated, else `val`.
         classes: fix the class order (a checkpoint's); the dataset may not have a class that is missing here.
-        category_ids: of `classes`, where a COCO file of unlabelled images names no categories.
+        category_ids: of `classes`, for those that the annotation files do not name.
         check_files: check every image file's existence, type and header size now (`quick_check`), and note orientation
             tags.
         allow_symlinks: accept image files that are links to outside `root`.
@@ -235,7 +235,7 @@ def _load(
             ids = category_ids or range(1, len(order or ()) + 1)
             categories = list(zip(ids, order, strict=True)) if order else None
             dataset = load_coco(layout.root, split, layout.coco_files[split], categories)
-        dataset = dataset if order is None else reorder_classes(dataset, order)
+        dataset = dataset if order is None else reorder_classes(dataset, order, category_ids)
     dataset.splits = layout.splits
     if check_files:
         problems = file_problems(dataset.records, layout.root, allow_symlinks=allow_symlinks, notes=dataset.notes)
@@ -244,8 +244,11 @@ def _load(
     return dataset
 
 
-def reorder_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
-    """The same dataset with labels in the order of `classes`.
+def reorder_classes(
+    dataset: Dataset, classes: tuple[str, ...], category_ids: Sequence[int | str] | None = None
+) -> Dataset:
+    """The same dataset with labels in the order of `classes`. A class that it lacks gets its id in `category_ids`, or
+    its name where the dataset has that id for another class.
 
     Raises:
         DataError: a class of the dataset is missing in `classes`.
@@ -261,7 +264,9 @@ def reorder_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
     to_new = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
     id_of = dict(zip(dataset.classes, dataset.category_ids))
     records = [replace(record, labels=to_new[record.labels]) for record in dataset.records]
-    ids = tuple(id_of.get(name, name) for name in classes)
+    taken = set(dataset.category_ids)
+    given = {name: key for name, key in zip(classes, category_ids or ()) if key not in taken}
+    ids = tuple(id_of.get(name, given.get(name, name)) for name in classes)
     return replace(dataset, classes=classes, category_ids=ids, records=records)
 
 
