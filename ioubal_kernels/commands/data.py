@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..detection.limits import SYNTHETIC_EDGE
 from .app import data_app, guarded
 
 
@@ -16,7 +17,9 @@ def synth_command(
     out: Annotated[str, typer.Option("--out", "-o", help="Where the set goes.")],
     train: Annotated[int, typer.Option(help="Training images.", min=1)] = 1500,
     val: Annotated[int, typer.Option(help="Validation images.", min=1)] = 300,
-    size: Annotated[int, typer.Option(help="Edge of an image in pixels.", min=32, max=4096)] = 128,
+    size: Annotated[
+        int, typer.Option(help="Edge of an image in pixels.", min=SYNTHETIC_EDGE[0], max=SYNTHETIC_EDGE[1])
+    ] = 128,
     classes: Annotated[int, typer.Option(help="Number of classes.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes. (default: all cores)", min=0)] = None,

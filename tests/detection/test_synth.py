@@ -162,3 +162,12 @@ def test_parameters_are_checked_before_anything_is_written(tmp_path, name, value
     with pytest.raises(DataError, match=f"make_synthetic: {name}: expected an integer from .*, got {value}"):
         make_synthetic(tmp_path / "set", **{**SMALL, name: value})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("size", "limit"), [(31, 32), (2049, 2048)])
+def test_the_command_has_the_makers_limits(ioubal, tmp_path, size, limit):
+    code, _, err = ioubal("data", "synth", "-o", tmp_path / "set", "--size", size)
+    assert code == 2 and "--size" in err and str(limit) in err
+    with pytest.raises(DataError, match=f"size: expected an integer from 32 to 2048, got {size}"):
+        make_synthetic(tmp_path / "set", size=size)
+    assert os.listdir(tmp_path) == []

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ..limits import SYNTHETIC_EDGE
 from .records import DataError
 from .shapes import SHAPES, background, colour, paint, sprite_mask, texture
 
@@ -157,7 +158,7 @@ def make_synthetic(
     limits = {
         "train": (1, 10_000_000),
         "val": (0, 10_000_000),
-        "size": (32, 2048),
+        "size": SYNTHETIC_EDGE,
         "classes": (1, len(SHAPES)),
         "seed": (0, 2**63),
     }
