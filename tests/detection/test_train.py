@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,8 +144,6 @@ def test_resume_is_bit_identical(finished, tmp_path, stop_at, interrupted_at, wo
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
-    import shutil
-
     _, folder, result = finished
     shutil.copytree(folder, tmp_path / "run")
     resumed = run(load_config(str(folder / "config.yaml")), tmp_path / "run", resume=True)
@@ -169,7 +168,6 @@ def test_resume_after_a_crash_before_the_first_checkpoint(finished, tmp_path, mo
 
 def test_resume_falls_back_when_the_last_checkpoint_is_corrupt(finished, tmp_path):
     import os
-    import shutil
 
     config, folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")
@@ -181,8 +179,6 @@ def test_resume_falls_back_when_the_last_checkpoint_is_corrupt(finished, tmp_pat
 
 
 def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path, monkeypatch):
-    import shutil
-
     _, folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")
     changed = load_config(str(folder / "config.yaml"))
@@ -207,8 +203,6 @@ def test_a_changed_config_is_refused_with_its_diff(finished, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("key", "value"), [("optim.name", "sgd"), ("model.anchor_scale", 5.0), ("train.seed", 9)])
 def test_what_a_checkpoint_depends_on_cannot_change(finished, tmp_path, key, value):
-    import shutil
-
     _, folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")
     changed = load_config(str(folder / "config.yaml"))
@@ -218,8 +212,6 @@ def test_what_a_checkpoint_depends_on_cannot_change(finished, tmp_path, key, val
 
 
 def test_a_changed_w_loc_counts(finished, tmp_path):
-    import shutil
-
     _, folder, result = finished
     for setting in (2.5, "auto"):
         shutil.copytree(folder, tmp_path / str(setting))
@@ -233,8 +225,6 @@ def test_a_changed_w_loc_counts(finished, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("loss.beta", 0.5), ("loss.calibration_batches", 1)])
 def test_what_w_loc_was_measured_with_changes_it(finished, tmp_path, monkeypatch, capsys, key, value):
-    import shutil
-
     _, folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")
     changed = load_config(str(folder / "config.yaml"))
@@ -249,8 +239,6 @@ def test_what_w_loc_was_measured_with_changes_it(finished, tmp_path, monkeypatch
 
 
 def test_another_number_of_processes_is_a_change(finished, tmp_path, monkeypatch):
-    import shutil
-
     config, folder, _ = finished
     shutil.copytree(folder, tmp_path / "run")
     load = train_module.load_newest_checkpoint
@@ -266,8 +254,6 @@ def test_another_number_of_processes_is_a_change(finished, tmp_path, monkeypatch
 
 def test_what_a_checkpoint_says_goes_on(finished, tmp_path, monkeypatch, poison):
     """Its anchors, whatever would be chosen today, its time, and how many batches may still be skipped."""
-    import shutil
-
     shutil.copytree(finished[1], tmp_path / "run")
     load = train_module.load_newest_checkpoint
 
@@ -314,8 +300,6 @@ def test_eq_7_needs_no_factor(tiny_config, tmp_path):
 
 
 def test_other_data_are_refused_on_resume(finished, tmp_path):
-    import shutil
-
     from ioubal_kernels.detection.data import make_synthetic
 
     config, folder, _ = finished
@@ -330,8 +314,6 @@ def test_other_data_are_refused_on_resume(finished, tmp_path):
 
 
 def test_other_data_to_evaluate_on_are_a_change(finished, tmp_path):
-    import shutil
-
     config, folder, result = finished
     data = Path(shutil.copytree(config.data.path, tmp_path / "data"))
     shutil.copytree(folder, tmp_path / "run")
@@ -374,8 +356,6 @@ def test_calibration_without_a_box_says_what_to_do(tiny_config, tmp_path, monkey
 
 
 def test_no_box_to_train_on_and_none_to_measure_on(tiny_config, tiny_data, tmp_path, capsys):
-    import shutil
-
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     for split in ("val", "train"):
         path = data / f"annotations/instances_{split}.json"
