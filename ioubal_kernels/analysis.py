@@ -16,7 +16,7 @@ def bounded_iou(d: Tensor | float | Sequence[float], kind: str = "center", ratio
     """Upper bound of the IoU when one delta is off by d and the others are right.
 
     kind "center" (Eq. 11, d = dx or dy): ``(r - |d|) / (r + |d|)`` with ratio r = target width over anchor width,
-    clamped at 0.
+    0 from |d| = r on.
     kind "size" (Eq. 12, d = dw or dh): ``exp(-|d|)``; the ratio plays no part.
 
     Args:
@@ -35,7 +35,7 @@ def bounded_iou(d: Tensor | float | Sequence[float], kind: str = "center", ratio
         validation.fail_value(op, "ratio", "be positive", ratio)
     if kind == "size":
         return torch.exp(-size)
-    return ((ratio - size) / (ratio + size)).clamp(min=0)
+    return ((ratio - size) / (ratio + size)).masked_fill(size >= ratio, 0)  # infinity among them
 
 
 def gradient_norm(

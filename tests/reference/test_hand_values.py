@@ -377,6 +377,13 @@ class TestAnalysis:
         close(ik.analysis.bounded_iou(torch.tensor([0.0, -LN2], dtype=F64), kind="size"), [1.0, 0.5])
         assert ik.analysis.bounded_iou(0.0, "size").item() == 1.0
 
+    @pytest.mark.parametrize("kind", ["center", "size"])
+    def test_infinitely_far_off(self, kind: str) -> None:
+        d = torch.tensor([math.inf, -math.inf], dtype=F64)
+        close(ik.analysis.bounded_iou(d, kind), [0.0, 0.0])
+        close(ik.analysis.gradient_norm(d, kind), [0.0, 0.0])
+        assert ik.analysis.bounded_iou(math.nan, kind).isnan()
+
     def test_bound_is_the_exact_iou_of_equal_widths(self) -> None:
         d = torch.tensor([0.1, 0.4, 0.9], dtype=F64)
         pred = torch.stack([d, 0 * d, 0 * d, 0 * d], 1)
