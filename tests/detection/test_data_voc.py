@@ -317,6 +317,16 @@ def test_a_missing_annotation_of_a_test_split_is_found(tmp_path):
         load_pair(tmp_path)
 
 
+def test_annotations_that_are_all_missing_are_named(tmp_path):
+    """Of any other split than a test split: its images are no unlabelled ones."""
+    write(tmp_path, {"a": xml(item()), "b": xml(), "c": xml()}, {"train": ["a"], "val": ["b", "c"]})
+    for name in "bc":
+        (tmp_path / f"Annotations/{name}.xml").unlink()
+    with pytest.raises(DataError, match="split 'val': .*b.xml: the annotation file does not exist") as caught:
+        load_dataset(tmp_path, "val")
+    assert len(caught.value.problems) == 2
+
+
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD photographs are not here")
 def test_bccd():
     pair = load_pair(BCCD)

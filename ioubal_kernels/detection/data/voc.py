@@ -295,10 +295,12 @@ def load_voc(
 def _select(folders: list[VocFolder], split: str) -> tuple[list[tuple[VocFolder, str]], bool]:
     """The (folder, image id) pairs of a split or of several joined by '+', and whether they have annotations.
 
-    A year without annotations is left out, unless the split has none in any year and is a test split.
+    A year without annotations is left out, unless the split has none in any year: of a test split these are images to
+    detect on, of any other one annotations that are missing.
     """
     result: dict[tuple[str, str], tuple[VocFolder, str]] = {}
     bare: dict[tuple[str, str], tuple[VocFolder, str]] = {}
+    missing: dict[tuple[str, str], tuple[VocFolder, str]] = {}
     for part in split.split("+"):
         found = False
         for folder in folders:
@@ -310,11 +312,11 @@ def _select(folders: list[VocFolder], split: str) -> tuple[list[tuple[VocFolder,
             pairs = {(folder.path, value): (folder, value) for value in ids}
             if _is_annotated(folder, name):
                 result.update(pairs)
-            elif "test" in name:
-                bare.update(pairs)
+            else:
+                (bare if "test" in name else missing).update(pairs)
         if not found:
             raise DataError(f"split {part!r} does not exist: expected one of {', '.join(voc_splits(folders))}")
-    return list((result or bare).values()), bool(result) or not bare
+    return list((result or bare or missing).values()), bool(result) or not bare
 
 
 def _image_path(folder: VocFolder, value: str) -> str:
