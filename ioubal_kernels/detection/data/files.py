@@ -130,10 +130,10 @@ def image_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 def exif_orientation(path: str, max_pixels: int = MAX_PIXELS) -> int:
     """The EXIF orientation tag, 1 (upright) when there is none."""
     with _open(path, max_pixels) as image:
-        return _orientation(image, image.getexif)
+        return _orientation(image.getexif)
 
 
-def _orientation(image: Image.Image, getexif: Callable[[], Image.Exif]) -> int:
+def _orientation(getexif: Callable[[], Image.Exif]) -> int:
     try:
         return int(getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:
@@ -213,7 +213,7 @@ def file_problems(
         try:
             with _open(record.path, max_pixels) as image:
                 # Not PNG's own getexif: it decodes the picture, to find what stands behind the pixels.
-                turned = _orientation(image, partial(Image.Image.getexif, image))
+                turned = _orientation(partial(Image.Image.getexif, image))
                 return size_problem(record, image.size, max_pixels), turned
         except BadImageError as error:
             return str(error), 1
