@@ -17,6 +17,8 @@ _SATURATED = 100.0
 # A positive's loss enters the normaliser's sums no larger than this, so that an infinite one gives the limit of S / D,
 # not NaN.
 _LOSS_LIMIT = 1e30
+# S / D is taken for no more than this, or it would overflow float32 where the positives with an IoU are all saturated.
+_RATIO_LIMIT = 1e36
 
 
 class Scope(NamedTuple):
@@ -109,10 +111,10 @@ def normalizer_parts(loss: Tensor, power: Tensor, scope: Scope) -> tuple[Tensor,
 
 
 def normalized_power(power: Tensor, plain: Tensor, weighted: Tensor, scope: Scope, eps: float) -> Tensor:
-    """iou^exponent * S / (D + eps) per row; a denominator of exactly 0 gives 0."""
+    """iou^exponent * S / (D + eps) per row; a denominator of exactly 0 gives 0, the quotient is bounded."""
     denominator = weighted + eps
     empty = denominator == 0
-    ratio = torch.where(empty, 0.0, plain / torch.where(empty, 1.0, denominator))
+    ratio = torch.where(empty, 0.0, plain / torch.where(empty, 1.0, denominator)).clamp(max=_RATIO_LIMIT)
     return (power.to(ratio.dtype) * scope.spread(ratio)).to(power.dtype)
 
 

@@ -237,9 +237,10 @@ def iou_power(iou, exponent):
 
 @triton.jit
 def normalizer(plain, weighted, eps):
-    """S / (D + eps); a denominator of exactly 0 gives 0, never NaN."""
+    """S / (D + eps), bounded: finite in float32 too; a denominator of exactly 0 gives 0, never NaN."""
     d = weighted + eps
-    return tl.where(d == 0.0, 0.0, plain / tl.where(d == 0.0, 1.0, d))
+    quotient = tl.where(d == 0.0, 0.0, plain / tl.where(d == 0.0, 1.0, d))
+    return tl.where(quotient > 1e36, 1e36, quotient)
 
 
 @triton.jit

@@ -13,11 +13,12 @@ IOUBAL_HD T iou_power(T iou, Exponent exponent) {
   return pow(clamp(iou, T(0), T(1)), T(exponent));
 }
 
-// S / (D + eps): the factor that keeps the positives' sum unchanged. A denominator of exactly 0 gives 0, never NaN.
+// S / (D + eps): the factor that keeps the positives' sum unchanged. A denominator of exactly 0 gives 0, never NaN; one
+// next to nothing a bounded factor, finite in float32 too.
 template <class T>
 IOUBAL_HD T normalizer(T plain_sum, T weighted_sum, T eps) {
-  const T denominator = weighted_sum + eps;
-  return denominator == T(0) ? T(0) : plain_sum / denominator;
+  const T denominator = weighted_sum + eps, quotient = denominator == T(0) ? T(0) : plain_sum / denominator;
+  return quotient > T(1e36) ? T(1e36) : quotient;
 }
 
 // What a positive adds to S and D. An infinite loss enters bounded, so that S / D tends to its limit instead of NaN; a

@@ -376,6 +376,26 @@ class TestWeights:
         plain, _ = sigmoid(c, backend, reduction="none", eta=0.0)
         assert torch.equal(loss[c.labels == -1], plain[c.labels == -1])
 
+    @pytest.mark.parametrize("logit", [15.5, 60.0, 240.0])
+    def test_a39_all_iou_zero_but_for_saturated_ones(self, logit: float, backend: str) -> None:
+        """S / D would overflow float32: it is bounded, in the oracle's float64 too."""
+        x = torch.tensor([[0.0, -1.0], [2.0, logit]])
+        far = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1e-21, 0.0, 0.0, 0.0]])
+        labels, iou = torch.tensor([0, 1]), torch.tensor([0.0, 0.9])
+        for function, leaf, rest, options in (
+            (ik.iou_balanced_sigmoid_focal_loss, x, (labels, iou), {"gamma": 5.0}),
+            (ik.iou_balanced_cross_entropy, x, (labels, iou), {}),
+            (ik.iou_balanced_smooth_l1_loss, far, (torch.zeros(2, 4), iou), {"normalize": True}),
+        ):
+            leaf.requires_grad_()
+            loss = function(leaf, *rest, **options, backend=backend)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            wide = leaf.detach().double().requires_grad_()
+            want = function(wide, *rest, **options, backend="reference")
+            assert loss.isfinite() and grad.isfinite().all()
+            torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad.double(), torch.autograd.grad(want, wide)[0], rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.5, 10.0])
     def test_a40_exponents_at_iou_zero_and_one(self, exponent: float, backend: str) -> None:
         x = torch.zeros(3, 1, requires_grad=True)
