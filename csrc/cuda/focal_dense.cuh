@@ -90,10 +90,11 @@ struct EntryFactor {
 };
 
 // The vectors of a strip as negatives, but for the entries `off`; `times`: what is left to multiply gradients by. By
-// whole warps. False, with nothing stored, where a loss is not finite.
+// whole warps. Where a loss is not finite nothing is stored, but its bit in `later`; a result would be tested once
+// more.
 template <class T, int kGamma, Output kOutput>
-IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, float times,
-                                u32 off, Vec<T, kVector<T>>& in, T* out, float& sum) {
+IOUBAL_DEVICE void strip_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, float times,
+                                u32 off, Vec<T, kVector<T>>& in, T* out, float& sum, u32& later, u32 bit) {
   constexpr Scaling kScaling = EntryFactor<T, kGamma, kOutput>::kScaling;
   const bool above = __any_sync(~0u, any_above<T>(in)) != 0;  // one way for all lanes
   float v[kVector<T>];
@@ -104,7 +105,10 @@ IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamm
   } else {
     float total = sum;
     negative_entries<kGamma, false, kOutput, kScaling>(factor.s, tb.gamma, v, total);
-    if (!all_good(total)) return false;
+    if (!all_good(total)) {
+      later |= bit;
+      return;
+    }
     sum = total;
   }
   if (times != 1.f) {  // known to be 1 in the fast loop
@@ -112,7 +116,6 @@ IOUBAL_DEVICE bool strip_vector(const DenseTable& tb, const EntryFactor<T, kGamm
     for (float& value : v) value *= times;
   }
   if constexpr (kOutput != kNone) Vec<T, kVector<T>>::store(out, v);
-  return true;
 }
 
 // The groups of a tile, each warp its share of them: four vectors a thread, all loaded before the first is used.
@@ -160,7 +163,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
     const T* const x = run.x + e;
     T* const out = run.out + e;
     const u32 mark = __shfl_sync(~0u, marks, i);
-    const auto leave_strip = [&](u32 u) { later |= 1u << (i * kStripsPerWarp + u); };
+    const u32 bit = 1u << i * kStripsPerWarp;
     if (mark == 0 && plain) {
       Vec<T, kCount> in[kStripsPerWarp];
 #pragma unroll
@@ -170,7 +173,7 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
 #pragma unroll
       for (u32 u = 0; u < kStripsPerWarp; ++u) {
         const u32 own = off >> u * kCount & ((1u << kCount) - 1);
-        if (!strip_vector(tb, factor, 1.f, own, in[u], out + u * kStep, sum)) leave_strip(u);
+        strip_vector(tb, factor, 1.f, own, in[u], out + u * kStep, sum, later, bit << u);
       }
     } else {  // rarer, and short: the fast way has no room for another test
 #pragma unroll 1
@@ -189,11 +192,11 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         if (weighted) {
           weight = static_cast<float>(tb.row_weight[run.anchor(tb, tb.classes.div(at))]);
           if (__any_sync(~0u, !usual_scale(run.scale * weight))) {
-            leave_strip(u);
+            later |= bit << u;
             continue;
           }
         }
-        if (!strip_vector(tb, factor, factor.rest * weight, own, in, run.out + at, part)) leave_strip(u);
+        strip_vector(tb, factor, factor.rest * weight, own, in, run.out + at, part, later, bit << u);
         sum = fmaf(part, weight, sum);
       }
     }
