@@ -118,6 +118,32 @@ IOUBAL_DEVICE void strip_vector(const DenseTable& tb, const EntryFactor<T, kGamm
   if constexpr (kOutput != kNone) Vec<T, kVector<T>>::store(out, v);
 }
 
+// The same of vectors that lie in two rows with weights: the entries from `split` on are the second's.
+template <class T, int kGamma, Output kOutput>
+IOUBAL_DEVICE void weighted_vector(const DenseTable& tb, const EntryFactor<T, kGamma, kOutput>& factor, float first,
+                                   float second, u32 split, u32 off, Vec<T, kVector<T>>& in, T* out, float& sum,
+                                   u32& later, u32 bit) {
+  float v[kVector<T>], total = 0.f, weighted = 0.f;
+  in.unpack(v);
+  switch_off(v, off);
+#pragma unroll
+  for (u32 j = 0; j < kVector<T>; ++j) {
+    const float weight = j < split ? first : second;
+    float loss = 0.f;
+    const float slope =
+        negative_entry<kGamma, false, false, EntryFactor<T, kGamma, kOutput>::kScaling>(v[j], factor.s, tb.gamma, loss);
+    v[j] = (kOutput == kLoss ? kHalf * loss * factor.s : slope) * (factor.rest * weight);
+    weighted = fmaf(loss, weight, weighted);
+    total += loss;
+  }
+  if (!all_good(total)) {
+    later |= bit;
+    return;
+  }
+  sum += weighted;
+  if constexpr (kOutput != kNone) Vec<T, kVector<T>>::store(out, v);
+}
+
 // The groups of a tile, each warp its share of them: four vectors a thread, all loaded before the first is used.
 // Returns the bits of those left to exact_vector, four for each group.
 template <class T, int kGamma, Output kOutput, bool kPlanes>
@@ -138,9 +164,9 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
   const u32 begin = start >= 0u - kCount ? 1 : 0;
   start += begin * kGroup;
   u32 end = begin;
-  // Weights of rows: a vector has one if it lies within a row.
+  // Weights of rows: a vector is to lie in two of them at most.
   const bool weighted = !kPlanes && tb.row_weight.data;
-  const bool whole = !weighted || (run.missing == 0 && tb.classes.divisor % kCount == 0);
+  const bool whole = !weighted || tb.classes.divisor + 1 >= kCount;
   if (level.size >= kReach && start <= level.size - kReach && !level.narrow && whole && usual_scale(run.scale)) {
     end += (level.size - kReach - start) / kGroup + 1;
     if (end > groups) end = groups;
@@ -188,16 +214,19 @@ IOUBAL_DEVICE u32 dense_groups(const DenseTable& tb, const DenseRun<T>& run, u32
         } else if (mark >> kStripsPerWarp >> u & 1) {
           own = ignored_of_row<kCount>(tb, ignored, at);
         }
-        float weight = 1.f, part = 0.f;
-        if (weighted) {
-          weight = static_cast<float>(tb.row_weight[run.anchor(tb, tb.classes.div(at))]);
-          if (__any_sync(~0u, !usual_scale(run.scale * weight))) {
-            later |= bit << u;
-            continue;
-          }
+        if (!weighted) {
+          strip_vector(tb, factor, factor.rest, own, in, run.out + at, sum, later, bit << u);
+          continue;
         }
-        strip_vector(tb, factor, factor.rest * weight, own, in, run.out + at, part, later, bit << u);
-        sum = fmaf(part, weight, sum);
+        const u32 row = tb.classes.div(at), split = (row + 1) * tb.classes.divisor - at;
+        const int64_t anchor = run.anchor(tb, row);
+        const float first = static_cast<float>(tb.row_weight[anchor]);
+        const float second = split < kCount ? static_cast<float>(tb.row_weight[anchor + 1]) : first;
+        if (__any_sync(~0u, !usual_scale(run.scale * first) || !usual_scale(run.scale * second))) {
+          later |= bit << u;
+        } else {
+          weighted_vector(tb, factor, first, second, split, own, in, run.out + at, sum, later, bit << u);
+        }
       }
     }
   }

@@ -146,8 +146,11 @@ def stream_rows(what):
             options |= {"gamma": 0.0, "reduction": "none"}
     elif what == "a whole group, misaligned":
         inputs = testing.classification_inputs(seed=8, rows=256, classes=8)
-    elif what == "weights across vectors":
-        inputs = testing.classification_inputs(seed=8, rows=500, classes=5)
+    elif "weights across" in what:
+        inputs = testing.classification_inputs(seed=8, rows=1500, classes=5 if "two" in what else 2)
+        inputs.labels[100:] = ik.BACKGROUND
+        if "unbounded" in what:
+            inputs.logits[700::90, 1] = float("inf")
         options["weight"] = inputs.weight
     elif "weights of rows" in what:  # few of which the loop leaves to others
         inputs = testing.classification_inputs(seed=8, rows=1100, classes=16, dtype=BF16 if "16 bits" in what else F32)
@@ -269,8 +272,10 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "edges", partial(stream_rows, what)
     for what in ("weights of rows", "weights of rows, 16 bits", "weights of rows, misaligned"):
         yield "edges", partial(stream_rows, what)
-    for what in ("signs", "infinite", "a whole group, misaligned", "weights across vectors", "scopes over tiles"):
+    for what in ("signs", "infinite", "a whole group, misaligned", "scopes over tiles"):
         yield "edges", partial(stream_rows, what)
+    for what in ("two rows", "two rows, misaligned, unbounded", "three rows, misaligned"):
+        yield "edges", partial(stream_rows, f"weights across {what}")
     yield "edges", small_factor
     for dtype in (F32, BF16):
         yield "edges", partial(long_planes, dtype)
