@@ -102,21 +102,37 @@ def sums_buffer(num_scopes: int, device: torch.device) -> Tensor:
     return torch.empty_strided((1 + num_scopes, 4), (4, 1), dtype=torch.float64, device=device)
 
 
-def gradient_buffers(inputs: Sequence[Tensor], wanted: bool, inplace: bool = False) -> list[Tensor]:
-    """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none."""
+def _empty_in_phase(x: Tensor) -> Tensor:
+    """Memory like a dense x that begins as far into 16 bytes, so that a pass over both goes by vectors."""
+    if torch.compiler.is_compiling() or not has_storage(x) or x.data_ptr() % 16 == 0:
+        return torch.empty_like(x)
+    before = x.data_ptr() % 16 // x.element_size()
+    return x.new_empty(x.numel() + before).as_strided(x.shape, x.stride(), before)
+
+
+def gradient_buffers(
+    inputs: Sequence[Tensor], wanted: bool, inplace: bool = False, in_phase: bool = False
+) -> list[Tensor]:
+    """Buffers for the gradients of dense inputs, in their own layout: fresh ones, the inputs' storage, or none.
+
+    ``in_phase``: of logits for the GPU kernels. On a CPU stores that are aligned are worth more, and the kernels set
+    the deltas' gradient to 0 by aligned vectors.
+    """
     if not wanted:
         return []
     if inplace:
         for x in inputs:
             torch.autograd.graph.increment_version(x)  # whoever else saved the logits must not trust them any more
         return [x.detach() for x in inputs]
-    return [torch.empty_like(x) for x in inputs]
+    return [_empty_in_phase(x) if in_phase else torch.empty_like(x) for x in inputs]
 
 
-def take_buffers(ctx: Any, inputs: Sequence[Tensor], name: str = "buffers") -> tuple[list[Tensor], bool]:
+def take_buffers(
+    ctx: Any, inputs: Sequence[Tensor], name: str = "buffers", in_phase: bool = False
+) -> tuple[list[Tensor], bool]:
     """The context's gradient buffers `name`, forgotten by it, and whether they are filled; later, fresh ones."""
     buffers = None if torch.compiler.is_compiling() else _handed_out(ctx, name)
-    return (buffers, True) if buffers else ([torch.empty_like(x) for x in inputs], False)
+    return (buffers, True) if buffers else (gradient_buffers(inputs, True, in_phase=in_phase), False)
 
 
 def _handed_out(ctx: Any, name: str) -> list[Tensor] | None:

@@ -116,7 +116,7 @@ class _DetectionLoss(torch.autograd.Function):
         want_logits = spec.grad_enabled and True in needed[_FIRST_MAP : _FIRST_MAP + levels]
         want_deltas = spec.grad_enabled and True in needed[_FIRST_MAP + levels :]
         ctx.inplace = spec.inplace and eager and want_logits
-        logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace)
+        logit_buffers = gradient_buffers(logits, want_logits and eager, ctx.inplace, in_phase=spec.backend != "cpu")
         delta_buffers = gradient_buffers(deltas, want_deltas and eager)
         workspace, world_size = [], 1.0
         if spec.packed:
@@ -168,7 +168,7 @@ class _DetectionLoss(torch.autograd.Function):
         if want_logits and ctx.inplace:
             grad_logits = rescale_inplace(_NAME, ctx, backend, grad_cls, scale_tensor, expected)
         elif want_logits:
-            grad_logits, cls_filled = take_buffers(ctx, heads[:levels])
+            grad_logits, cls_filled = take_buffers(ctx, heads[:levels], in_phase=backend != "cpu")
             if cls_filled and is_expected(backend, grad_cls, scale_tensor, expected):
                 cls_filled, compared = None, grad_cls  # nothing left to do
         if want_deltas:

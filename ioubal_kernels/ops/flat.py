@@ -53,6 +53,11 @@ class _Spec(NamedTuple):
     check: Callable[[], None] | None = None  # with packed: raises for a value out of range
 
 
+def _in_phase(spec: _Spec) -> bool:
+    """See gradient_buffers: x are logits for a GPU's kernels."""
+    return spec.backend != "cpu" and spec.name != "smooth_l1"
+
+
 def _inputs(x: Tensor, constants: Sequence[Tensor | None], spec: _Spec) -> tuple[Any, ...]:
     """What all ops of a loss begin with. ``constants``: second and third tensor, weight, scope_ids, others."""
     return (x, *constants[:4], spec.num_scopes, *spec.sum_parameters)
@@ -90,7 +95,7 @@ class _FlatLoss(torch.autograd.Function):
         wanted = spec.grad_enabled and ctx.needs_input_grad[0]
         eager = not torch.compiler.is_compiling()
         ctx.inplace = spec.inplace and eager and wanted
-        buffers = gradient_buffers([x], wanted and eager, ctx.inplace)
+        buffers = gradient_buffers([x], wanted and eager, ctx.inplace, _in_phase(spec))
         (loss,) = scalars((result_dtype(x),), x.device)
         sums = sums_buffer(spec.num_scopes, x.device)
         workspace, world_size = [], 1.0
@@ -120,7 +125,7 @@ class _FlatLoss(torch.autograd.Function):
             return grad, None, None
         x, second, third, weight, scope_ids, avg_factor, scale_tensor, sums, *workspace = ctx.saved_tensors
         (x,) = laid_out([x], ctx.layouts)
-        (grad,), filled = take_buffers(ctx, [x])
+        (grad,), filled = take_buffers(ctx, [x], in_phase=_in_phase(spec))
         if not (filled and is_expected(spec.backend, grad_output, scale_tensor, spec.grad_scale)):
             inputs = _inputs(x, (second, third, weight, scope_ids), spec)
             scaling = (avg_factor, spec.divisor, ctx.world_size, scale_tensor, spec.grad_scale)

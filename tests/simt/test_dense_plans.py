@@ -7,11 +7,12 @@ import torch
 
 import ioubal_kernels as ik
 from ioubal_kernels import testing
-from ioubal_kernels.ops import detection
+from ioubal_kernels.ops import autograd, detection
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMPTY_IN_PHASE = autograd._empty_in_phase
 CLASSES = (1, 2, 3, 7, 8, 16, 17, 80, 91)  # rows shorter than a vector, of whole vectors, across vectors
 
 
@@ -36,10 +37,30 @@ def test_rows_of_any_length_over_several_tiles(dtype, classes):
 @pytest.mark.parametrize("classes", (3, 8, 80))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_logits_and_gradient_of_different_alignment(dtype, classes, offset):
-    """A gradient buffer is aligned; logits in the middle of a storage may not be: then entries come one by one."""
+    """A compiled call's gradient is aligned; logits in the middle of a storage may not be: entries come one by one."""
     inputs = testing.classification_inputs(seed=offset, rows=4500 // classes, classes=classes, dtype=dtype)
     for gamma in (2.0, 1.5):
         cases.check_focal(cases.placed(inputs.logits, offset), inputs, gamma=gamma)
+
+
+@pytest.mark.parametrize("offset", (0, 1, 3))
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_gradient_lies_as_its_logits_do(monkeypatch, dtype, layout, offset):
+    """Vectors of both begin at multiples of 16 bytes then; the first backward's and a later one's."""
+    monkeypatch.setattr(autograd, "_empty_in_phase", EMPTY_IN_PHASE)
+    inputs = testing.detection_inputs(seed=offset, images=2, classes=5, levels=((9, 7), (2, 3)), layout=layout)
+    inputs = cases.map_heads(inputs, lambda t: cases.placed(t.to(dtype), offset))
+    cases.check_detection(inputs)
+    rows = testing.classification_inputs(seed=offset, rows=300, classes=5, dtype=dtype)
+    cases.check_focal(cases.placed(rows.logits, offset), rows)
+    inputs = cases.map_heads(inputs, lambda t: t.detach().requires_grad_())
+    logits = cases.tensors(inputs.cls_logits)
+    loss = ik.iou_balanced_detection_loss(*inputs.arguments(), backend="cpu").classification
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, logits, retain_graph=True)
+        for x, grad in zip(logits, grads, strict=True):
+            assert grad.stride() == x.stride() and grad.data_ptr() % 16 == x.data_ptr() % 16
 
 
 @pytest.mark.parametrize("rows", (1, 2, 3000))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import DTYPES, check_detection, ids
 
+import ioubal_kernels as ik
 from ioubal_kernels import testing
 from ioubal_kernels.ops import with_triton, workspace
 from ioubal_kernels.triton_kernels import _launch, focal_pass, positives
@@ -220,6 +221,19 @@ def test_addresses(layout, offset):
     """Off the multiples of 16 bytes: narrower accesses."""
     inputs = testing.detection_inputs(seed=5, images=2, classes=16, levels=((4, 8),), layout=layout)
     check_detection(inputs._map_heads(lambda t: testing.placed(t, offset)))
+
+
+@pytest.mark.parametrize("layout", ("flat", "nchw"))
+def test_a_gradient_lies_as_its_logits_do(monkeypatch, layout):
+    monkeypatch.undo()  # without guards, whose memory lies alike already
+    inputs = testing.detection_inputs(seed=5, images=2, classes=16, levels=((4, 8),), layout=layout)
+    inputs = inputs._map_heads(lambda t: testing.placed(t, 1).requires_grad_())
+    oracle = inputs.double().requiring_grad()
+    sum(_triton(*inputs.arguments())[:2]).backward()
+    sum(ik.iou_balanced_detection_loss(*oracle.arguments(), backend="reference")[:2]).backward()
+    for i, (x, want) in enumerate(zip(inputs.heads(), oracle.heads(), strict=True)):
+        testing.assert_close_budget(x.grad, want.grad, torch.float32)
+        assert x.grad.data_ptr() % 16 == (4 if i < len(inputs.heads()) // 2 else 0)
 
 
 @pytest.mark.parametrize("layout", ("flat", "channels_last"))
