@@ -57,7 +57,17 @@ struct Row {
         if (lane() + i * kLanes < columns) f(lane() + i * kLanes, cached[i]);
       }
     } else {
-      for (u32 k = lane(); k < columns; k += kLanes) f(k, load_one(x + k));
+      constexpr u32 kBatch = 8;  // all loaded before the first is used
+#pragma unroll 1
+      for (u32 k = lane(); k < columns; k += kBatch * kLanes) {
+        float loaded[kBatch];
+#pragma unroll
+        for (u32 j = 0; j < kBatch; ++j) loaded[j] = k + j * kLanes < columns ? load_one(x + k + j * kLanes) : 0.f;
+#pragma unroll
+        for (u32 j = 0; j < kBatch; ++j) {
+          if (k + j * kLanes < columns) f(k + j * kLanes, loaded[j]);
+        }
+      }
     }
   }
   IOUBAL_DEVICE void load(const T* row, u32 count) {

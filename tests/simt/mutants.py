@@ -310,7 +310,9 @@ _SOFTMAX = (
     ("store_one(to + k, «0.f»);", "1.f", "ignored rows' gradient"),
     ("return __shfl_sync(~0u, limit, «0», row.kLanes);", "1", "limits of a lane that has none"),
     ("return «at_target > 0.5f» ? log1pf", "at_target > 2.f", "the cancelling form for confident rows"),
-    ("k = lane(); k < «columns»; k += kLanes) f(", "columns - 1", "the last column of a wide row"),
+    ("loaded[j] = «k + j * kLanes < columns» ?", "k + j * kLanes < columns - 1", "the last column of a wide row"),
+    ("if («k + j * kLanes < columns») f(k", "true", "columns after the last one of a wide row"),
+    ("k < columns; «k += kBatch * kLanes») {", "k = columns", "columns after a wide row's first ones"),
 )
 _SMOOTH_L1 = (
     ("weight.get(weight_columns == 2 ? «4 * r + j» : r, 1.0)", "r", "one weight for four coordinates"),
