@@ -9,7 +9,7 @@ namespace {
 template <class T>
 void launch_rows(const OnDevice& device, const CrossEntropyTable& tb, bool positives, bool may_skip) {
   const auto launch = [&](auto* sums, auto* fill) {
-    positives ? device.launch(sums, tb.tiles, tb) : device.launch(fill, pass_blocks(device, tb.tiles, may_skip), tb);
+    positives ? device.launch(sums, tb.tiles, tb) : launch_pass(device, fill, tb.tiles, may_skip, tb);
   };
   if (tb.columns <= kShortRow * kRowLanes<kShortRow>) {
     launch(cross_entropy_positives_kernel<T, kShortRow>, cross_entropy_fill_kernel<T, kShortRow>);

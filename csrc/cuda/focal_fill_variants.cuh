@@ -8,8 +8,8 @@ namespace ioubal::cuda {
 template <class T, int kGamma, Output kOutput, Layout kLayout>
 void launch_fill_kernel(const OnDevice& device, FillTable tb, const FillVariant& v) {
   tb.turn = FastDiv::make(tb.deltas.tiles > 0 ? tb.dense.all_tiles() / tb.deltas.tiles + 1 : 1);
-  const u32 blocks = pass_blocks<kFillThreads>(device, tb.deltas.tiles + tb.dense.all_tiles(), v.may_skip);
-  device.launch<kFillThreads>(focal_fill_kernel<T, kGamma, kOutput, kLayout>, blocks, tb);
+  const u32 tiles = tb.deltas.tiles + tb.dense.all_tiles();
+  launch_pass<kFillThreads>(device, focal_fill_kernel<T, kGamma, kOutput, kLayout>, tiles, v.may_skip, tb);
 }
 
 // Any gamma and heads of several layouts are rarer: one kernel for all of them.

@@ -38,6 +38,10 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor&) {}
   static u32 multiprocessors() { return 2; }
+  template <u32 kBlock, class... Parameters>
+  static u32 resident_blocks(void (*)(Parameters...)) {
+    return 1024 / kBlock * multiprocessors();
+  }
   template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
     if (blocks > 0) simt::launch(dim3(blocks), dim3(kBlock), [&] { kernel(arguments...); });
@@ -58,6 +62,13 @@ class OnDevice {
     int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
     return static_cast<u32>(count);
+  }
+  // As many blocks of a kernel as run side by side.
+  template <u32 kBlock, class... Parameters>
+  u32 resident_blocks(void (*kernel)(Parameters...)) const {
+    int count = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kBlock, 0), "kernel occupancy");
+    return static_cast<u32>(std::max(count, 1)) * multiprocessors();
   }
   template <u32 kBlock = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), u32 blocks, const Arguments&... arguments) const {
@@ -164,12 +175,13 @@ struct CoefficientMemory {
 
 void launch_coefficients(const OnDevice& device, const CoefficientsTable& tb);
 
-// Blocks of a pass. A pass that may find that there is nothing to do is small: its blocks loop over the tiles. As many
-// as are there at once: with fewer warps there are too few reads under way.
-template <u32 kBlock = kThreads>
-u32 pass_blocks(const OnDevice& device, u32 tiles, bool may_skip) {
-  constexpr u32 kResidentThreads = 1024;
-  return may_skip ? std::min(tiles, kResidentThreads / kBlock * device.multiprocessors()) : tiles;
+// Launches a pass, a block a tile. One that may find that there is nothing to do is small: its blocks loop over the
+// tiles. As many as are there at once: with fewer warps there are too few reads under way, and more would begin when
+// the others are done.
+template <u32 kBlock = kThreads, class... Parameters, class Table>
+void launch_pass(const OnDevice& device, void (*kernel)(Parameters...), u32 tiles, bool may_skip, const Table& tb) {
+  const u32 blocks = may_skip ? std::min(tiles, device.resident_blocks<kBlock>(kernel)) : tiles;
+  device.launch<kBlock>(kernel, blocks, tb);
 }
 
 }  // namespace ioubal::cuda

@@ -45,7 +45,7 @@ class SmoothL1Loss {
     tb_.scale = scale;
     tb_.expected = expected;
     tb_.skip_expected = may_skip;
-    device_.launch(smooth_l1_fill_kernel, pass_blocks(device_, tb_.tiles, may_skip), tb_);
+    launch_pass(device_, smooth_l1_fill_kernel, tb_.tiles, may_skip, tb_);
   }
 
  private:
