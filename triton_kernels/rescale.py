@@ -25,7 +25,7 @@ def rescale_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Nothing is read or written where the factor is 1."""
+    """Nothing is read or written where the factor is 1. A 0 stays one, as an ignored row's has to whatever it is."""
     factor = tl.load(scale_tensor).to(tl.float64) / number(expected_tensor, expected, EXPECTED_GIVEN)
     tile = tl.program_id(0)
     if factor == 1.0:
@@ -34,7 +34,8 @@ def rescale_kernel(
         i = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = i < count // VECTOR * VECTOR  # VECTOR divides it: as the mask's constancy
         at = tl.multiple_of(data + i, (16,)) if VECTOR > 1 else data + i
-        value = tl.load(at, mask=mask).to(tl.float32) * factor.to(tl.float32)
+        value = tl.load(at, mask=mask).to(tl.float32)
+        value = tl.where(value == 0.0, value, value * factor.to(tl.float32))
         tl.store(at, value.to(data.dtype.element_ty), mask=mask)
         tile += tl.num_programs(0)
 

@@ -17,7 +17,8 @@ void multiply(const Tensor& t, double factor) {
   const Wide wide = static_cast<Wide>(factor);
   torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kChunk; i < std::min(count, end * kChunk); ++i) {
-      data[i] = static_cast<T>(static_cast<Wide>(data[i]) * wide);
+      const Wide value = static_cast<Wide>(data[i]);
+      data[i] = static_cast<T>(value == 0 ? value : value * wide);  // an ignored row's 0 stays, also for inf and NaN
     }
   });
 }

@@ -12,6 +12,9 @@ struct RescaleTable {
   NumberRef scale, expected;
 };
 
+// A 0 stays one, as an ignored row's has to whatever the factor: also infinite, or NaN.
+IOUBAL_DEVICE float rescaled(float value, float factor) { return value == 0.f ? value : value * factor; }
+
 // Nothing is read or written where the factor is 1.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rescale_kernel(const IOUBAL_GRID_CONSTANT RescaleTable tb) {
@@ -29,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const IOUBAL_GRID_CON
     in.load(at);
     in.unpack(v);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] *= f;
+    for (int j = 0; j < kCount; ++j) v[j] = rescaled(v[j], f);
     Vec<T, kCount>::store(at, v);
   }
-  if (first < tb.head) store_one(data + first, load_one(data + first) * f);
-  if (rest + first < tb.count) store_one(data + rest + first, load_one(data + rest + first) * f);
+  if (first < tb.head) store_one(data + first, rescaled(load_one(data + first), f));
+  if (rest + first < tb.count) store_one(data + rest + first, rescaled(load_one(data + rest + first), f));
 }
 
 }  // namespace ioubal::cuda

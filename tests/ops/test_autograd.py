@@ -397,6 +397,20 @@ def test_inplace_refuses_what_it_cannot_serve(name):
         loss((logits * 1).t().contiguous().t(), inplace=True)
 
 
+@pytest.mark.parametrize("value", (float("inf"), float("nan")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_inplace_leaves_ignored_rows_at_zero(dtype, value):
+    """Whatever grad_output is, an ignored row's gradient is 0; off the multiples of 16 bytes, too."""
+    inputs = testing.classification_inputs(rows=70, classes=5, ignored_share=0.3, dtype=dtype)
+    for offset in (0, 1):
+        leaf = inputs.logits.clone().requires_grad_()
+        given = torch.cat([torch.zeros(offset), (leaf * 1).flatten()]).to(dtype)[offset:].view_as(leaf)
+        loss = ik.iou_balanced_sigmoid_focal_loss(given, inputs.labels, inputs.iou, inplace=True)
+        loss.backward(torch.tensor(value))
+        ignored = inputs.labels == ik.IGNORE
+        assert bool((leaf.grad[ignored] == 0).all()) and not bool(leaf.grad[~ignored].isfinite().any())
+
+
 def test_inplace_with_a_grad_scale_tensor_that_changes_later():
     loss, x = flat_case("focal")
     leaf = x.detach().clone().requires_grad_()

@@ -176,6 +176,20 @@ def test_saturated_positives_beside_one_without_iou():
         assert loss.isfinite() and bool(leaf.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("value", (INF, NAN))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_ignored_rows_in_place(dtype, value):
+    """Whatever grad_output is, an ignored row's gradient is 0; off the multiples of 16 bytes, too."""
+    inputs = testing.classification_inputs(rows=70, classes=5, ignored_share=0.3, dtype=dtype)
+    for offset in (0, 1):
+        leaf = inputs.logits.clone().requires_grad_()
+        given = torch.cat([torch.zeros(offset), (leaf * 1).flatten()]).to(dtype)[offset:].view_as(leaf)
+        loss = ik.iou_balanced_sigmoid_focal_loss(given, inputs.labels, inputs.iou, inplace=True, backend="cpu")
+        loss.backward(torch.tensor(value))
+        ignored = inputs.labels == ik.IGNORE
+        assert bool((leaf.grad[ignored] == 0).all()) and not bool(leaf.grad[~ignored].isfinite().any())
+
+
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_empty_inputs(layout):
     """No image, no box anywhere, no anchor in a level or in any: losses of 0, gradients of the right shape."""

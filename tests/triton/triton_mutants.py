@@ -305,8 +305,8 @@ matching_fovea.py fovea
     pick(lv.first, level) + cell
     cell
 rescale.py focal
-    value = tl.load(at, mask=mask).to(tl.float32) * factor
-    value = tl.load(at, mask=mask).to(tl.float32) / factor
+    value == 0.0, value, value * factor
+    value == 0.0, value, value / factor
 """
 
 

@@ -68,12 +68,14 @@ def test_ignored_anchors_vanish_whatever_their_logits(layout, bad):
     assert all(head.grad.isfinite().all() for head in used.heads())
 
 
+@pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("layout", ("flat", "nchw"))
-def test_an_infinite_grad_output_leaves_ignored_anchors_at_zero(layout):
+def test_an_infinite_grad_output_leaves_ignored_anchors_at_zero(layout, inplace):
     inputs = testing.detection_inputs(seed=3, images=1, classes=3, ignored_share=0.4)
     ignored = inputs.matched_idxs == ik.IGNORE
     used = inputs.in_layout(layout).requiring_grad()
-    out = ik.iou_balanced_detection_loss(*used.arguments(), backend="triton")
+    given = used._map_heads(lambda t: t * 1)
+    out = ik.iou_balanced_detection_loss(*given.arguments(), backend="triton", inplace=inplace)
     (out.classification * math.inf).backward()
     logits = used.heads()[: len(used.heads()) // 2]
     grad = logits[0].grad if layout == "flat" else testing.from_levels([x.grad for x in logits], inputs.per_location)
