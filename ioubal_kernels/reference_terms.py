@@ -81,7 +81,8 @@ def softmax_term(logits: Tensor, columns: Tensor) -> Tensor:
 def smooth_l1_term(difference: Tensor, beta: float) -> Tensor:
     """Eq. 2: d^2 / (2 beta) if |d| <= beta, else |d| - beta / 2, element by element. beta 0 is |d|."""
     if beta == 0.0:
-        return difference.abs()
+        nan = torch.where(difference.isnan(), difference, 0.0)
+        return difference.abs() + nan * nan  # the gradient of abs is 0 at NaN
     size = difference.abs()
     outside = size > beta
     inner = torch.where(outside, 0.0, difference)  # NaN as well, so that its gradient is

@@ -137,6 +137,16 @@ class TestNonFinite:
         assert deltas[~row].isfinite().all()
         assert logits[~row].isfinite().all()
 
+    @pytest.mark.parametrize("beta", [0.0, 0.5])
+    def test_a06_nan_difference(self, beta: float, backend: str) -> None:
+        pred = torch.tensor([[NAN, 2.0, 0.0, -2.0], [INF, 1.0, 0.0, 0.0]], requires_grad=True)
+        loss = ik.iou_balanced_smooth_l1_loss(
+            pred, torch.zeros(2, 4), torch.ones(2), beta=beta, reduction="none", backend=backend
+        )
+        assert loss.isnan().tolist() == [True, False]
+        (grad,) = torch.autograd.grad(loss.sum(), pred)
+        torch.testing.assert_close(grad, torch.tensor([[NAN, 1, 0, -1], [1, 1, 0, 0]]), equal_nan=True)
+
     @pytest.mark.parametrize("value", [NAN, INF, -INF])
     @pytest.mark.parametrize("layout", testing.LAYOUTS)
     def test_a07_ignored_rows_do_not_count(self, value: float, layout: str, backend: str) -> None:
