@@ -187,26 +187,35 @@ IOUBAL_DEVICE void look_at_anchors(const PositivesTile& tile, const Problem& pro
   }
 }
 
-// Adds the threads' terms to a tile's sums `out` (slots, kPartials). `scratch`: kPartials numbers a warp. By all
-// threads of the block.
+// Adds the threads' terms to a tile's sums `out` (slots, kPartials): to the first slot, then to those in turn that any
+// thread has. `scratch`: kPartials numbers a warp. By all threads of the block.
 template <u32 kBlock>
 IOUBAL_DEVICE void add_terms(const PositiveTerms& terms, int64_t slots, double* out, double* scratch) {
   constexpr u32 kWarps = kBlock / kWarp;
-  const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const bool mine = terms.slot == slot || (terms.slot < 0 && slot == 0);
+  __shared__ u32 next;
+  const u32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, end = static_cast<u32>(slots);
+  const u32 own = terms.slot < 0 ? 0 : static_cast<u32>(terms.slot);
+#pragma unroll 1
+  for (u32 slot = 0; slot < end;) {
+    const bool mine = own == slot;
 #pragma unroll
     for (int q = 0; q < kPartials; ++q) {
       const double sum = warp_sum(mine ? terms.part[q] : 0.0);
       if (lane == 0) scratch[warp * kPartials + q] = sum;
     }
+    if (threadIdx.x == 0) next = end;
     __syncthreads();
     if (threadIdx.x < kPartials) {
-      double sum = out[slot * kPartials + threadIdx.x];
+      double* const to = out + static_cast<int64_t>(slot) * kPartials + threadIdx.x;
+      double sum = *to;
 #pragma unroll
       for (u32 i = 0; i < kWarps; ++i) sum += scratch[i * kPartials + threadIdx.x];
-      out[slot * kPartials + threadIdx.x] = sum;
+      *to = sum;
     }
+    if (own > slot) atomicMin(&next, own);
+    __syncthreads();
+    if (end == 1) return;
+    slot = next;
     __syncthreads();
   }
 }

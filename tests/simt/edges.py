@@ -104,6 +104,13 @@ def scopes_over_tiles(dtype):
     cases.check_focal(inputs.logits, inputs, alpha=1.0)  # negatives count nothing: a scale of 0 in the forward
 
 
+def many_scopes(softmax):
+    """Most of them without a row in a tile, some without any."""
+    inputs = testing.classification_inputs(seed=2, rows=600, classes=4, num_scopes=900, softmax=softmax)
+    check = cases.check_cross_entropy if softmax else cases.check_focal
+    check(inputs.logits, inputs, scope_ids=inputs.scope_ids, num_scopes=900)
+
+
 def one_short_of_a_tile(rows, classes):
     """Entries that end one before a vector does; what lies behind them would change the loss."""
     inputs = testing.classification_inputs(seed=2, rows=rows, classes=classes)
@@ -257,6 +264,8 @@ def problems() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (F32, F16):
         yield "edges", partial(scopes_over_tiles, dtype)
     yield "edges", many_tiles
+    for softmax in (False, True):
+        yield "edges", partial(many_scopes, softmax)
     for classes in (21, 100, 130):
         yield "edges", partial(infinite_logits, classes)
     for size in ((195, 21), (1365, 3), (585, 7)):

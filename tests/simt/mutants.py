@@ -32,12 +32,12 @@ class Mutant(NamedTuple):
 
 _POSITIVES = (
     (
-        "if (lane == 0) scratch[warp * kPartials + q] = sum; } «__syncthreads();»",
+        "if (threadIdx.x == 0) next = end; «__syncthreads();»",
         ";",
         "no barrier before the warps' sums are read",
     ),
     (
-        "out[slot * kPartials + threadIdx.x] = sum; } «__syncthreads();»",
+        "if (own > slot) atomicMin(&next, own); «__syncthreads();»",
         ";",
         "no barrier between two sums in one scratch",
     ),
@@ -78,7 +78,9 @@ _POSITIVES = (
     ("tb.ignored[word] = special & «~bits.collected[threadIdx.x]»;", "~0u", "positives count as ignored"),
     ("«tb.clear[i] = 0;»", ";", "words not cleared"),
     ("first < count; «first += kStretch») {", "first = count", "anchors past a thread's first 16"),
-    ("terms.slot == slot || («terms.slot < 0 && slot == 0»)", "false", "bad rows are not counted"),
+    ("own = «terms.slot < 0» ? 0", "false", "bad rows are not counted"),
+    ("if («own > slot») atomicMin", "own > slot + 1", "a slot left out behind the one before"),
+    ("slot = next; «__syncthreads();»", ";", "the next slot read after it is reset"),
     (
         "tb.partial + static_cast<int64_t>(number) * «tb.slots * kPartials»",
         "kPartials",
