@@ -13,7 +13,7 @@ from ._launch import MAX_REGISTERS, Workspace, cdiv, number, on_device, pointer,
 from ._math import balance_share, delta_iou, iou_power, smooth_l1, weighted_loss
 from .coefficients import BY_ID, Coefficients, clear_tickets, take_scratch
 from .focal import no_rows
-from .positives import store_sums
+from .positives import store_totals
 
 ROWS = 128
 
@@ -84,18 +84,26 @@ def smooth_l1_positives_kernel(
     )
     plain, weighted = balance_share(loss, balance)
     as_is = weighted_loss(balance, loss)
-    nothing = tl.zeros((ROWS,), tl.float64)
     scope = tl.zeros((ROWS,), tl.int64)
     if BY_SCOPE:
         scope = tl.load(scope_ids + row, mask=inside, other=0).to(tl.int64)
+    nothing = tl.zeros((), tl.float64)
     # The count is the whole batch's: with bad rows it goes to the first slot.
-    number_of = tl.where(inside, 1.0, 0.0).to(tl.float64)
-    bad = tl.where(inside & ((scope < 0) | (scope >= scopes)), 1.0, 0.0).to(tl.float64)
+    number_of = tl.sum(tl.where(inside, 1.0, 0.0).to(tl.float64), 0)
+    bad = tl.sum(tl.where(inside & ((scope < 0) | (scope >= scopes)), 1.0, 0.0).to(tl.float64), 0)
+    low = tl.min(tl.where(inside, scope, scopes), 0)
+    high = tl.max(tl.where(inside, scope, -1), 0)
     slot = tl.zeros((), tl.int32)
     while slot < scopes:
-        mine = inside & (scope == slot)
-        s, w, x = tl.where(mine, plain, 0.0), tl.where(mine, weighted, 0.0), tl.where(mine, as_is, 0.0)
-        store_sums(sc, slot, scopes, all_tiles, number_of, nothing, bad, nothing, nothing, nothing, s, w, x)
+        s = nothing
+        w = nothing
+        x = nothing
+        if (slot >= low) & (slot <= high):
+            mine = inside & (scope == slot)
+            s = tl.sum(tl.where(mine, plain, 0.0), 0)
+            w = tl.sum(tl.where(mine, weighted, 0.0), 0)
+            x = tl.sum(tl.where(mine, as_is, 0.0), 0)
+        store_totals(sc, slot, scopes, all_tiles, number_of, nothing, bad, nothing, nothing, nothing, s, w, x)
         number_of = nothing
         bad = nothing
         slot += 1
