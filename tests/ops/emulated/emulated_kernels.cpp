@@ -9,6 +9,7 @@
 #include "cpu/matching.h"
 #include "cpu/octave_table.h"
 #include "cpu/power.h"
+#include "cpu/shuffle.h"
 #include "math/iou.h"
 #include "math/smooth_l1.h"
 
