@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/tensor_access.h"
 
@@ -15,12 +16,18 @@ void multiply(const Tensor& t, double factor) {
   T* const data = static_cast<T*>(t.mutable_data_ptr());
   const int64_t count = t.numel();
   const Wide wide = static_cast<Wide>(factor);
-  torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kChunk; i < std::min(count, end * kChunk); ++i) {
-      const Wide value = static_cast<Wide>(data[i]);
-      data[i] = static_cast<T>(value == 0 ? value : value * wide);  // an ignored row's 0 stays, also for inf and NaN
-    }
-  });
+  const auto chunks = [count](auto one) {
+    torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kChunk; i < std::min(count, end * kChunk); ++i) one(i);
+    });
+  };
+  if (std::isfinite(wide)) {
+    chunks([=](int64_t i) { data[i] = static_cast<T>(static_cast<Wide>(data[i]) * wide); });
+  } else {  // a 0, as an ignored row's, stays
+    chunks([=](int64_t i) {
+      if (static_cast<Wide>(data[i]) != 0) data[i] = static_cast<T>(static_cast<Wide>(data[i]) * wide);
+    });
+  }
 }
 
 // Multiplies by grad_output / the expected one; nothing is read or written where that is 1.
