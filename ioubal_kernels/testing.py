@@ -353,6 +353,18 @@ def extreme_logits(dtype: torch.dtype = torch.float32) -> Tensor:
     return rounded[~(rounded.isinf() & values.isfinite())]
 
 
+def saturated_positives(logit: float, difference: float) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor], dict]]:
+    """Losses (name, first argument, the other ones, options) of two positives: one without an IoU, one that has an IoU
+    and next to no loss, by its logit or its difference: S / D would overflow float32 if it were not bounded.
+    """
+    labels, iou = torch.tensor([0, 1]), torch.tensor([0.0, 0.9])
+    logits = torch.tensor([[0.0, -1.0], [2.0, logit]])
+    far = torch.tensor([[2.0, 0.0, 0.0, 0.0], [difference, 0.0, 0.0, 0.0]])
+    yield "iou_balanced_sigmoid_focal_loss", logits.clone(), (labels, iou), {"gamma": 5.0}
+    yield "iou_balanced_cross_entropy", logits, (labels, iou), {}
+    yield "iou_balanced_smooth_l1_loss", far, (torch.zeros(2, 4), iou), {"normalize": True}
+
+
 def placed(t: Tensor, offset: int = 0) -> Tensor:
     """The same values and strides at an offset (elements) of an allocation that ends where the tensor ends."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0

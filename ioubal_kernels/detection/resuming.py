@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, config_diff
-from .data import DatasetPair
 from .errors import UsageError
 from .progress import Reporter
+from .rundir import data_changes
 from .state import unpack_config
 
 # A checkpoint holds what follows from these; with others a run could not go on from it.
@@ -25,14 +25,20 @@ def key_of(change: str) -> str:
 
 
 def changes_since(
-    saved: dict[str, Any], path: Path, config: Config, pair: DatasetPair, images: int, processes: int
+    saved: dict[str, Any],
+    path: Path,
+    config: Config,
+    classes: Sequence[str],
+    fingerprints: dict[str, str | None],
+    images: int,
+    processes: int,
 ) -> list[str]:
     """Lines `key: old -> new` of what matters to the result and is not what the checkpoint's run had.
 
     Args:
         saved, path: the checkpoint.
-        config, pair, images, processes: of the run that goes on: configuration, data, number of training images, number
-            of processes.
+        config, classes, fingerprints, images, processes: of the run that goes on: configuration, classes and
+            `fingerprints` of the data, number of training images, number of processes.
 
     Raises:
         UsageError: the data has other classes.
@@ -44,18 +50,11 @@ def changes_since(
             f"processes: {before} -> {processes} (a step has another number of images, an epoch another number of"
             " steps)"
         )
-    data = pair.fingerprints()
-    for key, what in (("data", "training"), ("eval_data", "evaluation")):
-        theirs = saved.get(key, data[key])  # the first versions' checkpoints have no eval_data
-        if theirs != data[key]:
-            old, new = (f"{digest[:12]}..." if digest else "none" for digest in (theirs, data[key]))
-            changes.append(f"{what} data (classes, images, boxes): {old} -> {new}")
+    changes += data_changes(saved, fingerprints)  # the first versions' checkpoints have no eval_data
     if saved["loader"]["num_samples"] != images:
         changes.append(f"number of training images: {saved['loader']['num_samples']} -> {images}")
-    if list(saved["classes"]) != list(pair.training.classes):
-        raise UsageError(
-            f"{path}: trained on classes {list(saved['classes'])}, the data has {list(pair.training.classes)}"
-        )
+    if list(saved["classes"]) != list(classes):
+        raise UsageError(f"{path}: trained on classes {list(saved['classes'])}, the data has {list(classes)}")
     return changes
 
 

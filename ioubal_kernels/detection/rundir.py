@@ -187,6 +187,22 @@ def data_on_record(records: list[dict[str, Any]]) -> dict[str, str | None]:
     return {key: record[key] for record in noted for key in ("data", "eval_data") if key in record}
 
 
+def data_changes(
+    old: dict[str, str | None], new: dict[str, str | None], places: tuple[str, str] = ("", "")
+) -> list[str]:
+    """Lines `what: old -> new` for the fingerprints that both have and that differ. places: where the two sets lie."""
+
+    def shown(digest: str | None, place: str) -> str:
+        short = f"{digest[:12]}..." if digest else "none"
+        return f"{place} ({short})" if place else short
+
+    return [
+        f"{what} data (classes, images, boxes): {shown(old[key], places[0])} -> {shown(new[key], places[1])}"
+        for key, what in (("data", "training"), ("eval_data", "evaluation"))
+        if key in old and key in new and old[key] != new[key]
+    ]
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

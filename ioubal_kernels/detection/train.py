@@ -203,7 +203,8 @@ class _Trainer:
         path, saved = found
         self.config = with_norm_kept(unpack_config(saved, path), self.config)
         images = self.loader.state_dict()["num_samples"]
-        self.changes = changes_since(saved, path, self.config, self.pair, images, self.processes.world_size)
+        data = self.pair.training.classes, self.fingerprints, images
+        self.changes = changes_since(saved, path, self.config, *data, self.processes.world_size)
         require_allowed(self.changes, path, allow_config_change, self.reporter)
         self.reporter.info(f"continuing from {path.name}")
         return saved

@@ -19,7 +19,7 @@ from ..detection.data import load_pair
 from ..detection.errors import UsageError
 from ..detection.presets import load_config
 from ..detection.progress import Reporter, Task
-from ..detection.rundir import CONFIG_FILE, LOG_FILE, METRICS_FILE, data_on_record, holds_run, read_log
+from ..detection.rundir import CONFIG_FILE, LOG_FILE, METRICS_FILE, data_changes, data_on_record, holds_run, read_log
 from ..detection.signals import STOP_SIGNALS
 from ..detection.starting import with_norm_kept
 from .plans import Block, Job, Plan, SyntheticSet
@@ -53,7 +53,7 @@ def check_runs(folder: Path, plan: Plan) -> None:
         DataError: a data set cannot be read.
     """
     blocks = {block.name: block for block in plan.blocks}
-    data: dict[str, dict[str, str | None]] = {}
+    data: dict[str, tuple[str, dict[str, str | None]]] = {}
     for job in plan.jobs():
         run = folder / job.folder
         file = run / CONFIG_FILE
@@ -68,33 +68,27 @@ def check_runs(folder: Path, plan: Plan) -> None:
         noted = data_on_record(read_log(run)) if (run / LOG_FILE).is_file() else {}
         if noted and job.block not in data:
             data[job.block] = _data_of(blocks[job.block], folder, job)
-        changes = _data_changes({"path": theirs["data"]["path"], **noted}, data.get(job.block, {}))
+        place, planned = data.get(job.block, ("", {}))
+        known = ({key: digest for key, digest in each.items() if digest is not None} for each in (noted, planned))
+        changes = data_changes(*known, (theirs["data"]["path"], place))
         if changes:
             raise UsageError(
                 f"{run} was trained on another data set; choose another folder with -o:\n  " + "\n  ".join(changes)
             )
 
 
-def _data_of(block: Block, folder: Path, job: Job) -> dict[str, str | None]:
-    """Path and fingerprints of what the trainings of a block would see; {} for a set that is not made or named yet."""
+def _data_of(block: Block, folder: Path, job: Job) -> tuple[str, dict[str, str | None]]:
+    """Path and fingerprints of what the trainings of a block would see; no fingerprint of a set that is not made or
+    named yet.
+    """
     made = isinstance(block.data, SyntheticSet)
     place = folder / "data" / block.name if made else block.data
     if place is None or (made and not place.is_dir()):
-        return {}
+        return "", {}
     data = job.config.data
     splits = data.train_split, data.eval_split
     pair = load_pair(place, *splits, data.format, check_files=False, allow_symlinks=data.allow_symlinks)
-    return {"path": pair.training.root, **pair.fingerprints()}
-
-
-def _data_changes(old: dict[str, str | None], new: dict[str, str | None]) -> list[str]:
-    """How two data sets differ, as far as both are known: in what they hold, not in where they lie."""
-    return [
-        f"{what} data (classes, images, boxes): "
-        + " -> ".join(f"{side['path']} ({side[key][:12]}...)" for side in (old, new))
-        for key, what in (("data", "training"), ("eval_data", "evaluation"))
-        if None not in (old.get(key), new.get(key)) and old[key] != new[key]
-    ]
+    return pair.training.root, pair.fingerprints()
 
 
 @dataclass

@@ -153,9 +153,10 @@ class RowStudy:
     def _loaded(self) -> Dataset | str:
         try:
             pair = self.load_data()
-            if self.first.start.get("data", pair.training.fingerprint()) != pair.training.fingerprint():
+            found = pair.fingerprints()
+            if self.first.start.get("data", found["data"]) != found["data"]:
                 return f"{pair.training.root} is not the data set that {self.first.folder} was trained on"
-            if self.first.eval_data not in (None, pair.fingerprints()["eval_data"]):
+            if self.first.eval_data not in (None, found["eval_data"]):
                 return f"{pair.training.root} is not the data set that {self.first.folder} was evaluated on"
             return pair.evaluation or f"{pair.training.root} has no evaluation split"
         except (DataError, OSError) as error:

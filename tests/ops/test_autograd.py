@@ -399,7 +399,7 @@ def test_inplace_refuses_what_it_cannot_serve(name):
 
 @pytest.mark.parametrize("value", (float("inf"), float("nan")))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_inplace_leaves_ignored_rows_at_zero(dtype, value):
+def test_inplace_leaves_ignored_rows_at_zero(kernels, dtype, value):
     """Whatever grad_output is, an ignored row's gradient is 0; off the multiples of 16 bytes, too."""
     inputs = testing.classification_inputs(rows=70, classes=5, ignored_share=0.3, dtype=dtype)
     for offset in (0, 1):

@@ -389,14 +389,8 @@ class TestWeights:
     @pytest.mark.parametrize("logit", [15.5, 60.0, 240.0])
     def test_a39_all_iou_zero_but_for_saturated_ones(self, logit: float, backend: str) -> None:
         """S / D would overflow float32: it is bounded, in the oracle's float64 too."""
-        x = torch.tensor([[0.0, -1.0], [2.0, logit]])
-        far = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1e-21, 0.0, 0.0, 0.0]])
-        labels, iou = torch.tensor([0, 1]), torch.tensor([0.0, 0.9])
-        for function, leaf, rest, options in (
-            (ik.iou_balanced_sigmoid_focal_loss, x, (labels, iou), {"gamma": 5.0}),
-            (ik.iou_balanced_cross_entropy, x, (labels, iou), {}),
-            (ik.iou_balanced_smooth_l1_loss, far, (torch.zeros(2, 4), iou), {"normalize": True}),
-        ):
+        for name, leaf, rest, options in testing.saturated_positives(logit, 1e-21):
+            function = getattr(ik, name)
             leaf.requires_grad_()
             loss = function(leaf, *rest, **options, backend=backend)
             (grad,) = torch.autograd.grad(loss, leaf)

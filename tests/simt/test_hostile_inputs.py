@@ -162,32 +162,11 @@ def _some(inputs, rows):
 
 def test_saturated_positives_beside_one_without_iou():
     """S / D would overflow float32: it is bounded."""
-    x = torch.tensor([[0.0, -1.0], [2.0, 60.0]])
-    far = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1e-18, 0.0, 0.0, 0.0]])
-    labels, iou = torch.tensor([0, 1]), torch.tensor([0.0, 0.9])
-    for function, leaf, rest, options in (
-        (ik.iou_balanced_sigmoid_focal_loss, x, (labels, iou), {"gamma": 5.0}),
-        (ik.iou_balanced_cross_entropy, x.clone(), (labels, iou), {}),
-        (ik.iou_balanced_smooth_l1_loss, far, (torch.zeros(2, 4), iou), {"normalize": True}),
-    ):
+    for name, leaf, rest, options in testing.saturated_positives(60.0, 1e-18):
         leaf.requires_grad_()
-        loss = function(leaf, *rest, **options, backend="cpu")
+        loss = getattr(ik, name)(leaf, *rest, **options, backend="cpu")
         loss.backward()
         assert loss.isfinite() and bool(leaf.grad.isfinite().all())
-
-
-@pytest.mark.parametrize("value", (INF, NAN))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_ignored_rows_in_place(dtype, value):
-    """Whatever grad_output is, an ignored row's gradient is 0; off the multiples of 16 bytes, too."""
-    inputs = testing.classification_inputs(rows=70, classes=5, ignored_share=0.3, dtype=dtype)
-    for offset in (0, 1):
-        leaf = inputs.logits.clone().requires_grad_()
-        given = torch.cat([torch.zeros(offset), (leaf * 1).flatten()]).to(dtype)[offset:].view_as(leaf)
-        loss = ik.iou_balanced_sigmoid_focal_loss(given, inputs.labels, inputs.iou, inplace=True, backend="cpu")
-        loss.backward(torch.tensor(value))
-        ignored = inputs.labels == ik.IGNORE
-        assert bool((leaf.grad[ignored] == 0).all()) and not bool(leaf.grad[~ignored].isfinite().any())
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

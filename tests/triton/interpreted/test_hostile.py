@@ -111,16 +111,9 @@ def test_softmax_limits(row, target):
 
 def test_saturated_positives_beside_one_without_iou():
     """S / D would overflow float32: it is bounded."""
-    x = torch.tensor([[0.0, -1.0], [2.0, 60.0]])
-    far = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1e-18, 0.0, 0.0, 0.0]])
-    labels, iou = torch.tensor([0, 1]), torch.tensor([0.0, 0.9])
-    for function, leaf, rest, options in (
-        (ik.iou_balanced_sigmoid_focal_loss, x, (labels, iou), {"gamma": 5.0}),
-        (ik.iou_balanced_cross_entropy, x.clone(), (labels, iou), {}),
-        (ik.iou_balanced_smooth_l1_loss, far, (torch.zeros(2, 4), iou), {"normalize": True}),
-    ):
+    for name, leaf, rest, options in testing.saturated_positives(60.0, 1e-18):
         leaf.requires_grad_()
-        loss = function(leaf, *rest, **options, backend="triton")
+        loss = getattr(ik, name)(leaf, *rest, **options, backend="triton")
         loss.backward()
         assert loss.isfinite() and bool(leaf.grad.isfinite().all())
 
